@@ -1,0 +1,47 @@
+# `make` alone lists the targets. Everything is installed into .venv, at the versions that setup.py pins.
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.
+INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-compile bench lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS="..." is handed on)
+	$(PY) examples/addition.py $(ARGS)
+
+test: $(VENV)/.test  ## run the tests (in Triton's interpreter where there is no GPU)
+	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+
+test-compile: $(VENV)/.test  ## compile every kernel for seven GPUs and read its machine code; needs none of them
+	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile -s $(ARGS)
+
+bench: $(VENV)/.bench  ## run the benchmarks
+	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove .venv and everything else that was made here
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: installed once, and again when setup.py changes.
+$(VENV)/.%: setup.py pyproject.toml | $(PY)
+	@echo "Installing grpo_kernels[$*] into $(VENV) (the first time takes a few minutes)"
+	@$(PY) -m pip install -q --disable-pip-version-check -e '.[$*]'
+	@touch $@

@@ -1,0 +1,241 @@
+"""Chooses between the Triton kernels and PyTorch, and gives both one face.
+
+Under `torch.compile` the two primitives are opaque operators; else they are called as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import asdict, astuple
+
+import torch
+from torch import Tensor
+
+from . import torch_backend
+from .objective import Coefficients, RowStats, TokenInputs, unbounded
+from .spec import LogitTransform, LossSpec, Surrogate, check_choice
+
+logger = logging.getLogger("grpo_kernels")
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: str, logits: Tensor) -> str:
+    """ "triton" or "torch". Raises ValueError where the one asked for cannot run."""
+    check_choice("backend", backend, BACKENDS)
+    on_gpu = logits.device.type in ("cuda", "xpu")
+    if backend == "auto":
+        return "triton" if on_gpu and has_triton() else "torch"
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError("backend='triton', but the triton package is not installed")
+        if not on_gpu and logits.device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"backend='triton' needs GPU tensors, got logits on {logits.device}; with TRITON_INTERPRET=1 in the "
+                "environment the kernels run in Triton's interpreter"
+            )
+    return backend
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    logger.info(message)
+
+
+def row_stats(
+    logits: Tensor,
+    targets: Tensor,
+    out: RowStats,
+    ref_logits: Tensor | None,
+    temperatures: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
+) -> None:
+    """Fills `out` with the statistics of every row; masked rows are not read and get zeros."""
+    call = torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
+    call(logits, targets, *out, ref_logits, temperatures, *astuple(transform), backend)
+
+
+def dlogits(
+    out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    coefficients: Coefficients,
+    ref_logits: Tensor | None,
+    temperatures: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
+) -> None:
+    """Fills `out` (which may be `logits`) with the gradient; rows without one are not read and get zeros."""
+    call = torch.ops.grpo_kernels.dlogits if torch.compiler.is_compiling() else _dlogits
+    call(out, logits, targets, *stats, *coefficients, ref_logits, temperatures, *astuple(transform), backend)
+
+
+def fused_loss(
+    logits: Tensor,
+    targets: Tensor,
+    out: RowStats,
+    value: Tensor,
+    dlogp: Tensor,
+    inputs: TokenInputs,
+    ref_logits: Tensor | None,
+    temperatures: Tensor | None,
+    transform: LogitTransform,
+    spec: LossSpec,
+    backend: str,
+) -> None:
+    """Statistics, token-local loss and gradient at once: fills `out`, `value`, `dlogp`, overwrites the logits."""
+    if targets.numel() == 0:
+        return
+    if backend == "torch":
+        torch_backend.fused_loss(
+            logits, targets, out, value, dlogp, inputs, ref_logits, temperatures, transform, spec
+        )
+        return
+    from .kernels import fused
+
+    surrogate, kl = spec.surrogate, spec.sampled_kl or spec.exact_kl
+    assert surrogate is None or isinstance(surrogate, Surrogate)
+    fused.fused_loss(
+        logits,
+        targets,
+        value,
+        dlogp,
+        out.logps,
+        out.entropy,
+        out.ref_logps,
+        out.kl,
+        out.kl_forward,
+        inputs.advantages,
+        inputs.row_weights,
+        inputs.old_logps,
+        inputs.ref_logps,
+        inputs.token_weights,
+        inputs.entropy_weights,
+        surrogate=None if surrogate is None else type(surrogate).__name__,
+        anchor=None if surrogate is None else surrogate.anchor,
+        params=() if surrogate is None else surrogate.params,
+        log_ratio_clamp=unbounded(spec.log_ratio_clamp),
+        kl_kind=None if kl is None else kl.kind,
+        kl_beta=0.0 if kl is None else float(kl.beta),
+        kl_clamp=unbounded(None if kl is None else kl.clamp),
+        kl_output_clamp=unbounded(None if kl is None else kl.output_clamp),
+        straight_through=kl is not None and kl.straight_through,
+        ratio_corrected=kl is not None and kl.ratio_corrected,
+        ref_logits=ref_logits,
+        temperatures=temperatures,
+        **asdict(transform),
+    )
+
+
+def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:
+    """`x *= factor`; free where the factor is 1, which on a GPU the kernel and not the host finds out."""
+    if x.numel() == 0:
+        return
+    if backend == "torch":
+        if x.device.type != "cpu" or factor != 1:
+            x.mul_(factor)
+        return
+    from .kernels import fused
+
+    fused.scale_rows(x, factor)
+
+
+def _row_stats(
+    logits: Tensor,
+    targets: Tensor,
+    logps: Tensor,
+    row_max: Tensor,
+    sum_exp: Tensor,
+    entropy: Tensor | None,
+    ref_logps: Tensor | None,
+    ref_row_max: Tensor | None,
+    ref_sum_exp: Tensor | None,
+    kl: Tensor | None,
+    kl_forward: Tensor | None,
+    ref_logits: Tensor | None,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    scale: float,
+    softcap: float | None,
+    ref_scale: float,
+    ref_softcap: float | None,
+    temperature: float,
+    backend: str,
+) -> None:
+    if targets.numel() == 0:
+        return
+    transform = LogitTransform(vocab_size, scale, softcap, ref_scale, ref_softcap, temperature)
+    out = RowStats(logps, row_max, sum_exp, entropy, ref_logps, ref_row_max, ref_sum_exp, kl, kl_forward)
+    if backend == "torch":
+        torch_backend.row_stats(logits, targets, out, ref_logits, temperatures, transform)
+        return
+    from .kernels import row_stats
+
+    row_stats.row_stats(
+        logits, targets, *out, ref_logits=ref_logits, temperatures=temperatures, **asdict(transform)
+    )
+
+
+def _dlogits(
+    out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    logps: Tensor,
+    row_max: Tensor,
+    sum_exp: Tensor,
+    entropy: Tensor | None,
+    ref_logps: Tensor | None,
+    ref_row_max: Tensor | None,
+    ref_sum_exp: Tensor | None,
+    kl: Tensor | None,
+    kl_forward: Tensor | None,
+    dlogp: Tensor | None,
+    dentropy: Tensor | None,
+    dkl: Tensor | None,
+    dkl_forward: Tensor | None,
+    ref_logits: Tensor | None,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    scale: float,
+    softcap: float | None,
+    ref_scale: float,
+    ref_softcap: float | None,
+    temperature: float,
+    backend: str,
+) -> None:
+    if targets.numel() == 0:
+        return
+    transform = LogitTransform(vocab_size, scale, softcap, ref_scale, ref_softcap, temperature)
+    stats = RowStats(logps, row_max, sum_exp, entropy, ref_logps, ref_row_max, ref_sum_exp, kl, kl_forward)
+    coefficients = Coefficients(dlogp, dentropy, dkl, dkl_forward)
+    if backend == "torch":
+        torch_backend.dlogits(
+            out, logits, targets, stats, coefficients, ref_logits, temperatures, transform
+        )
+        return
+    from .kernels import dlogits
+
+    dlogits.dlogits(
+        out,
+        logits,
+        targets,
+        *(logps, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl),
+        *coefficients,
+        ref_logits=ref_logits,
+        temperatures=temperatures,
+        **asdict(transform),
+    )
+
+
+torch.library.custom_op("grpo_kernels::row_stats", _row_stats, mutates_args=RowStats._fields)
+torch.library.custom_op("grpo_kernels::dlogits", _dlogits, mutates_args=("out",))

@@ -1,0 +1,208 @@
+"""A batch laid out by rows: every per-token argument as `[N]`, checked, with masked positions selected away."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objective import MASKED
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def debug_enabled() -> bool:
+    return os.environ.get("GRPO_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def check_device(name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{name} is on {value.device}, logits on {logits.device}")
+
+
+def check_logits(
+    name: str, logits: Tensor, *, like: Tensor | None = None, vocab_size: int = 1, padded: bool = False
+) -> None:
+    """`like` is the policy's logits; `padded`: the widths may differ, the vocabulary having been named."""
+    check_tensor(name, logits)
+    if logits.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {logits.dtype}")
+    if like is None:
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"{name} must be [B, T, V] or packed [N, V], got shape {tuple(logits.shape)}")
+    else:
+        check_device(name, logits, like)
+        if logits.shape[:-1] != like.shape[:-1] or (not padded and logits.shape != like.shape):
+            raise ValueError(f"{name} must be shaped as logits {tuple(like.shape)}, got {tuple(logits.shape)}")
+        if (logits.dtype == torch.float64) != (like.dtype == torch.float64):
+            raise ValueError(f"{name} is {logits.dtype}, logits {like.dtype}: fp64 goes with fp64 only")
+    if logits.shape[-1] < vocab_size:
+        raise ValueError(f"{name} has {logits.shape[-1]} columns, fewer than vocab_size {vocab_size}")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{name} must have stride 1 along the vocabulary, got strides {logits.stride()}: make it contiguous"
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The logits as `[B, T, V]` (packed: `[1, N, V]`) and what is known of each of their rows."""
+
+    rows: Tensor  # [B, T, V]
+    targets: Tensor  # [B * T] int64: MASKED, an id of the vocabulary, or vocab_size where the id is outside
+    mask: Tensor  # [B * T] bool
+    shape: tuple[int, ...]  # [B, T] or [N]
+    vocab_size: int
+    seq_lens: Tensor | None  # [S], packed only
+
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,
+        ids: Tensor,
+        mask: Tensor | None,
+        seq_lens: Tensor | None,
+        vocab_size: int | None,
+        ids_name: str = "completion_ids",
+        mask_name: str = "completion_mask",
+    ) -> Batch:
+        check_logits("logits", logits)
+        width = logits.shape[-1]
+        if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
+            raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
+        vocab_size = width if vocab_size is None else vocab_size
+        if not 1 <= vocab_size <= width:
+            raise ValueError(f"vocab_size must be between 1 and the {width} columns of logits, got {vocab_size}")
+        shape = tuple(logits.shape[:-1])
+        check_tensor(ids_name, ids)
+        check_device(ids_name, ids, logits)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{ids_name} must be int32 or int64, got {ids.dtype}")
+        if tuple(ids.shape) != shape:
+            raise ValueError(f"{ids_name} must have shape {shape}, as logits {tuple(logits.shape)}, got {tuple(ids.shape)}")
+        if mask is None:
+            unmasked = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        else:
+            check_tensor(mask_name, mask)
+            check_device(mask_name, mask, logits)
+            if tuple(mask.shape) != shape:
+                raise ValueError(f"{mask_name} must have shape {shape}, got {tuple(mask.shape)}")
+            unmasked = mask != 0
+        ids = ids.to(torch.int64)
+        valid = (ids >= 0) & (ids < vocab_size)
+        if not torch.compiler.is_compiling() and debug_enabled():
+            _check_ids(ids_name, ids, unmasked & ~valid, vocab_size)
+        targets = torch.where(unmasked, torch.where(valid, ids, vocab_size), MASKED)
+        if seq_lens is not None:
+            _check_seq_lens(seq_lens, logits)
+        rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
+        return cls(rows, targets.reshape(-1), unmasked.reshape(-1), shape, vocab_size, seq_lens)
+
+    @property
+    def packed(self) -> bool:
+        return len(self.shape) == 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all arithmetic, and of every per-token tensor."""
+        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
+
+    @property
+    def num_sequences(self) -> int | None:
+        if not self.packed:
+            return self.shape[0]
+        return None if self.seq_lens is None else self.seq_lens.numel()
+
+    @property
+    def sequence_ids(self) -> Tensor | None:
+        """Packed, where the lengths are known: the sequence of each token, `[N]`."""
+        if not self.packed or self.seq_lens is None:
+            return None
+        ends = self.seq_lens.to(self.rows.device).cumsum(0)
+        tokens = torch.arange(self.shape[0], device=self.rows.device)
+        return torch.searchsorted(ends, tokens, right=True).clamp(max=max(0, ends.numel() - 1))
+
+    def require_sequences(self, what: str) -> None:
+        if self.num_sequences is None:
+            raise ValueError(f"{what} on a packed batch needs seq_lens")
+
+    def rows_of(self, logits: Tensor) -> Tensor:
+        return logits if logits.dim() == 3 else logits.unsqueeze(0)
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """`[B * T]` as the caller knows it: `[B, T]` or `[N]`."""
+        return x.view(self.shape)
+
+    def per_token(
+        self, name: str, value: Tensor, *, per_sequence: bool = False, columns: bool = False, masked: float = 0.0
+    ) -> Tensor:
+        """`value` as `[B * T]` constants in the dtype of the arithmetic, `masked` where the mask is off.
+
+        Besides one value per token, `per_sequence` admits `[B]`, `[B, 1]` and packed `[S]`; `columns` admits `[B, 1]`.
+        """
+        check_tensor(name, value)
+        check_device(name, value, self.rows)
+        if value.dtype.is_complex:
+            raise ValueError(f"{name} must be real, got {value.dtype}")
+        value, got = value.detach(), tuple(value.shape)
+        allowed = [self.shape]
+        if not self.packed:
+            allowed += [(self.shape[0], 1)] if per_sequence or columns else []
+            allowed += [(self.shape[0],)] if per_sequence else []
+        elif per_sequence and self.num_sequences is not None:
+            allowed += [(self.num_sequences,)]
+        if got not in allowed:
+            expected = " or ".join(map(str, allowed))
+            hint = " (or one per sequence, with seq_lens)" if self.packed and per_sequence and self.seq_lens is None else ""
+            raise ValueError(f"{name} must have shape {expected}{hint}, got {got}")
+        if got == self.shape:
+            value = value.reshape(-1)
+        elif self.packed:
+            value = value[self.sequence_ids]
+        else:
+            value = value.reshape(-1, 1).expand(self.shape).reshape(-1)
+        return torch.where(self.mask, value.to(self.dtype), masked)
+
+    def optional(self, name: str, value: Tensor | None, *, columns: bool = False) -> Tensor | None:
+        return None if value is None else self.per_token(name, value, columns=columns)
+
+    def temperatures(self, temperature: float | Tensor) -> Tensor | None:
+        """A temperature per token, where it is not one number for all."""
+        if not isinstance(temperature, Tensor):
+            return None
+        if temperature.dim() == 0:
+            temperature = temperature.expand(self.shape)
+        return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
+
+    def check_writable(self) -> None:
+        overlapping = any(s == 0 and n > 1 for s, n in zip(self.rows.stride(), self.rows.shape, strict=True))
+        if overlapping:
+            raise ValueError(f"inplace=True needs rows of their own: logits have strides {self.rows.stride()}")
+
+
+def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:
+    check_tensor("seq_lens", seq_lens)
+    if logits.dim() != 2:
+        raise ValueError(f"seq_lens belongs to packed logits [N, V], got logits of shape {tuple(logits.shape)}")
+    if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype in (torch.bool,):
+        raise ValueError(f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}")
+    # On the CPU the values are at hand; on a GPU reading them would make the host wait.
+    if seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
+        total = int(seq_lens.sum())
+        if total != logits.shape[0] or bool((seq_lens < 0).any()):
+            raise ValueError(f"seq_lens must be non-negative and sum to N = {logits.shape[0]}, got a sum of {total}")
+
+
+def _check_ids(name: str, ids: Tensor, outside: Tensor, vocab_size: int) -> None:
+    """The debug check; it makes the host wait."""
+    if bool(outside.any()):
+        position = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(position)} is {int(ids[position])}, outside [0, {vocab_size})")

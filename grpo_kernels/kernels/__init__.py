@@ -1,0 +1,1 @@
+"""The Triton kernels and their launchers. They import torch and triton only, nothing else of the package."""

@@ -1,0 +1,203 @@
+"""The gradient of the logits from a few coefficients per row, in one pass."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import LN2, LOG2E, LOWEST, MASKED, expm1, load_block, load_optional, logit_factors, row_pointer, softcapped
+from .launch import DTYPES, blocking, on_device_of, row_strides
+
+
+@triton.jit
+def zero_columns(out_ptr, start, stop, BLOCK: tl.constexpr):
+    for first in range(start, stop, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        tl.store(out_ptr + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < stop)
+
+
+@triton.jit
+def gradient_block(
+    out_ptr, logits_ptr, ref_ptr, start, target, V,
+    k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
+    by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr,
+    TAKEN: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of a row of the gradient; TAKEN: it may hold the taken token. For the rest see `row_gradient`."""
+    y = softcapped(load_block(logits_ptr, start, V, TAIL, BLOCK, DTYPE), scale, softcap, CAPPED)
+    d = y * k - shift
+    e = tl.exp2(d)
+    per_p = constant
+    if not TAKEN:
+        per_p += by_p
+    if WHOLE_ROW:
+        # Where p_v = 0 its logarithm is -inf, and 0 * inf is not the 0 that is meant.
+        per_p = tl.maximum(d, LOWEST) * by_d + per_p
+    if ref_ptr is not None:
+        ref_y = softcapped(load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED)
+        ref_d = ref_y * ref_k - ref_shift
+        per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
+    grad = e * per_p
+    if ref_ptr is not None:
+        grad += by_ref_p * tl.exp2(ref_d)
+    columns = start + tl.arange(0, BLOCK)
+    if TAKEN:
+        grad += tl.where(columns == target, taken, e * by_p)
+    if CAPPED:
+        tanh = y / softcap
+        grad *= 1 - tanh * tanh
+    grad = grad.to(out_ptr.dtype.element_ty)
+    if TAIL:
+        tl.store(out_ptr + columns, grad, mask=columns < V)
+    else:
+        tl.store(out_ptr + columns, grad)
+
+
+@triton.jit
+def row_gradient(
+    out_ptr, logits_ptr, ref_ptr, target, V, WIDTH,
+    k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logp, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+    dlogp, dentropy, dkl, dkl_forward,
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes one row of the gradient; `out_ptr` may be `logits_ptr`.
+
+    dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
+             + dkl_forward (p_v - q_v) ] * dy/dz * k
+    With e = 2^d, p_v = e / sum_exp, log p_v = LN2 d - log sum_exp, and likewise q_v, this is
+    e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. At the taken token dlogp (1 - p_y) stands for
+    e by_p, as -dlogp expm1(logp), which keeps the digits that p_y near 1 would cancel.
+    """
+    slope = k
+    if CAPPED:
+        slope = k * scale
+    k, ref_k = k * LOG2E, ref_k * LOG2E
+    taken = -slope * dlogp * expm1(logp)
+    slope_p = slope / sum_exp
+    by_p = -slope_p * dlogp
+    constant, by_d, by_ref_d, by_ref_p = 0 * slope, 0 * slope, 0 * slope, 0 * slope
+    if WHOLE_ROW:
+        log_sum = tl.log(sum_exp)
+        constant = -dentropy * (entropy - log_sum)
+        if ref_ptr is not None:
+            constant += dkl * (tl.log(ref_sum_exp) - log_sum - kl) + dkl_forward
+            by_ref_d = -slope_p * dkl * LN2
+            by_ref_p = -slope * dkl_forward / ref_sum_exp
+        constant *= slope_p
+        by_d = slope_p * (dkl - dentropy) * LN2
+    # The block of the taken token comes by itself, so that the loop over the others needs no comparison per element.
+    full = V // BLOCK * BLOCK
+    own = target // BLOCK * BLOCK
+    stop = full
+    if own < full:
+        stop = full - BLOCK
+        gradient_block(
+            out_ptr, logits_ptr, ref_ptr, own, target, V,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap, row_max * k, ref_row_max * ref_k,
+            by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+            CAPPED, REF_CAPPED, WHOLE_ROW, True, False, DTYPE, BLOCK,
+        )  # fmt: skip
+    for start in range(0, stop, BLOCK):
+        other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
+        gradient_block(
+            out_ptr, logits_ptr, ref_ptr, other, target, V,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap, row_max * k, ref_row_max * ref_k,
+            by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+            CAPPED, REF_CAPPED, WHOLE_ROW, False, False, DTYPE, BLOCK,
+        )  # fmt: skip
+    if full < V:
+        gradient_block(
+            out_ptr, logits_ptr, ref_ptr, full, target, V,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap, row_max * k, ref_row_max * ref_k,
+            by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+            CAPPED, REF_CAPPED, WHOLE_ROW, True, True, DTYPE, BLOCK,
+        )  # fmt: skip
+    zero_columns(out_ptr, V, WIDTH, BLOCK)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "out_batch_stride", "out_time_stride", "batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T",
+    ]
+)  # fmt: skip
+def dlogits_kernel(
+    out_ptr, out_batch_stride, out_time_stride,
+    logits_ptr, batch_stride, time_stride,
+    ref_ptr, ref_batch_stride, ref_time_stride,
+    targets_ptr, temperature_ptr,
+    logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr,
+    dlogp_ptr, dentropy_ptr, dkl_ptr, dkl_forward_ptr,
+    T, V, WIDTH, temperature: "fp64", scale: "fp64", softcap: "fp64", ref_scale: "fp64", ref_softcap: "fp64",
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    out_ptr = row_pointer(out_ptr, out_batch_stride, out_time_stride, row, T, GROUP)
+    target = tl.load(targets_ptr + row)
+    dlogp = load_optional(dlogp_ptr, row, DTYPE)
+    dentropy = load_optional(dentropy_ptr, row, DTYPE)
+    dkl = load_optional(dkl_ptr, row, DTYPE)
+    dkl_forward = load_optional(dkl_forward_ptr, row, DTYPE)
+    inactive = (dlogp == 0) & (dentropy == 0) & (dkl == 0) & (dkl_forward == 0)
+    if inactive | (target == MASKED):
+        zero_columns(out_ptr, 0, WIDTH, BLOCK)
+        return
+    logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
+    if ref_ptr is not None:
+        ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
+    scale, softcap, k = logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED, DTYPE)
+    ref_scale, ref_softcap, ref_k = logit_factors(
+        ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
+    )
+    row_gradient(
+        out_ptr, logits_ptr, ref_ptr, target, V, WIDTH, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+        tl.load(logps_ptr + row), tl.load(row_max_ptr + row), tl.load(sum_exp_ptr + row),
+        load_optional(entropy_ptr, row, DTYPE), load_optional(ref_row_max_ptr, row, DTYPE),
+        load_optional(ref_sum_exp_ptr, row, DTYPE), load_optional(kl_ptr, row, DTYPE),
+        dlogp, dentropy, dkl, dkl_forward,
+        CAPPED, REF_CAPPED, dentropy_ptr is not None or ref_ptr is not None, DTYPE, BLOCK,
+    )  # fmt: skip
+
+
+def dlogits(
+    out: Tensor,  # [B, T, V]; may be logits itself
+    logits: Tensor,  # [B, T, V]; any batch and time stride
+    targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
+    logps: Tensor,  # [B * T], as the rest: what row_stats found
+    row_max: Tensor,
+    sum_exp: Tensor,
+    entropy: Tensor | None,
+    ref_row_max: Tensor | None,
+    ref_sum_exp: Tensor | None,
+    kl: Tensor | None,
+    dlogp: Tensor | None,  # [B * T], as the rest: the loss's derivatives by the statistics; None is zero
+    dentropy: Tensor | None,
+    dkl: Tensor | None,
+    dkl_forward: Tensor | None,
+    *,
+    ref_logits: Tensor | None,  # where dkl or dkl_forward is given
+    temperatures: Tensor | None,
+    vocab_size: int,
+    scale: float,
+    softcap: float | None,
+    ref_scale: float,
+    ref_softcap: float | None,
+    temperature: float,
+) -> None:
+    """Fills `out`; rows whose derivatives are all zero are not read and get zeros, as do columns of padding."""
+    shape = blocking(vocab_size, out, logits, ref_logits, block=4096 if ref_logits is None else 2048)
+    with on_device_of(logits):
+        dlogits_kernel[(targets.numel(),)](
+            out, *row_strides(out),
+            logits, *row_strides(logits),
+            ref_logits, *row_strides(ref_logits),
+            targets, temperatures,
+            logps, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+            dlogp, dentropy, dkl, dkl_forward,
+            logits.shape[1], vocab_size, logits.shape[2],
+            temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
+            CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
+            BLOCK=shape.BLOCK, GROUP=shape.GROUP, num_warps=shape.num_warps,
+        )  # fmt: skip

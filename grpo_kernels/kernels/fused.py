@@ -1,0 +1,208 @@
+"""Statistics, token-local loss and gradient of the logits in one launch; the gradient overwrites the logits."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import (
+    KL_ESTIMATORS,
+    MASKED,
+    SURROGATES,
+    kl_estimate,
+    load_optional,
+    logit_factors,
+    row_pointer,
+    store_optional,
+)
+from .dlogits import row_gradient, zero_columns
+from .launch import DTYPES, blocking, on_device_of, row_strides
+from .row_stats import log_prob, row_statistics, taken_logit
+
+
+@triton.jit(
+    do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"],
+)
+def fused_loss_kernel(
+    logits_ptr, batch_stride, time_stride,
+    ref_ptr, ref_batch_stride, ref_time_stride,
+    targets_ptr, temperature_ptr,
+    advantages_ptr, row_weights_ptr, old_logps_ptr, given_ref_logps_ptr, token_weights_ptr, entropy_weights_ptr,
+    value_ptr, dlogp_ptr, logps_ptr, entropy_ptr, ref_logps_ptr, kl_ptr, kl_forward_ptr,
+    T, V, WIDTH, temperature: "fp64", scale: "fp64", softcap: "fp64", ref_scale: "fp64", ref_softcap: "fp64",
+    # Not `params`: Triton's generated binder uses that name itself.
+    surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr,
+    KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
+    target = tl.load(targets_ptr + row)
+    if target == MASKED:
+        zero = tl.full((), 0.0, DTYPE)
+        store_optional(value_ptr, row, zero)
+        store_optional(dlogp_ptr, row, zero)
+        store_optional(logps_ptr, row, zero)
+        store_optional(entropy_ptr, row, zero)
+        store_optional(ref_logps_ptr, row, zero)
+        store_optional(kl_ptr, row, zero)
+        store_optional(kl_forward_ptr, row, zero)
+        zero_columns(logits_ptr, 0, WIDTH, BLOCK)
+        return
+    scale, softcap, k = logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED, DTYPE)
+    ref_scale, ref_softcap, ref_k = logit_factors(
+        ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
+    )
+    # Read before the reductions below, whose barriers keep it ahead of every store over this row.
+    z = taken_logit(logits_ptr, target, V, DTYPE)
+    if ref_ptr is not None:
+        ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
+        ref_z = taken_logit(ref_ptr, target, V, DTYPE)
+    row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl, kl_forward = row_statistics(
+        logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+        CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE, BLOCK, THREADS, GROUP,
+    )  # fmt: skip
+    logp = log_prob(z, k, scale, softcap, row_max, sum_exp, CAPPED)
+    ref_logp = load_optional(given_ref_logps_ptr, row, DTYPE)
+    if ref_ptr is not None:
+        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_row_max, ref_sum_exp, REF_CAPPED)
+
+    old_logp = None
+    if old_logps_ptr is not None:
+        old_logp = tl.load(old_logps_ptr + row)
+    row_weight = tl.load(row_weights_ptr + row)
+    value, dlogp = tl.full((), 0.0, DTYPE), tl.full((), 0.0, DTYPE)
+    if SURROGATE is not None:
+        advantage = tl.load(advantages_ptr + row)
+        if ANCHOR == "ref":
+            value, dlogp = SURROGATE(logp, ref_logp, advantage, log_ratio_clamp, surrogate_params)
+        else:
+            value, dlogp = SURROGATE(logp, old_logp, advantage, log_ratio_clamp, surrogate_params)
+        inactive = advantage == 0
+        if token_weights_ptr is not None:
+            token_weight = tl.load(token_weights_ptr + row)
+            value *= token_weight
+            dlogp *= token_weight
+            inactive |= token_weight == 0
+        # A select, never a product: a zero advantage beside an infinite ratio would be 0 * inf = NaN.
+        value = tl.where(inactive, 0.0, value * row_weight)
+        dlogp = tl.where(inactive, 0.0, dlogp * row_weight)
+    dkl, dkl_forward = tl.full((), 0.0, DTYPE), tl.full((), 0.0, DTYPE)
+    if KL_KIND == "sampled":
+        kl_value, slope = kl_estimate(
+            logp, old_logp, ref_logp, ESTIMATOR, kl_clamp, kl_output_clamp, STRAIGHT_THROUGH, RATIO_CORRECTED,
+            log_ratio_clamp,
+        )  # fmt: skip
+        value += kl_beta * row_weight * kl_value
+        dlogp += kl_beta * row_weight * slope
+    if KL_KIND == "exact":
+        dkl = kl_beta * row_weight
+        value += dkl * kl
+    if KL_KIND == "exact_forward":
+        dkl_forward = kl_beta * row_weight
+        value += dkl_forward * kl_forward
+    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)
+    value += dentropy * entropy
+
+    store_optional(value_ptr, row, value)
+    store_optional(dlogp_ptr, row, dlogp)
+    store_optional(logps_ptr, row, logp)
+    store_optional(entropy_ptr, row, entropy)
+    store_optional(ref_logps_ptr, row, ref_logp)
+    store_optional(kl_ptr, row, kl)
+    store_optional(kl_forward_ptr, row, kl_forward)
+    if (dlogp == 0) & (dentropy == 0) & (dkl == 0) & (dkl_forward == 0):
+        zero_columns(logits_ptr, 0, WIDTH, BLOCK)
+    else:
+        gradient_ref_ptr = None
+        if KL_KIND == "exact" or KL_KIND == "exact_forward":
+            gradient_ref_ptr = ref_ptr
+        row_gradient(
+            logits_ptr, logits_ptr, gradient_ref_ptr, target, V, WIDTH,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap,
+            logp, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+            dlogp, dentropy, dkl, dkl_forward,
+            CAPPED, REF_CAPPED, entropy_weights_ptr is not None or gradient_ref_ptr is not None, DTYPE, BLOCK,
+        )  # fmt: skip
+
+
+def fused_loss(
+    logits: Tensor,  # [B, T, V] fp16, bf16 or fp32; any batch and time stride; overwritten with the gradient
+    targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
+    value: Tensor,  # [B * T] fp32, as all outputs and inputs per token: the row's share of the loss
+    dlogp: Tensor,
+    logps: Tensor,
+    entropy: Tensor | None,  # where None: not computed
+    ref_logps: Tensor | None,
+    kl: Tensor | None,
+    kl_forward: Tensor | None,
+    advantages: Tensor,
+    row_weights: Tensor,
+    old_logps: Tensor | None,
+    given_ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    entropy_weights: Tensor | None,
+    *,
+    surrogate: str | None,
+    anchor: str | None,
+    params: tuple[float, ...],
+    log_ratio_clamp: float,
+    kl_kind: str | None,
+    kl_beta: float,
+    kl_clamp: float,
+    kl_output_clamp: float,
+    straight_through: bool,
+    ratio_corrected: bool,
+    ref_logits: Tensor | None,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    scale: float,
+    softcap: float | None,
+    ref_scale: float,
+    ref_softcap: float | None,
+    temperature: float,
+) -> None:
+    """Fills the outputs and overwrites the logits with the gradient of `sum(value)`."""
+    shape = blocking(vocab_size, logits, ref_logits, block=4096 if ref_logits is None else 2048)
+    estimator = KL_ESTIMATORS.get(kl_kind or "")
+    with on_device_of(logits):
+        fused_loss_kernel[(targets.numel(),)](
+            logits, *row_strides(logits),
+            ref_logits, *row_strides(ref_logits),
+            targets, temperatures,
+            advantages, row_weights, old_logps, given_ref_logps, token_weights, entropy_weights,
+            value, dlogp, logps, entropy, ref_logps, kl, kl_forward,
+            logits.shape[1], vocab_size, logits.shape[2],
+            temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
+            params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
+            SURROGATE=None if surrogate is None else SURROGATES[surrogate], ANCHOR=anchor,
+            KL_KIND="sampled" if estimator is not None else kl_kind, ESTIMATOR=estimator,
+            STRAIGHT_THROUGH=straight_through, RATIO_CORRECTED=ratio_corrected,
+            CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[value.dtype],
+            **shape._asdict(),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch_stride", "time_stride", "T"])
+def scale_rows_kernel(
+    x_ptr, batch_stride, time_stride, factor_ptr, T, WIDTH, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
+    factor = tl.load(factor_ptr)
+    if factor == 1.0:
+        return
+    x_ptr = row_pointer(x_ptr, batch_stride, time_stride, tl.program_id(0).to(tl.int64), T, GROUP)
+    for start in range(0, WIDTH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + columns, mask=columns < WIDTH)
+        tl.store(x_ptr + columns, (x.to(tl.float32) * factor).to(x.dtype), mask=columns < WIDTH)
+
+
+def scale_rows(x: Tensor, factor: Tensor) -> None:
+    """`x *= factor`, `x` `[B, T, V]`, `factor` 0-dim fp32; where it is 1, `x` is neither read nor written."""
+    shape = blocking(x.shape[2], x, block=4096)
+    with on_device_of(x):
+        scale_rows_kernel[(x.shape[0] * x.shape[1],)](
+            x, *row_strides(x), factor, x.shape[1], x.shape[2],
+            BLOCK=shape.BLOCK, GROUP=shape.GROUP, num_warps=shape.num_warps,
+        )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What every launcher needs: block shapes, strides, and the tensor's own device."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton reads the variable when a kernel is defined, so this holds for the life of the process."""
+
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Blocking(NamedTuple):
+    """How a row is cut: BLOCK columns at a time, of which a thread holds GROUP neighbours in one load."""
+
+    BLOCK: int
+    THREADS: int
+    GROUP: int
+    num_warps: int
+
+
+def blocking(vocab: int, *tensors: Tensor | None, block: int, num_warps: int = 4) -> Blocking:
+    """`block` is lowered for a small vocabulary; GROUP is 1 where rows are not aligned for 16-byte loads."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    group = 16 // max(tensor.element_size() for tensor in given) if all(map(rows_aligned, given)) else 1
+    threads = num_warps * (32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size)
+    fitting = 1 << (vocab.bit_length() - 1)
+    return Blocking(max(threads * group, min(block, fitting)), threads, group, num_warps)
+
+
+def rows_aligned(tensor: Tensor) -> bool:
+    """Whether every row of `[B, T, V]` starts at a multiple of 16 bytes."""
+    strides = (s for s, size in zip(tensor.stride()[:2], tensor.shape, strict=False) if size > 1)
+    return tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in strides)
+
+
+def row_strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's. Nothing happens for a tensor off the GPU."""
+    return torch.cuda.device_of(tensor)

@@ -1,0 +1,242 @@
+"""What to compute: frozen descriptions of the loss that check themselves. No tensors and no mathematics here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+LEVELS = ("token",)
+AGGREGATIONS = (
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "token-sum",
+)
+SAMPLED_KL = ("k1", "abs", "k2", "k3")
+EXACT_KL = ("exact", "exact_forward")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_number(name: str, value: Any, *, low: float = 0.0, strict: bool = False, optional: bool = False) -> None:
+    """`value` is a finite number of at least `low` (above `low` if `strict`), or None if `optional`."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {value!r}")
+    if not math.isfinite(value) or value < low or (strict and value == low):
+        raise ValueError(f"{name} must be finite and {'>' if strict else '>='} {low:g}, got {value!r}")
+
+
+class Surrogate:
+    """Base of the built-in surrogates: what the objective and the kernels need to know of each."""
+
+    anchor: str | None = None
+    """Which log-probabilities the log-ratio is taken against: "old", "ref" or None."""
+    uses_ratio = False
+    """Whether the loss depends on the ratio itself (a REINFORCE-like loss only depends on `logp`)."""
+
+    @property
+    def params(self) -> tuple[float, ...]:
+        """The numbers of this surrogate, in the order of its statements; an absent bound is infinite."""
+        values = (getattr(self, f.name) for f in fields(self) if f.name != "anchor")  # type: ignore[arg-type]
+        return tuple(math.inf if value is None else float(value) for value in values)
+
+
+@dataclass(frozen=True)
+class LogRatio(Surrogate):
+    """`-A * (logp - ref_logp)`: the reward-weighted log-ratio to the reference. Needs a reference."""
+
+    anchor = "ref"
+
+
+@dataclass(frozen=True)
+class Reinforce(Surrogate):
+    """`-A * logp`: the score-function estimator (Williams, 1992)."""
+
+
+@dataclass(frozen=True)
+class ImportanceRatio(Surrogate):
+    """`-A * min(ratio, max_ratio)`, `ratio = exp(logp - anchor)`.
+
+    `anchor="old"`: the samples came from the behaviour policy; `"ref"`: from the reference model, which makes it
+    an off-policy estimate from a fixed data set. Above `max_ratio` the token has no gradient.
+    """
+
+    anchor: str | None = "old"
+    max_ratio: float | None = None
+    uses_ratio = True
+
+    def __post_init__(self) -> None:
+        check_choice("ImportanceRatio.anchor", self.anchor, ("old", "ref"))
+        check_number("ImportanceRatio.max_ratio", self.max_ratio, strict=True, optional=True)
+
+
+@dataclass(frozen=True)
+class PPOClip(Surrogate):
+    """`-min(min(ratio, delta) * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A)` (PPO, arXiv:1707.06347).
+
+    `delta` bounds the unclipped ratio, which matters for negative advantages (two-sided clipping, INTELLECT-2,
+    arXiv:2505.07291); `dual_clip` bounds their loss at `-dual_clip * A` (arXiv:1912.09729).
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    delta: float | None = None
+    dual_clip: float | None = None
+    anchor = "old"
+    uses_ratio = True
+
+    def __post_init__(self) -> None:
+        check_number("PPOClip.eps_low", self.eps_low)
+        check_number("PPOClip.eps_high", self.eps_high)
+        check_number("PPOClip.delta", self.delta, strict=True, optional=True)
+        check_number("PPOClip.dual_clip", self.dual_clip, low=1.0, strict=True, optional=True)
+
+
+@dataclass(frozen=True)
+class KL:
+    """A penalty `beta * KL(policy, reference)` per token; `x = ref_logp - logp`, clamped to ±`clamp` if set.
+
+    kind: "k1" `-x`, "abs" `|x|`, "k2" `x^2 / 2`, "k3" `exp(x) - x - 1` (Schulman, "Approximating KL divergence"),
+        or over the whole vocabulary "exact" `KL(policy || reference)` and "exact_forward" `KL(reference || policy)`,
+        which need the reference's logits.
+    beta: weight of the penalty; at 0 no reference is read.
+    ratio_corrected: multiply by `exp(logp - old_logp)`, with gradient through both.
+    straight_through: the value of `kind` with the gradient of "k2".
+    clamp, output_clamp: bound `x` and the estimate in absolute value; no gradient where a bound bites.
+    """
+
+    kind: str = "k3"
+    beta: float = 0.04
+    ratio_corrected: bool = False
+    straight_through: bool = False
+    clamp: float | None = None
+    output_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("KL.kind", self.kind, SAMPLED_KL + EXACT_KL)
+        check_number("KL.beta", self.beta)
+        check_number("KL.clamp", self.clamp, strict=True, optional=True)
+        check_number("KL.output_clamp", self.output_clamp, strict=True, optional=True)
+        modified = self.ratio_corrected or self.straight_through or self.clamp or self.output_clamp
+        if self.kind in EXACT_KL and modified:
+            raise ValueError(
+                f"KL({self.kind!r}) is no sampled estimate: ratio_corrected, straight_through, clamp and "
+                f"output_clamp do not apply, got {self}"
+            )
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The loss: `aggregate(surrogate + KL) - entropy_coef * mean entropy`.
+
+    surrogate: a surrogate's instance, None for the KL term alone, or a callable
+        `f(logps, old_logps, ref_logps, advantages, mask) -> per-token loss` in PyTorch (all `[B, T]`, or `[N]`
+        packed; what was not given is None; masked positions hold zeros). Autograd takes its derivative.
+    kl: a `KL`, or None.
+    level: where the ratio is formed: "token".
+    aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divides by
+        `max_tokens`) or "token-sum".
+    max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783); None: the padded width `T`.
+    entropy_coef: weight of the entropy bonus.
+    log_ratio_clamp: bound on the absolute log-ratio before it is exponentiated; no gradient where it bites.
+
+    Raises ValueError for a bad value and TypeError for a wrong type, at construction.
+    """
+
+    surrogate: Surrogate | Callable[..., Any] | None = PPOClip()
+    kl: KL | None = None
+    level: str = "token"
+    aggregation: str = "token-mean"
+    max_tokens: int | None = None
+    entropy_coef: float = 0.0
+    log_ratio_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.surrogate, type):
+            raise TypeError(f"surrogate must be an instance: {self.surrogate.__name__}(), not the class")
+        if self.surrogate is not None and not (isinstance(self.surrogate, Surrogate) or callable(self.surrogate)):
+            raise TypeError(f"surrogate must be a surrogate, a callable or None, got {self.surrogate!r}")
+        if self.kl is not None and not isinstance(self.kl, KL):
+            raise TypeError(f"kl must be a KL or None, got {self.kl!r}")
+        if self.surrogate is None and self.kl is None:
+            raise ValueError("surrogate and kl are both None: there is nothing to minimise")
+        check_choice("level", self.level, LEVELS)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_number("max_tokens", self.max_tokens, strict=True, optional=True)
+        check_number("entropy_coef", self.entropy_coef, low=-math.inf)
+        check_number("log_ratio_clamp", self.log_ratio_clamp, strict=True, optional=True)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> LossSpec:
+        """A published loss by name; `overrides` replace fields of the LossSpec or of its surrogate.
+
+        >>> LossSpec.preset("dapo", eps_high=0.3, kl=KL("k3", beta=0.04)).surrogate.eps_high
+        0.3
+        """
+        check_choice("preset", name, tuple(PRESETS))
+        preset = PRESETS[name]
+        of_spec = {f.name for f in fields(cls)}
+        of_surrogate = {f.name for f in fields(preset.surrogate)}  # type: ignore[arg-type]
+        unknown = overrides.keys() - of_spec - of_surrogate
+        if unknown:
+            raise ValueError(f"preset {name!r} has no option {', '.join(sorted(unknown))}")
+        changes = {key: value for key, value in overrides.items() if key in of_surrogate}
+        surrogate = replace(preset.surrogate, **changes)  # type: ignore[type-var]
+        rest = {key: value for key, value in overrides.items() if key not in of_surrogate}
+        return replace(preset, **{"surrogate": surrogate, **rest})
+
+    @property
+    def uses_callable(self) -> bool:
+        return self.surrogate is not None and not isinstance(self.surrogate, Surrogate)
+
+    @property
+    def sampled_kl(self) -> KL | None:
+        """The KL term if it is a function of the taken token's log-probability, else None."""
+        return self.kl if self.kl is not None and self.kl.beta and self.kl.kind in SAMPLED_KL else None
+
+    @property
+    def exact_kl(self) -> KL | None:
+        """The KL term if it runs over the whole vocabulary, else None."""
+        return self.kl if self.kl is not None and self.kl.beta and self.kl.kind in EXACT_KL else None
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From raw logits to the distribution: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
+
+    `vocab_size`: columns from here on are padding. A temperature per token travels as a tensor beside this object,
+    and `temperature` is then 1.
+    """
+
+    vocab_size: int
+    scale: float = 1.0
+    softcap: float | None = None
+    ref_scale: float = 1.0
+    ref_softcap: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("logit_scale", self.scale, strict=True)
+        check_number("logit_softcap", self.softcap, strict=True, optional=True)
+        check_number("ref_logit_scale", self.ref_scale, strict=True)
+        check_number("ref_logit_softcap", self.ref_softcap, strict=True, optional=True)
+        check_number("temperature", self.temperature, strict=True)
+
+
+PRESETS: dict[str, LossSpec] = {
+    "log_ratio": LossSpec(LogRatio()),
+    "importance_ratio": LossSpec(ImportanceRatio()),
+    "reinforce": LossSpec(Reinforce()),
+    "grpo": LossSpec(PPOClip(), aggregation="seq-mean-token-mean"),
+    "bnpo": LossSpec(PPOClip()),
+    "dapo": LossSpec(PPOClip(eps_low=0.2, eps_high=0.28)),
+    "dr_grpo": LossSpec(PPOClip(), aggregation="seq-mean-token-sum-norm"),
+}

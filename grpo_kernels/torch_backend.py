@@ -1,0 +1,295 @@
+"""Row statistics and the gradient of the logits in PyTorch, a few rows at a time: the CPU path, and any device's.
+
+A chunk of rows stays in the cache between the passes over it, so memory traffic and extra memory are those of the
+fused kernels: the logits are read once per pass, and nothing of the logits' size is ever allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .objective import MASKED, Coefficients, RowStats, TokenInputs, row_loss
+from .spec import LogitTransform, LossSpec
+
+CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: two of these fit a core's share of the cache
+
+
+class Chunk(NamedTuple):
+    """Rows `index` of the flattened batch, and the same rows as `local` rows of a 2-D view."""
+
+    index: Tensor | slice
+    local: Tensor | slice
+    sequence: int | None  # which logits[b] the local rows belong to; None: the whole batch is one 2-D view
+
+    def read(self, logits: Tensor) -> Tensor:
+        return self.view(logits)[self.local]
+
+    def write(self, out: Tensor, values: Tensor) -> None:
+        """Rows of `out` take `values`; columns beyond them are the vocabulary's padding and become zero."""
+        rows, width = self.view(out), values.shape[1]
+        rows[self.local, :width] = values.to(out.dtype)
+        if width < rows.shape[1]:
+            rows[self.local, width:] = 0
+
+    def view(self, logits: Tensor) -> Tensor:
+        if self.sequence is not None:
+            return logits[self.sequence]
+        return logits.as_strided((logits.shape[0] * logits.shape[1], logits.shape[2]), logits.stride()[1:])
+
+
+def is_flat(logits: Tensor) -> bool:
+    """Whether all rows of `[B, T, V]` lie at one stride, so that they are rows of one 2-D view."""
+    batch, time, _ = logits.shape
+    return batch == 1 or time == 0 or logits.stride(0) == time * logits.stride(1)
+
+
+def chunks(needed: Tensor, *tensors: Tensor) -> Iterator[Chunk]:
+    """The rows that `needed` `[B * T]` marks. Not on the CPU, all rows: choosing them would make the host wait."""
+    batch, time, vocab = tensors[0].shape
+    flat = all(is_flat(tensor) for tensor in tensors)
+    rows = max(1, CHUNK_ELEMENTS // max(1, vocab))
+    span = batch * time if flat else time
+    for sequence in range(1 if flat else batch):
+        start = sequence * span
+        here = needed[start : start + span]
+        if needed.device.type != "cpu" or bool(here.all()):
+            for begin in range(0, span, rows):
+                end = min(begin + rows, span)
+                local = slice(begin, end)
+                yield Chunk(slice(start + begin, start + end), local, None if flat else sequence)
+        else:
+            for part in here.nonzero().view(-1).split(rows) if here.any() else ():
+                yield Chunk(part + start, part, None if flat else sequence)
+
+
+class Exponentials(NamedTuple):
+    """A chunk of one distribution: `d = k * (y - row_max)`, `e = exp(d)`."""
+
+    d: Tensor | None  # [n, V]; None where only e is wanted
+    e: Tensor  # [n, V]
+    dy: Tensor | float  # dy/dz of the softcap times k: what a gradient by d becomes by the raw logit
+
+
+def exponentials(
+    z: Tensor, row_max: Tensor | None, scale: float, softcap: float | None, temperature: Tensor | float, keep_d: bool
+) -> tuple[Exponentials, Tensor]:
+    """Exponentials of a chunk of raw logits, and its row maxima, computed unless they are given."""
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    y = z.to(dtype)
+    k: Tensor | float = scale / temperature
+    dy = k
+    if softcap is not None:
+        y = softcap * torch.tanh(y * (scale / softcap))
+        k = 1.0 / temperature
+        dy = k * scale * (1 - (y / softcap) ** 2)
+    if row_max is None:
+        row_max = y.amax(-1)
+    # An all -inf row would subtract -inf from -inf and is NaN all the same: its sum is 0.
+    d = y - row_max.unsqueeze(-1)
+    if isinstance(k, Tensor) or k != 1.0:
+        d *= k
+    return Exponentials(d if keep_d else None, d.exp() if keep_d else d.exp_(), dy), row_max
+
+
+def statistics(
+    z: Tensor,  # [n, V] raw logits of the rows, padding columns cut off
+    ref_z: Tensor | None,
+    targets: Tensor,  # [n]
+    temperature: Tensor | float,
+    transform: LogitTransform,
+    want: RowStats,  # what is not None here is computed
+    keep_d: bool,
+) -> tuple[RowStats, Exponentials, Exponentials | None]:
+    """Statistics of a chunk of rows, and the exponentials they were made of."""
+
+    def log_prob(z: Tensor, row_max: Tensor, log_sum: Tensor, scale: float, softcap: float | None) -> Tensor:
+        valid = (targets >= 0) & (targets < transform.vocab_size)
+        taken = z.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1))
+        d = exponentials(taken, row_max, scale, softcap, temperature, keep_d=True)[0].d
+        assert d is not None
+        return torch.where(valid, d.squeeze(-1) - log_sum, torch.nan)
+
+    keep_d = keep_d or want.entropy is not None or ref_z is not None
+    p, row_max = exponentials(z, None, transform.scale, transform.softcap, temperature, keep_d)
+    sum_exp = p.e.sum(-1)
+    log_sum = sum_exp.log()
+    found = RowStats(log_prob(z, row_max, log_sum, transform.scale, transform.softcap), row_max, sum_exp)
+    if want.entropy is not None:
+        assert p.d is not None
+        expected = torch.where(p.e > 0, p.e * p.d, p.e).sum(-1) / sum_exp
+        found = found._replace(entropy=(log_sum - expected).clamp(min=0))
+    q = None
+    if ref_z is not None:
+        q, ref_max = exponentials(ref_z, None, transform.ref_scale, transform.ref_softcap, temperature, keep_d)
+        ref_sum = q.e.sum(-1)
+        ref_log_sum = ref_sum.log()
+        assert p.d is not None and q.d is not None
+        difference = p.d - q.d
+        expected = torch.where(p.e > 0, p.e * difference, p.e).sum(-1) / sum_exp
+        found = found._replace(
+            ref_logps=log_prob(ref_z, ref_max, ref_log_sum, transform.ref_scale, transform.ref_softcap),
+            ref_row_max=ref_max,
+            ref_sum_exp=ref_sum,
+            kl=(expected - log_sum + ref_log_sum).clamp(min=0),
+        )
+        if want.kl_forward is not None:
+            expected = torch.where(q.e > 0, q.e * difference, -q.e).sum(-1) / ref_sum
+            found = found._replace(kl_forward=(log_sum - ref_log_sum - expected).clamp(min=0))
+    return found, p, q
+
+
+def gradient(
+    p: Exponentials,
+    q: Exponentials | None,
+    targets: Tensor,
+    stats: RowStats,
+    coefficients: Coefficients,
+) -> Tensor:
+    """`[n, V]`: the loss's derivative by the raw logits of a chunk of rows. Overwrites `p.e`.
+
+    dz_v = dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
+           + dkl_forward (p_v - q_v), times dy/dz.
+    """
+    dlogp, dentropy, dkl, dkl_forward = coefficients
+    dlogp = torch.zeros_like(stats.logps) if dlogp is None else dlogp
+    inverse = 1 / stats.sum_exp
+    slope = -dlogp  # of p_v, where nothing but the taken token's log-probability counts
+    extra: Tensor | float = 0.0
+    if dentropy is not None or dkl is not None or dkl_forward is not None:
+        log_sum = stats.sum_exp.log()
+        per_token: Tensor | float = 0.0
+        offset = torch.zeros_like(slope)
+        if dentropy is not None:
+            assert stats.entropy is not None and p.d is not None
+            per_token = per_token - dentropy.unsqueeze(-1) * p.d
+            offset = offset - dentropy * (stats.entropy - log_sum)
+        if dkl is not None:
+            assert stats.kl is not None and stats.ref_sum_exp is not None and p.d is not None and q is not None
+            per_token = per_token + dkl.unsqueeze(-1) * (p.d - q.d)  # type: ignore[operator]
+            offset = offset - dkl * (log_sum - stats.ref_sum_exp.log() + stats.kl)
+        if dkl_forward is not None:
+            offset = offset + dkl_forward
+        # log p_v = -inf has p_v = 0, and 0 * inf is not the 0 that is meant.
+        extra = torch.where(p.e > 0, (per_token + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
+        if dkl_forward is not None:
+            assert q is not None and stats.ref_sum_exp is not None
+            extra = extra - q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)
+    grad = p.e.mul_((slope * inverse).unsqueeze(-1))
+    # dlogp (1 - p_y) as -dlogp expm1(logp), which keeps its digits where p_y is nearly 1.
+    valid = (targets >= 0) & (targets < grad.shape[-1])
+    column = torch.where(valid, targets, 0).unsqueeze(-1)
+    taken = torch.where(valid, -dlogp * torch.expm1(stats.logps), torch.nan)
+    grad.scatter_(-1, column, taken.unsqueeze(-1))
+    if torch.is_tensor(extra):
+        grad += extra
+    if torch.is_tensor(p.dy) or p.dy != 1.0:
+        grad *= p.dy
+    return torch.where(coefficients.active().unsqueeze(-1), grad, 0.0) if grad.device.type != "cpu" else grad
+
+
+def row_stats(
+    logits: Tensor,
+    targets: Tensor,
+    out: RowStats,
+    ref_logits: Tensor | None,
+    temperature: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Fills `out`; masked rows are not read and get zeros."""
+    for chunk in chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
+        z, ref_z = read(chunk, logits, ref_logits, transform)
+        t = temperature_of(chunk, temperature, transform)
+        found, _, _ = statistics(z, ref_z, targets[chunk.index], t, transform, out, keep_d=False)
+        store(out, found, chunk.index)
+    clear_masked(out, targets)
+
+
+def dlogits(
+    out: Tensor,  # [B, T, V]; may be logits itself
+    logits: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    coefficients: Coefficients,
+    ref_logits: Tensor | None,
+    temperature: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Fills `out` with the gradient; rows whose coefficients are all zero are not read and get zeros."""
+    needed = coefficients.active() & (targets != MASKED)
+    keep_d = coefficients.dentropy is not None or coefficients.dkl is not None
+    for chunk in chunks(needed, *(x for x in (out, logits, ref_logits) if x is not None)):
+        z, ref_z = read(chunk, logits, ref_logits, transform)
+        own, index = stats.rows(chunk.index), chunk.index
+        t = temperature_of(chunk, temperature, transform)
+        p, _ = exponentials(z, own.row_max, transform.scale, transform.softcap, t, keep_d)
+        q = None
+        if ref_z is not None:
+            q, _ = exponentials(ref_z, own.ref_row_max, transform.ref_scale, transform.ref_softcap, t, keep_d)
+        chunk.write(out, gradient(p, q, targets[index], own, coefficients.rows(index)))
+    zero_rows(out, needed)
+
+
+def fused_loss(
+    logits: Tensor,  # overwritten with the gradient
+    targets: Tensor,
+    out: RowStats,
+    value: Tensor,
+    dlogp: Tensor,
+    inputs: TokenInputs,
+    ref_logits: Tensor | None,
+    temperature: Tensor | None,
+    transform: LogitTransform,
+    spec: LossSpec,
+) -> None:
+    """Statistics, each row's loss and the gradient of a token-local loss, while a chunk of rows is in the cache.
+
+    Fills `out`, `value` and `dlogp`, and overwrites the logits with the gradient of `sum(value)`.
+    """
+    present = targets != MASKED
+    for chunk in chunks(present, *(x for x in (logits, ref_logits) if x is not None)):
+        z, ref_z = read(chunk, logits, ref_logits, transform)
+        index = chunk.index
+        t = temperature_of(chunk, temperature, transform)
+        stats, p, q = statistics(z, ref_z, targets[index], t, transform, out, keep_d=False)
+        value[index], own = row_loss(spec, stats, inputs.rows(index), shape=tuple(stats.logps.shape))
+        dlogp[index] = own.dlogp
+        chunk.write(logits, gradient(p, q, targets[index], stats, own))
+        store(out, stats, index)
+    clear_masked((*out, value, dlogp), targets)
+    zero_rows(logits, present)
+
+
+def read(
+    chunk: Chunk, logits: Tensor, ref_logits: Tensor | None, transform: LogitTransform
+) -> tuple[Tensor, Tensor | None]:
+    """The chunk's rows of both models, without the vocabulary's padding."""
+    width = transform.vocab_size
+    return chunk.read(logits)[:, :width], None if ref_logits is None else chunk.read(ref_logits)[:, :width]
+
+
+def temperature_of(chunk: Chunk, temperature: Tensor | None, transform: LogitTransform) -> Tensor | float:
+    return transform.temperature if temperature is None else temperature[chunk.index].unsqueeze(-1)
+
+
+def store(out: RowStats, values: RowStats, index: Tensor | slice) -> None:
+    for target, value in zip(out, values, strict=True):
+        if target is not None and value is not None:
+            target[index] = value
+
+
+def clear_masked(out: Iterable[Tensor | None], targets: Tensor) -> None:
+    masked = targets == MASKED
+    for target in out:
+        if target is not None:
+            target.masked_fill_(masked, 0.0)
+
+
+def zero_rows(out: Tensor, written: Tensor) -> None:
+    """Rows of `out` that no chunk has written become zero. (Not on the CPU, every row is in a chunk.)"""
+    if written.device.type == "cpu" and not bool(written.all()):
+        for chunk in chunks(~written, out):
+            chunk.view(out)[chunk.local] = 0
