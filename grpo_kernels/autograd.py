@@ -64,7 +64,9 @@ class RowStatistics(torch.autograd.Function):
         backend.row_stats(logits, targets, stats, ref_logits, temperatures, config.transform, config.backend)
         ctx.config = config
         ctx.save_for_backward(logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats)
-        constant = (stats.row_max, stats.sum_exp, stats.ref_logps, stats.ref_row_max, stats.ref_sum_exp)
+        constant = [stats.row_max, stats.sum_exp, stats.ref_logps, stats.ref_row_max, stats.ref_sum_exp]
+        if not config.kl_gradient:
+            constant += [stats.kl, stats.kl_forward]
         ctx.mark_non_differentiable(*(x for x in constant if x is not None))
         ctx.set_materialize_grads(False)
         return tuple(stats)
@@ -72,12 +74,14 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        config: RowConfig = ctx.config
         by = RowStats(*(None if g is None else g.contiguous() for g in grads))  # type: ignore[arg-type]
-        coefficients = Coefficients(by.logps, by.entropy, by.kl, by.kl_forward)
+        coefficients = Coefficients(by.logps, by.entropy)
+        if config.kl_gradient:
+            coefficients = coefficients._replace(dkl=by.kl, dkl_forward=by.kl_forward)
         if all(x is None for x in coefficients):
             return None, None, None, None, None
         logits, ref_logits, targets, temperatures, *saved = ctx.saved_tensors
-        config: RowConfig = ctx.config
         out = logits.detach() if config.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         backend.dlogits(
             out,

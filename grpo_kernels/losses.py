@@ -13,7 +13,7 @@ from .autograd import FusedLoss, KnownGradient, RowConfig, RowStatistics
 from .backend import choose_backend, log_once
 from .batch import Batch, check_logits
 from .objective import RowStats, TokenInputs
-from .spec import LogitTransform, LogRatio, LossSpec, Surrogate
+from .spec import PRESETS, LogitTransform, LogRatio, LossSpec, Surrogate, check_choice
 
 
 class LossOutput(NamedTuple):
@@ -246,7 +246,8 @@ def selective_logps(
 
 def _spec(spec: LossSpec | str) -> LossSpec:
     if isinstance(spec, str):
-        return LossSpec.preset(spec)
+        check_choice("spec", spec, tuple(PRESETS))
+        return PRESETS[spec]
     if not isinstance(spec, LossSpec):
         raise TypeError(f"spec must be a LossSpec or the name of a preset, got {spec!r}")
     return spec

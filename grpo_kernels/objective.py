@@ -257,17 +257,18 @@ def callable_loss(
     def shaped(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.view(shape)
 
-    with torch.enable_grad():
-        leaf = logps.detach().requires_grad_()
+    def total(logps: Tensor) -> tuple[Tensor, Tensor]:
         values = spec.surrogate(  # type: ignore[operator,misc]
-            leaf.view(shape), shaped(inputs.old_logps), shaped(ref_logps), shaped(inputs.advantages), shaped(inputs.mask)
+            logps.view(shape), shaped(inputs.old_logps), shaped(ref_logps), shaped(inputs.advantages), shaped(inputs.mask)
         )
         if not isinstance(values, Tensor) or values.shape != torch.Size(shape):
             got = tuple(values.shape) if isinstance(values, Tensor) else values
             raise ValueError(f"the callable surrogate must return a tensor of shape {tuple(shape)}, got {got}")
         value = torch.where(weights != 0, weights * values.reshape(-1), 0.0)
-        (dlogp,) = torch.autograd.grad(value.sum(), leaf) if value.requires_grad else (torch.zeros_like(leaf),)
-    return TokenLoss(value.detach(), torch.where(inputs.mask, dlogp, 0.0))
+        return value.sum(), value
+
+    dlogp, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
+    return TokenLoss(value, torch.where(inputs.mask, dlogp, 0.0))
 
 
 def sampled_kl(

@@ -30,7 +30,8 @@ def check_number(name: str, value: Any, *, low: float = 0.0, strict: bool = Fals
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {value!r}")
-    if not math.isfinite(value) or value < low or (strict and value == low):
+    # Comparisons only, which torch.compile can trace on symbolic floats; a NaN fails them.
+    if not (low <= value < math.inf) or (strict and value == low):
         raise ValueError(f"{name} must be finite and {'>' if strict else '>='} {low:g}, got {value!r}")
 
 
