@@ -23,8 +23,8 @@ def group_advantages(
         rewards: `[B]`, floating point.
         group_size: consecutive completions that share a prompt; divides `B`. Or
         group_ids: `[B]` integers: completions with equal ids share a prompt. One of the two.
-        scale: "std" divides by the group's standard deviation (with Bessel's correction) plus `eps`; "none" only
-            centres (Dr. GRPO, arXiv:2503.20783).
+        scale: "std" divides by the group's standard deviation (with Bessel's correction) plus `eps`; "none"
+            only centres (Dr. GRPO, arXiv:2503.20783).
         leave_one_out: compare each reward with the mean of the others of its group (RLOO, arXiv:2402.14740).
 
     Returns:
@@ -36,7 +36,9 @@ def group_advantages(
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}")
     if rewards.dim() != 1 or not rewards.dtype.is_floating_point:
-        raise ValueError(f"rewards must be [B] floating point, got {rewards.dtype} of shape {tuple(rewards.shape)}")
+        raise ValueError(
+            f"rewards must be [B] floating point, got {rewards.dtype} of shape {tuple(rewards.shape)}"
+        )
     check_choice("scale", scale, ("std", "none"))
     check_number("eps", eps)
     if (group_size is None) == (group_ids is None):
@@ -49,7 +51,9 @@ def group_advantages(
     else:
         assert group_ids is not None
         if group_ids.shape != rewards.shape:
-            raise ValueError(f"group_ids must have shape {tuple(rewards.shape)}, got {tuple(group_ids.shape)}")
+            raise ValueError(
+                f"group_ids must have shape {tuple(rewards.shape)}, got {tuple(group_ids.shape)}"
+            )
         unique, groups = torch.unique(group_ids, return_inverse=True)
         count = unique.numel()
 

@@ -1,4 +1,4 @@
-"""The differentiable functions: statistics of the logits, a loss whose derivatives are known, and both fused."""
+"""The autograd functions: statistics of the logits, a loss of known derivatives, and both fused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowConfig:
     inplace: bool = False
 
     def empty_stats(self, logits: Tensor, ref_logits: Tensor | None, *, for_backward: bool) -> RowStats:
-        """Unfilled statistics of `[B, T, V]` logits; row maxima and sums only where a backward will want them."""
+        """Unfilled statistics of `[B, T, V]` logits; maxima and sums only where a backward will want them."""
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         rows = logits.shape[0] * logits.shape[1]
 
@@ -63,7 +63,9 @@ class RowStatistics(torch.autograd.Function):
         stats = config.empty_stats(logits, ref_logits, for_backward=True)
         backend.row_stats(logits, targets, stats, ref_logits, temperatures, config.transform, config.backend)
         ctx.config = config
-        ctx.save_for_backward(logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats)
+        ctx.save_for_backward(
+            logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats
+        )
         constant = [stats.row_max, stats.sum_exp, stats.ref_logps, stats.ref_row_max, stats.ref_sum_exp]
         if not config.kl_gradient:
             constant += [stats.kl, stats.kl_forward]
@@ -82,7 +84,11 @@ class RowStatistics(torch.autograd.Function):
         if all(x is None for x in coefficients):
             return None, None, None, None, None
         logits, ref_logits, targets, temperatures, *saved = ctx.saved_tensors
-        out = logits.detach() if config.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        out = (
+            logits.detach()
+            if config.inplace
+            else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        )
         backend.dlogits(
             out,
             logits,
@@ -151,7 +157,8 @@ class FusedLoss(torch.autograd.Function):
             spec,
             config.backend,
         )
-        # What the logits were is gone: whoever saved them finds out by their version, as after any in-place operation.
+        # What the logits were is gone: whoever saved them finds out by their version, as after any in-place
+        # operation.
         torch.autograd.graph.increment_version(logits)
         ctx.backend = config.backend
         ctx.save_for_backward(logits)

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, astuple
 
 import torch
@@ -39,8 +40,8 @@ def choose_backend(backend: str, logits: Tensor) -> str:
             raise ValueError("backend='triton', but the triton package is not installed")
         if not on_gpu and logits.device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f"backend='triton' needs GPU tensors, got logits on {logits.device}; with TRITON_INTERPRET=1 in the "
-                "environment the kernels run in Triton's interpreter"
+                f"backend='triton' needs GPU tensors, got logits on {logits.device}; with "
+                "TRITON_INTERPRET=1 in the environment the kernels run in Triton's interpreter"
             )
     return backend
 
@@ -60,7 +61,9 @@ def row_stats(
     backend: str,
 ) -> None:
     """Fills `out` with the statistics of every row; masked rows are not read and get zeros."""
-    call = torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
+    call: Callable[..., None] = (
+        torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
+    )
     call(logits, targets, *out, ref_logits, temperatures, *astuple(transform), backend)
 
 
@@ -76,7 +79,7 @@ def dlogits(
     backend: str,
 ) -> None:
     """Fills `out` (which may be `logits`) with the gradient; rows without one are not read and get zeros."""
-    call = torch.ops.grpo_kernels.dlogits if torch.compiler.is_compiling() else _dlogits
+    call: Callable[..., None] = torch.ops.grpo_kernels.dlogits if torch.compiler.is_compiling() else _dlogits
     call(out, logits, targets, *stats, *coefficients, ref_logits, temperatures, *astuple(transform), backend)
 
 
@@ -93,7 +96,7 @@ def fused_loss(
     spec: LossSpec,
     backend: str,
 ) -> None:
-    """Statistics, token-local loss and gradient at once: fills `out`, `value`, `dlogp`, overwrites the logits."""
+    """Statistics, token-local loss and gradient: fills `out`, `value`, `dlogp`, overwrites the logits."""
     if targets.numel() == 0:
         return
     if backend == "torch":
@@ -219,9 +222,7 @@ def _dlogits(
     stats = RowStats(logps, row_max, sum_exp, entropy, ref_logps, ref_row_max, ref_sum_exp, kl, kl_forward)
     coefficients = Coefficients(dlogp, dentropy, dkl, dkl_forward)
     if backend == "torch":
-        torch_backend.dlogits(
-            out, logits, targets, stats, coefficients, ref_logits, temperatures, transform
-        )
+        torch_backend.dlogits(out, logits, targets, stats, coefficients, ref_logits, temperatures, transform)
         return
     from .kernels import dlogits
 

@@ -1,4 +1,4 @@
-"""A batch laid out by rows: every per-token argument as `[N]`, checked, with masked positions selected away."""
+"""A batch laid out by rows: every per-token argument checked and as `[N]`, masked positions selected away."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def check_logits(
     else:
         check_device(name, logits, like)
         if logits.shape[:-1] != like.shape[:-1] or (not padded and logits.shape != like.shape):
-            raise ValueError(f"{name} must be shaped as logits {tuple(like.shape)}, got {tuple(logits.shape)}")
+            raise ValueError(
+                f"{name} must be shaped as logits {tuple(like.shape)}, got {tuple(logits.shape)}"
+            )
         if (logits.dtype == torch.float64) != (like.dtype == torch.float64):
             raise ValueError(f"{name} is {logits.dtype}, logits {like.dtype}: fp64 goes with fp64 only")
     if logits.shape[-1] < vocab_size:
         raise ValueError(f"{name} has {logits.shape[-1]} columns, fewer than vocab_size {vocab_size}")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(
-            f"{name} must have stride 1 along the vocabulary, got strides {logits.stride()}: make it contiguous"
-        )
+        raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {logits.stride()}")
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,18 @@ class Batch:
             raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
         vocab_size = width if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= width:
-            raise ValueError(f"vocab_size must be between 1 and the {width} columns of logits, got {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be between 1 and the {width} columns of logits, got {vocab_size}"
+            )
         shape = tuple(logits.shape[:-1])
         check_tensor(ids_name, ids)
         check_device(ids_name, ids, logits)
         if ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{ids_name} must be int32 or int64, got {ids.dtype}")
         if tuple(ids.shape) != shape:
-            raise ValueError(f"{ids_name} must have shape {shape}, as logits {tuple(logits.shape)}, got {tuple(ids.shape)}")
+            raise ValueError(
+                f"{ids_name} must have shape {shape}, as logits {tuple(logits.shape)}, got {tuple(ids.shape)}"
+            )
         if mask is None:
             unmasked = torch.ones(shape, dtype=torch.bool, device=logits.device)
         else:
@@ -142,11 +146,18 @@ class Batch:
         return x.view(self.shape)
 
     def per_token(
-        self, name: str, value: Tensor, *, per_sequence: bool = False, columns: bool = False, masked: float = 0.0
+        self,
+        name: str,
+        value: Tensor,
+        *,
+        per_sequence: bool = False,
+        columns: bool = False,
+        masked: float = 0.0,
     ) -> Tensor:
         """`value` as `[B * T]` constants in the dtype of the arithmetic, `masked` where the mask is off.
 
-        Besides one value per token, `per_sequence` admits `[B]`, `[B, 1]` and packed `[S]`; `columns` admits `[B, 1]`.
+        Besides one value per token, `per_sequence` admits `[B]`, `[B, 1]` and packed `[S]`; `columns` admits
+        `[B, 1]`.
         """
         check_tensor(name, value)
         check_device(name, value, self.rows)
@@ -161,7 +172,11 @@ class Batch:
             allowed += [(self.num_sequences,)]
         if got not in allowed:
             expected = " or ".join(map(str, allowed))
-            hint = " (or one per sequence, with seq_lens)" if self.packed and per_sequence and self.seq_lens is None else ""
+            hint = (
+                " (or one per sequence, with seq_lens)"
+                if self.packed and per_sequence and self.seq_lens is None
+                else ""
+            )
             raise ValueError(f"{name} must have shape {expected}{hint}, got {got}")
         if got == self.shape:
             value = value.reshape(-1)
@@ -185,20 +200,28 @@ class Batch:
     def check_writable(self) -> None:
         overlapping = any(s == 0 and n > 1 for s, n in zip(self.rows.stride(), self.rows.shape, strict=True))
         if overlapping:
-            raise ValueError(f"inplace=True needs rows of their own: logits have strides {self.rows.stride()}")
+            raise ValueError(
+                f"inplace=True needs rows of their own: logits have strides {self.rows.stride()}"
+            )
 
 
 def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:
     check_tensor("seq_lens", seq_lens)
     if logits.dim() != 2:
-        raise ValueError(f"seq_lens belongs to packed logits [N, V], got logits of shape {tuple(logits.shape)}")
+        raise ValueError(
+            f"seq_lens belongs to packed logits [N, V], got logits of shape {tuple(logits.shape)}"
+        )
     if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype in (torch.bool,):
-        raise ValueError(f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}")
+        raise ValueError(
+            f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
+        )
     # On the CPU the values are at hand; on a GPU reading them would make the host wait.
     if seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
         total = int(seq_lens.sum())
         if total != logits.shape[0] or bool((seq_lens < 0).any()):
-            raise ValueError(f"seq_lens must be non-negative and sum to N = {logits.shape[0]}, got a sum of {total}")
+            raise ValueError(
+                f"seq_lens must be non-negative and sum to N = {logits.shape[0]}, got a sum of {total}"
+            )
 
 
 def _check_ids(name: str, ids: Tensor, outside: Tensor, vocab_size: int) -> None:

@@ -51,17 +51,17 @@ def grpo_loss(
 ) -> LossOutput:
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
 
-    Padded batches have `B` sequences of `T` tokens, packed ones `N` tokens of `S` sequences end to end. Formulas:
-    docs/math.md; the losses' papers stand at the surrogates' classes.
+    Padded batches have `B` sequences of `T` tokens, packed ones `N` tokens of `S` sequences end to end.
+    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes.
 
     Args:
-        logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b, t]`.
-            Any strides but the last, which must be 1; never copied.
+        logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
+            t]`. Any strides but the last, which must be 1; never copied.
         completion_ids: `[B, T]` or `[N]`, int32 or int64.
         advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
         spec: a `LossSpec`, or a preset's name.
-        completion_mask: `[B, T]` or `[N]`, bool, int or float; 0: not a completion token. What any argument holds at
-            such a position never matters.
+        completion_mask: `[B, T]` or `[N]`, bool, int or float; 0: not a completion token. What any argument
+            holds at such a position never matters.
         seq_lens: packed only: `[S]` integers that sum to `N`.
         ref_logits: the reference model's logits, as `logits`; no gradient.
         ref_logps: `[B, T]` or `[N]`, nats: its log-probabilities instead. Not both.
@@ -73,24 +73,28 @@ def grpo_loss(
         vocab_size: columns from here on are padding: they take no part and get zero gradient.
         normalizer: replaces the denominator of the aggregation (global token count, number of sequences).
         return_entropy: fill `entropy` and `metrics["entropy"]`.
-        inplace: the gradient overwrites `logits`. Autograd reports another use of them as of any in-place operation.
+        inplace: the gradient overwrites `logits`. Autograd reports another use of them as of any in-place
+            operation.
         backend: "triton", "torch", or "auto": triton on GPU tensors, torch elsewhere.
 
     Returns:
-        LossOutput with `loss` (0-dim fp32, fp64 for fp64 logits), `metrics` (detached 0-dim tensors: means over the
-        unmasked tokens of `log_ratio`, `ratio`, `clip_fraction`, `clip_fraction_low`, `clip_fraction_high`, `kl`,
-        `kl_exact`, `entropy`, `active_fraction`, where they apply), and detached `[B, T]` or `[N]` tensors `logps`,
-        `ref_logps`, `entropy` in nats, 0 at masked positions.
+        LossOutput with `loss` (0-dim fp32, fp64 for fp64 logits), `metrics` (detached 0-dim tensors: means
+        over the unmasked tokens of `log_ratio`, `ratio`, `clip_fraction`, `clip_fraction_low`,
+        `clip_fraction_high`, `kl`, `kl_exact`, `entropy`, `active_fraction`, where they apply), and detached
+        `[B, T]` or `[N]` tensors `logps`, `ref_logps`, `entropy` in nats, 0 at masked positions.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, enum value or a missing companion; TypeError: a wrong type. An
-            unmasked id outside the vocabulary makes the loss NaN; with GRPO_KERNELS_DEBUG=1 it raises ValueError.
+        ValueError: a wrong shape, dtype, device, enum value or a missing companion; TypeError: a wrong type.
+            An unmasked id outside the vocabulary makes the loss NaN; with GRPO_KERNELS_DEBUG=1 it raises
+            ValueError.
     """
     spec = _spec(spec)
     batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab_size)
     _check_reference(spec, ref_logits, ref_logps)
     if ref_logits is not None:
-        check_logits("ref_logits", ref_logits, like=logits, vocab_size=batch.vocab_size, padded=vocab_size is not None)
+        check_logits(
+            "ref_logits", ref_logits, like=logits, vocab_size=batch.vocab_size, padded=vocab_size is not None
+        )
     transform = LogitTransform(
         batch.vocab_size,
         logit_scale,
@@ -101,10 +105,14 @@ def grpo_loss(
     )
     mask, dtype = batch.mask, batch.dtype
     sequence_ids = batch.sequence_ids
-    if spec.aggregation.startswith("seq-") and (normalizer is None or spec.aggregation == "seq-mean-token-mean"):
+    if spec.aggregation.startswith("seq-") and (
+        normalizer is None or spec.aggregation == "seq-mean-token-mean"
+    ):
         batch.require_sequences(f"aggregation {spec.aggregation!r}")
     if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
-        raise ValueError("aggregation 'seq-mean-token-sum-norm' on a packed batch needs LossSpec(max_tokens=...)")
+        raise ValueError(
+            "aggregation 'seq-mean-token-sum-norm' on a packed batch needs LossSpec(max_tokens=...)"
+        )
     row_weights = objective.aggregation_weights(
         spec, batch.shaped(mask), sequence_ids, batch.num_sequences, _normalizer(normalizer, logits), dtype
     )
@@ -149,16 +157,18 @@ def grpo_loss(
         live = RowStats(*RowStatistics.apply(batch.rows, ref_rows, batch.targets, temperatures, config))
         stats = live.detach()
         values, derivatives = objective.row_loss(spec, stats, inputs, batch.shape)
-        loss = KnownGradient.apply(values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward)
+        loss = KnownGradient.apply(
+            values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward
+        )
 
     with torch.no_grad():
         metrics = objective.metrics(spec, stats, inputs, derivatives)
-    given_ref = inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
+    reference = objective.reference_logps(stats, inputs)
     return LossOutput(
         loss,
         metrics,
         batch.shaped(stats.logps),
-        None if given_ref is None else batch.shaped(given_ref),
+        None if reference is None else batch.shaped(reference),
         None if stats.entropy is None else batch.shaped(stats.entropy),
     )
 
@@ -175,8 +185,9 @@ def log_ratio_loss(
     """`-aggregate(rewards * (logp - ref_logp))`: the reward-weighted log-ratio of policy and reference.
 
     Exactly `grpo_loss(logits, completion_ids, rewards, spec=LossSpec(LogRatio(), aggregation=aggregation),
-    ref_logits=ref_logits, **options)`; see there for shapes, options, return value and errors. Its gradient is
-    REINFORCE's: the reference is a constant in it. What does hold the policy near the reference: docs/math.md.
+    ref_logits=ref_logits, **options)`; see there for shapes, options, return value and errors. Its gradient
+    is REINFORCE's: the reference is a constant in it. What does hold the policy near the reference:
+    docs/math.md.
     """
     if "spec" in options:
         raise TypeError("log_ratio_loss has a fixed spec; use grpo_loss for another")
@@ -188,18 +199,21 @@ class GRPOLoss(nn.Module):
     """`grpo_loss` as a module: the spec and any options that stay the same are given once.
 
     >>> loss_fn = GRPOLoss("dapo", temperature=0.9)
-    >>> out = loss_fn(logits, completion_ids, advantages, completion_mask=mask, old_logps=old)  # doctest: +SKIP
+    >>> out = loss_fn(logits, completion_ids, advantages, completion_mask=mask, old_logps=old)  # doctest:
+    +SKIP
     """
 
     def __init__(self, spec: LossSpec | str = "grpo", **options: Any) -> None:
         super().__init__()
         self.spec = _spec(spec)
-        unknown = options.keys() - grpo_loss.__kwdefaults__.keys()
+        unknown = options.keys() - (grpo_loss.__kwdefaults__ or {}).keys()
         if unknown:
             raise TypeError(f"GRPOLoss has no option {', '.join(sorted(unknown))}")
         self.options = options
 
-    def forward(self, logits: Tensor, completion_ids: Tensor, advantages: Tensor, **options: Any) -> LossOutput:
+    def forward(
+        self, logits: Tensor, completion_ids: Tensor, advantages: Tensor, **options: Any
+    ) -> LossOutput:
         """As `grpo_loss`; options given here win over the module's."""
         return grpo_loss(logits, completion_ids, advantages, **{"spec": self.spec, **self.options, **options})
 
@@ -227,8 +241,8 @@ def selective_logps(
         mask: `[B, T]` or `[N]`; where 0 the row is not read: log-probability, entropy and gradient are 0.
 
     Returns:
-        `[B, T]` or `[N]` fp32 (fp64 for fp64 logits) in nats, or a pair of such. A row whose upstream gradient is
-        exactly zero costs nothing in the backward but its zeros.
+        `[B, T]` or `[N]` fp32 (fp64 for fp64 logits) in nats, or a pair of such. A row whose upstream
+        gradient is exactly zero costs nothing in the backward but its zeros.
 
     Raises:
         ValueError, TypeError: as `grpo_loss`.
@@ -268,7 +282,9 @@ def _check_reference(spec: LossSpec, ref_logits: Tensor | None, ref_logps: Tenso
 def _normalizer(normalizer: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}")
+            raise ValueError(
+                f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}"
+            )
         return normalizer.detach().to(logits.device)
     if normalizer is not None and (isinstance(normalizer, bool) or not isinstance(normalizer, int | float)):
         raise TypeError(f"normalizer must be a float, a 0-dim tensor or None, got {normalizer!r}")
@@ -280,8 +296,8 @@ def _normalizer(normalizer: float | Tensor | None, logits: Tensor) -> float | Te
 def _can_fuse(spec: LossSpec, logits: Tensor) -> bool:
     """Whether loss and gradient may be made in the forward, over the logits.
 
-    Not for fp16, whose gradients underflow before a GradScaler's factor reaches them in the backward; nor for fp64,
-    which is for gradcheck. torch.compile takes the two steps as well: they are the operators it knows.
+    Not for fp16, whose gradients underflow before a GradScaler's factor reaches them in the backward; nor for
+    fp64, which is for gradcheck. torch.compile takes the two steps as well: they are the operators it knows.
     """
     return (
         torch.is_grad_enabled()

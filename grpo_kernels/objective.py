@@ -1,8 +1,10 @@
-"""The loss on per-token numbers in plain PyTorch: log-probabilities in, loss values and their derivatives out.
+"""The loss on per-token numbers in plain PyTorch: log-probabilities in, loss values and their derivatives
+out.
 
-Every function here works elementwise on tensors of one shape and carries its derivative explicitly, because the
-derivative decides more than autograd can know: which branch a tie takes, and that an inactive token's gradient is
-exactly zero where autograd would form 0 * inf. `kernels/device.py` states the same functions under the same names.
+Every function here works elementwise on tensors of one shape and carries its derivative explicitly, because
+the derivative decides more than autograd can know: which branch a tie takes, and that an inactive token's
+gradient is exactly zero where autograd would form 0 * inf. `kernels/device.py` states the same functions
+under the same names.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ class TokenLoss(NamedTuple):
 
 
 def clamped_ratio(logp: Tensor, anchor: Tensor | None, clamp: float) -> TokenLoss:
-    """`exp(logp - anchor)` and its derivative; the log-ratio is held to ±clamp. No anchor: on-policy, exactly 1."""
+    """`exp(logp - anchor)` and its derivative; the log-ratio is held to ±clamp. No anchor: exactly 1."""
     if anchor is None:
-        return TokenLoss(torch.ones_like(logp), torch.ones_like(logp))
+        # Not 1 + 0 * logp: a taken token at -inf has ratio 1, while a NaN stays one.
+        ratio = torch.where(logp.isnan(), logp, 1.0)
+        return TokenLoss(ratio, ratio)
     log_ratio = logp - anchor
     ratio = torch.exp(log_ratio.clamp(-clamp, clamp))
     return TokenLoss(ratio, torch.where(log_ratio.abs() > clamp, 0.0, ratio))
@@ -64,13 +68,12 @@ def ppo_clip(
     unclipped = ratio.clamp(max=delta) * advantage
     clipped = ratio.clamp(low, high) * advantage
     value = -torch.minimum(unclipped, clipped)
-    # A tie counts as unclipped. With delta below the band the clipped branch can be taken where it is not flat.
+    # A tie counts as unclipped. With delta below the band the clipped branch can be taken where it is not
+    # flat.
     flat = torch.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
     bound = -dual_clip * advantage
     beyond = (advantage < 0) & (value > bound)
-    return TokenLoss(
-        torch.where(beyond, bound, value), torch.where(flat | beyond, 0.0, -advantage * dratio)
-    )
+    return TokenLoss(torch.where(beyond, bound, value), torch.where(flat | beyond, 0.0, -advantage * dratio))
 
 
 SURROGATES: dict[type[Surrogate], Callable[..., TokenLoss]] = {
@@ -138,8 +141,8 @@ class RowStats(NamedTuple):
     """What the loss knows of each row of logits, `[N]` each; absent where it was not asked for.
 
     With `y` the softcapped logits and `k = scale / temperature`: `row_max = max y` and
-    `sum_exp = sum exp(k * (y - row_max))`. Two numbers and not their logsumexp, which in fp32 would lose the digits
-    of a row that sits far from zero.
+    `sum_exp = sum exp(k * (y - row_max))`. Two numbers and not their logsumexp, which in fp32 would lose the
+    digits of a row that sits far from zero.
     """
 
     logps: Tensor
@@ -194,11 +197,12 @@ class Coefficients(NamedTuple):
 def row_loss(
     spec: LossSpec, stats: RowStats, inputs: TokenInputs, shape: tuple[int, ...]
 ) -> tuple[Tensor, Coefficients]:
-    """Each row's share of the loss, weighted, and its derivatives; `shape` is `[B, T]` or `[N]`, for callables.
+    """Each row's share of the loss, weighted, and its derivatives; `shape` is `[B, T]` or `[N]`, for
+    callables.
 
     Built-in losses are token-local: `row_loss` of some of the rows is those rows of `row_loss`.
     """
-    ref_logps = inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
+    ref_logps = reference_logps(stats, inputs)
     if spec.uses_callable:
         value, dlogp = callable_loss(spec, stats.logps, ref_logps, inputs, shape)
     else:
@@ -208,10 +212,14 @@ def row_loss(
         kl = sampled_kl(spec, stats.logps, inputs.old_logps, ref_logps)
         value, dlogp = value + weight * kl.value, dlogp + weight * kl.dlogp
     found = coefficients(spec, inputs, dlogp)
-    for weight, statistic in zip(found[1:], (stats.entropy, stats.kl, stats.kl_forward), strict=True):
-        if weight is not None:
-            value = value + weight * statistic
+    for weights, statistic in zip(found[1:], (stats.entropy, stats.kl, stats.kl_forward), strict=True):
+        if weights is not None and statistic is not None:
+            value = value + weights * statistic
     return value, found
+
+
+def reference_logps(stats: RowStats, inputs: TokenInputs) -> Tensor | None:
+    return inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
 
 
 def coefficients(spec: LossSpec, inputs: TokenInputs, dlogp: Tensor) -> Coefficients:
@@ -223,9 +231,7 @@ def coefficients(spec: LossSpec, inputs: TokenInputs, dlogp: Tensor) -> Coeffici
     return found._replace(**{"dkl" if spec.exact_kl.kind == "exact" else "dkl_forward": weight})
 
 
-def surrogate_loss(
-    spec: LossSpec, logps: Tensor, ref_logps: Tensor | None, inputs: TokenInputs
-) -> TokenLoss:
+def surrogate_loss(spec: LossSpec, logps: Tensor, ref_logps: Tensor | None, inputs: TokenInputs) -> TokenLoss:
     """A built-in surrogate, weighted, and its derivative by `logps`."""
     surrogate = spec.surrogate
     if surrogate is None:
@@ -241,7 +247,8 @@ def surrogate_loss(
         value, dlogp = value * inputs.token_weights, dlogp * inputs.token_weights
         inactive = inactive | (inputs.token_weights == 0)
     return TokenLoss(
-        torch.where(inactive, 0.0, value * inputs.row_weights), torch.where(inactive, 0.0, dlogp * inputs.row_weights)
+        torch.where(inactive, 0.0, value * inputs.row_weights),
+        torch.where(inactive, 0.0, dlogp * inputs.row_weights),
     )
 
 
@@ -252,18 +259,26 @@ def callable_loss(
 
     Weights go in before the derivative is taken, because such a loss may couple the tokens of a sequence.
     """
-    weights = inputs.row_weights if inputs.token_weights is None else inputs.row_weights * inputs.token_weights
+    weights = (
+        inputs.row_weights if inputs.token_weights is None else inputs.row_weights * inputs.token_weights
+    )
 
     def shaped(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.view(shape)
 
     def total(logps: Tensor) -> tuple[Tensor, Tensor]:
         values = spec.surrogate(  # type: ignore[operator,misc]
-            logps.view(shape), shaped(inputs.old_logps), shaped(ref_logps), shaped(inputs.advantages), shaped(inputs.mask)
+            logps.view(shape),
+            shaped(inputs.old_logps),
+            shaped(ref_logps),
+            shaped(inputs.advantages),
+            shaped(inputs.mask),
         )
         if not isinstance(values, Tensor) or values.shape != torch.Size(shape):
             got = tuple(values.shape) if isinstance(values, Tensor) else values
-            raise ValueError(f"the callable surrogate must return a tensor of shape {tuple(shape)}, got {got}")
+            raise ValueError(
+                f"the callable surrogate must return a tensor of shape {tuple(shape)}, got {got}"
+            )
         value = torch.where(weights != 0, weights * values.reshape(-1), 0.0)
         return value.sum(), value
 
@@ -331,7 +346,7 @@ def sequence_lengths(weights: Tensor, sequence_ids: Tensor | None, num_sequences
 def metrics(
     spec: LossSpec, stats: RowStats, inputs: TokenInputs, derivatives: Coefficients
 ) -> dict[str, Tensor]:
-    """Means over the unmasked tokens, 0-dim, on the device: no host sync. See API: a key that does not apply is absent."""
+    """Means over the unmasked tokens, 0-dim, on the device. A key that does not apply is absent."""
     count = inputs.mask.sum()
 
     def mean(values: Tensor) -> Tensor:
@@ -339,11 +354,10 @@ def metrics(
         return safe_divide(torch.where(inputs.mask, values, 0.0).sum(), count)
 
     found: dict[str, Tensor] = {}
-    surrogate = spec.surrogate
-    ref_logps = inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
-    built_in = isinstance(surrogate, Surrogate)
-    anchor = ref_logps if built_in and surrogate.anchor == "ref" else inputs.old_logps
-    if anchor is not None or (built_in and surrogate.uses_ratio):
+    surrogate = spec.surrogate if isinstance(spec.surrogate, Surrogate) else None
+    ref_logps = reference_logps(stats, inputs)
+    anchor = ref_logps if surrogate is not None and surrogate.anchor == "ref" else inputs.old_logps
+    if anchor is not None or (surrogate is not None and surrogate.uses_ratio):
         ratio = clamped_ratio(stats.logps, anchor, unbounded(spec.log_ratio_clamp)).value
         found["log_ratio"] = mean(torch.zeros_like(ratio) if anchor is None else stats.logps - anchor)
         found["ratio"] = mean(ratio)
@@ -358,7 +372,9 @@ def metrics(
     if spec.sampled_kl is not None:
         found["kl"] = mean(sampled_kl(spec, stats.logps, inputs.old_logps, ref_logps).value)
     elif spec.exact_kl is not None:
-        found["kl"] = mean(stats.kl if spec.exact_kl.kind == "exact" else stats.kl_forward)  # type: ignore[arg-type]
+        divergence = stats.kl if spec.exact_kl.kind == "exact" else stats.kl_forward
+        assert divergence is not None
+        found["kl"] = mean(divergence)
     if stats.kl is not None:
         found["kl_exact"] = mean(stats.kl)
     if stats.entropy is not None:

@@ -1,7 +1,8 @@
 """The parity oracle: every loss in plain eager PyTorch, straight from the formulas of docs/math.md.
 
-Slow and memory-hungry on purpose: full `log_softmax`, loops over sequences, derivatives by autograd. It shares no code
-with the rest of the package; it reads a `LossSpec`'s fields and nothing else. For tests, benchmarks and docs.
+Slow and memory-hungry on purpose: full `log_softmax`, loops over sequences, derivatives by autograd. It
+shares no code with the rest of the package; it reads a `LossSpec`'s fields and nothing else. For tests,
+benchmarks and docs.
 """
 
 from __future__ import annotations
@@ -110,11 +111,11 @@ def reference_loss(
         loss = loss * w
     exact = None if log_q is None else _divergence(log_p, log_q)
     if spec.kl is not None and spec.kl.beta:
-        if spec.kl.kind == "exact":
-            kl = exact
-        elif spec.kl.kind == "exact_forward":
-            kl = _divergence(log_q, log_p)
+        if spec.kl.kind in ("exact", "exact_forward"):
+            assert log_q is not None
+            kl = _divergence(log_p, log_q) if spec.kl.kind == "exact" else _divergence(log_q, log_p)
         else:
+            assert rp is not None
             kl = _sampled_kl(spec.kl, lp, rp, ratio_to(old))
         loss = loss + spec.kl.beta * kl
         metrics["kl"] = kl
@@ -132,7 +133,8 @@ def reference_loss(
             bonus = _aggregate(spec.aggregation, entropy, row, count, width, normalizer)
         total = total - spec.entropy_coef * bonus
     means = {
-        key: x.detach().to(dtype).mean() if len(x) else torch.zeros((), dtype=dtype) for key, x in metrics.items()
+        key: x.detach().to(dtype).mean() if len(x) else torch.zeros((), dtype=dtype)
+        for key, x in metrics.items()
     }
     detached = [None if x is None else spread(x.detach()) for x in (lp, rp, entropy)]
     return ReferenceOutput(total, means, detached[0], detached[1], detached[2])  # type: ignore[arg-type]
@@ -149,7 +151,9 @@ def _sequence_numbers(shape: torch.Size, seq_lens: Tensor | None, device: torch.
         return torch.arange(shape[0], device=device)
     if seq_lens is None:
         return torch.zeros(shape, dtype=torch.long, device=device)
-    return torch.tensor([s for s, n in enumerate(seq_lens.tolist()) for _ in range(n)], dtype=torch.long, device=device)
+    return torch.tensor(
+        [s for s, n in enumerate(seq_lens.tolist()) for _ in range(n)], dtype=torch.long, device=device
+    )
 
 
 def _expectation(p: Tensor, log_p: Tensor) -> Tensor:
@@ -159,10 +163,12 @@ def _expectation(p: Tensor, log_p: Tensor) -> Tensor:
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
-    return torch.where(p > 0, p * (torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_q, 0.0)), 0.0).sum(-1)
+    return torch.where(p > 0, p * (torch.where(p > 0, log_p, 0.0) - torch.where(p > 0, log_q, 0.0)), 0.0).sum(
+        -1
+    )
 
 
-def _surrogate(surrogate: Any, lp: Tensor, anchor: Tensor | None, A: Tensor, ratio_to: Any) -> Tensor:
+def _surrogate(surrogate: Any, lp: Tensor, anchor: Any, A: Tensor, ratio_to: Any) -> Tensor:
     name = type(surrogate).__name__
     if name == "LogRatio":
         return -A * (lp - anchor)

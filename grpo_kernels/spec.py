@@ -1,4 +1,4 @@
-"""What to compute: frozen descriptions of the loss that check themselves. No tensors and no mathematics here."""
+"""What to compute: frozen descriptions of the loss that check themselves. No tensors, no mathematics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_number(name: str, value: Any, *, low: float = 0.0, strict: bool = False, optional: bool = False) -> None:
+def check_number(
+    name: str, value: Any, *, low: float = 0.0, strict: bool = False, optional: bool = False
+) -> None:
     """`value` is a finite number of at least `low` (above `low` if `strict`), or None if `optional`."""
     if value is None and optional:
         return
@@ -66,8 +68,8 @@ class Reinforce(Surrogate):
 class ImportanceRatio(Surrogate):
     """`-A * min(ratio, max_ratio)`, `ratio = exp(logp - anchor)`.
 
-    `anchor="old"`: the samples came from the behaviour policy; `"ref"`: from the reference model, which makes it
-    an off-policy estimate from a fixed data set. Above `max_ratio` the token has no gradient.
+    `anchor="old"`: the samples came from the behaviour policy; `"ref"`: from the reference model, which makes
+    it an off-policy estimate from a fixed data set. Above `max_ratio` the token has no gradient.
     """
 
     anchor: str | None = "old"
@@ -83,8 +85,8 @@ class ImportanceRatio(Surrogate):
 class PPOClip(Surrogate):
     """`-min(min(ratio, delta) * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A)` (PPO, arXiv:1707.06347).
 
-    `delta` bounds the unclipped ratio, which matters for negative advantages (two-sided clipping, INTELLECT-2,
-    arXiv:2505.07291); `dual_clip` bounds their loss at `-dual_clip * A` (arXiv:1912.09729).
+    `delta` bounds the unclipped ratio, which matters for negative advantages (two-sided clipping,
+    INTELLECT-2, arXiv:2505.07291); `dual_clip` bounds their loss at `-dual_clip * A` (arXiv:1912.09729).
     """
 
     eps_low: float = 0.2
@@ -105,9 +107,9 @@ class PPOClip(Surrogate):
 class KL:
     """A penalty `beta * KL(policy, reference)` per token; `x = ref_logp - logp`, clamped to ±`clamp` if set.
 
-    kind: "k1" `-x`, "abs" `|x|`, "k2" `x^2 / 2`, "k3" `exp(x) - x - 1` (Schulman, "Approximating KL divergence"),
-        or over the whole vocabulary "exact" `KL(policy || reference)` and "exact_forward" `KL(reference || policy)`,
-        which need the reference's logits.
+    kind: "k1" `-x`, "abs" `|x|`, "k2" `x^2 / 2`, "k3" `exp(x) - x - 1` (Schulman, "Approximating KL
+        divergence"), or over the whole vocabulary "exact" `KL(policy || reference)` and "exact_forward"
+        `KL(reference || policy)`, which need the reference's logits.
     beta: weight of the penalty; at 0 no reference is read.
     ratio_corrected: multiply by `exp(logp - old_logp)`, with gradient through both.
     straight_through: the value of `kind` with the gradient of "k2".
@@ -139,13 +141,14 @@ class LossSpec:
     """The loss: `aggregate(surrogate + KL) - entropy_coef * mean entropy`.
 
     surrogate: a surrogate's instance, None for the KL term alone, or a callable
-        `f(logps, old_logps, ref_logps, advantages, mask) -> per-token loss` in PyTorch (all `[B, T]`, or `[N]`
-        packed; what was not given is None; masked positions hold zeros). Autograd takes its derivative.
+        `f(logps, old_logps, ref_logps, advantages, mask) -> per-token loss` in PyTorch (all `[B, T]`, or
+        `[N]` packed; what was not given is None; masked positions hold zeros). Autograd takes its derivative.
     kl: a `KL`, or None.
     level: where the ratio is formed: "token".
-    aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divides by
-        `max_tokens`) or "token-sum".
-    max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783); None: the padded width `T`.
+    aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divides
+        by `max_tokens`) or "token-sum".
+    max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783); None: the padded width
+        `T`.
     entropy_coef: weight of the entropy bonus.
     log_ratio_clamp: bound on the absolute log-ratio before it is exponentiated; no gradient where it bites.
 
@@ -163,7 +166,9 @@ class LossSpec:
     def __post_init__(self) -> None:
         if isinstance(self.surrogate, type):
             raise TypeError(f"surrogate must be an instance: {self.surrogate.__name__}(), not the class")
-        if self.surrogate is not None and not (isinstance(self.surrogate, Surrogate) or callable(self.surrogate)):
+        if self.surrogate is not None and not (
+            isinstance(self.surrogate, Surrogate) or callable(self.surrogate)
+        ):
             raise TypeError(f"surrogate must be a surrogate, a callable or None, got {self.surrogate!r}")
         if self.kl is not None and not isinstance(self.kl, KL):
             raise TypeError(f"kl must be a KL or None, got {self.kl!r}")
@@ -213,8 +218,8 @@ class LossSpec:
 class LogitTransform:
     """From raw logits to the distribution: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
 
-    `vocab_size`: columns from here on are padding. A temperature per token travels as a tensor beside this object,
-    and `temperature` is then 1.
+    `vocab_size`: columns from here on are padding. A temperature per token travels as a tensor beside this
+    object, and `temperature` is then 1.
     """
 
     vocab_size: int

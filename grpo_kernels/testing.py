@@ -37,7 +37,8 @@ def make_batch(
     off_policy: float = 0.3,
     seed: int = 0,
 ) -> RandomBatch:
-    """A batch as training sees it: peaked logits, ids drawn from the policy, ragged masks, some zero advantages.
+    """A batch as training sees it: peaked logits, ids drawn from the policy, ragged masks, some zero
+    advantages.
 
     masked: fraction of tokens cut off the ends of the sequences, at random lengths.
     inactive: fraction of sequences whose advantage is exactly zero.
@@ -51,7 +52,8 @@ def make_batch(
     logits = (3.0 * normal(B, T, V)).to(dtype)
     ref_logits = (logits.float() + 0.3 * normal(B, T, V)).to(dtype)
     log_probs = torch.log_softmax(logits.float(), -1)
-    # Gumbel's trick draws from softmax(logits) row by row without multinomial's limit on the number of categories.
+    # Gumbel's trick draws from softmax(logits) row by row without multinomial's limit on the number of
+    # categories.
     uniform = torch.rand(B, T, V, generator=generator).clamp_(1e-9, 1 - 1e-7)
     ids = (log_probs - torch.log(-torch.log(uniform))).argmax(-1)
     logps = log_probs.gather(-1, ids[..., None])[..., 0]
@@ -72,12 +74,18 @@ def relative_error(got: Tensor, truth: Tensor) -> Tensor:
 
 
 def assert_no_worse_than_eager(
-    got: Tensor, eager: Tensor, truth: Tensor, *, factor: float = 2.0, epsilon: float | None = None, what: str = ""
+    got: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    factor: float = 2.0,
+    epsilon: float | None = None,
+    what: str = "",
 ) -> None:
     """`got` errs from the fp64 `truth` at most `factor` times what `eager` errs, plus `epsilon`, row by row.
 
-    Errors are relative L2 norms over the last dimension: a bound on the largest element would let a gradient of zeros
-    pass. `epsilon` defaults to two roundings of `got`'s dtype (1e-12 for fp64).
+    Errors are relative L2 norms over the last dimension: a bound on the largest element would let a gradient
+    of zeros pass. `epsilon` defaults to two roundings of `got`'s dtype (1e-12 for fp64).
 
     Raises:
         AssertionError: naming the worst row and both errors.

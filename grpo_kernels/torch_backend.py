@@ -1,13 +1,13 @@
-"""Row statistics and the gradient of the logits in PyTorch, a few rows at a time: the CPU path, and any device's.
+"""Row statistics and the gradient of the logits in PyTorch, a few rows at a time: for the CPU and any device.
 
-A chunk of rows stays in the cache between the passes over it, so memory traffic and extra memory are those of the
-fused kernels: the logits are read once per pass, and nothing of the logits' size is ever allocated.
+A chunk of rows stays in the cache between the passes over it, so memory traffic and extra memory are those of
+the fused kernels: the logits are read once per pass, and nothing of the logits' size is ever allocated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from .spec import LogitTransform, LossSpec
 
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: two of these fit a core's share of the cache
 
+Rows: TypeAlias = Tensor | slice
+
 
 class Chunk(NamedTuple):
-    """Rows `index` of the flattened batch, and the same rows as `local` rows of a 2-D view."""
+    """Rows of the flattened batch, and the same rows as `local` rows of a 2-D view."""
 
-    index: Tensor | slice
-    local: Tensor | slice
+    rows: Rows
+    local: Rows
     sequence: int | None  # which logits[b] the local rows belong to; None: the whole batch is one 2-D view
 
     def read(self, logits: Tensor) -> Tensor:
@@ -30,10 +32,18 @@ class Chunk(NamedTuple):
 
     def write(self, out: Tensor, values: Tensor) -> None:
         """Rows of `out` take `values`; columns beyond them are the vocabulary's padding and become zero."""
-        rows, width = self.view(out), values.shape[1]
-        rows[self.local, :width] = values.to(out.dtype)
-        if width < rows.shape[1]:
-            rows[self.local, width:] = 0
+        target, width = self.view(out), values.shape[1]
+        target[self.local, :width] = values.to(out.dtype)
+        if width < target.shape[1]:
+            target[self.local, width:] = 0
+
+    def pick(self, picked: Tensor) -> Chunk:
+        """Some rows of the chunk, by their place in it."""
+
+        def of(rows: Rows) -> Tensor:
+            return rows[picked] if isinstance(rows, Tensor) else picked + rows.start
+
+        return Chunk(of(self.rows), of(self.local), self.sequence)
 
     def view(self, logits: Tensor) -> Tensor:
         if self.sequence is not None:
@@ -48,7 +58,7 @@ def is_flat(logits: Tensor) -> bool:
 
 
 def chunks(needed: Tensor, *tensors: Tensor) -> Iterator[Chunk]:
-    """The rows that `needed` `[B * T]` marks. Not on the CPU, all rows: choosing them would make the host wait."""
+    """The rows that `needed` `[B * T]` marks; off the CPU all of them: choosing would make the host wait."""
     batch, time, vocab = tensors[0].shape
     flat = all(is_flat(tensor) for tensor in tensors)
     rows = max(1, CHUNK_ELEMENTS // max(1, vocab))
@@ -71,28 +81,44 @@ class Exponentials(NamedTuple):
 
     d: Tensor | None  # [n, V]; None where only e is wanted
     e: Tensor  # [n, V]
-    dy: Tensor | float  # dy/dz of the softcap times k: what a gradient by d becomes by the raw logit
+    slope: Tensor | float  # dd/dz: [n, V] under a softcap, else [n, 1] or a number
+
+    def pick(self, picked: Tensor) -> Exponentials:
+        slope = self.slope[picked] if isinstance(self.slope, Tensor) else self.slope
+        return Exponentials(None if self.d is None else self.d[picked], self.e[picked], slope)
 
 
 def exponentials(
-    z: Tensor, row_max: Tensor | None, scale: float, softcap: float | None, temperature: Tensor | float, keep_d: bool
+    z: Tensor,
+    row_max: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: Tensor | float,
+    keep_d: bool,
 ) -> tuple[Exponentials, Tensor]:
     """Exponentials of a chunk of raw logits, and its row maxima, computed unless they are given."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     y = z.to(dtype)
     k: Tensor | float = scale / temperature
-    dy = k
+    slope = k
     if softcap is not None:
         y = softcap * torch.tanh(y * (scale / softcap))
         k = 1.0 / temperature
-        dy = k * scale * (1 - (y / softcap) ** 2)
+        slope = k * scale * (1 - (y / softcap) ** 2)
     if row_max is None:
         row_max = y.amax(-1)
-    # An all -inf row would subtract -inf from -inf and is NaN all the same: its sum is 0.
     d = y - row_max.unsqueeze(-1)
     if isinstance(k, Tensor) or k != 1.0:
         d *= k
-    return Exponentials(d if keep_d else None, d.exp() if keep_d else d.exp_(), dy), row_max
+    return Exponentials(d if keep_d else None, d.exp() if keep_d else d.exp_(), slope), row_max
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """`[n, V]` to `[n]`, the same bits for a row whatever stands beside it.
+
+    A lone long row PyTorch would split over its threads, and so add in another order: it gets company.
+    """
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
 
 def statistics(
@@ -115,21 +141,23 @@ def statistics(
 
     keep_d = keep_d or want.entropy is not None or ref_z is not None
     p, row_max = exponentials(z, None, transform.scale, transform.softcap, temperature, keep_d)
-    sum_exp = p.e.sum(-1)
+    sum_exp = row_sum(p.e)
     log_sum = sum_exp.log()
     found = RowStats(log_prob(z, row_max, log_sum, transform.scale, transform.softcap), row_max, sum_exp)
     if want.entropy is not None:
         assert p.d is not None
-        expected = torch.where(p.e > 0, p.e * p.d, p.e).sum(-1) / sum_exp
+        expected = row_sum(torch.where(p.e > 0, p.e * p.d, p.e)) / sum_exp
         found = found._replace(entropy=(log_sum - expected).clamp(min=0))
     q = None
     if ref_z is not None:
-        q, ref_max = exponentials(ref_z, None, transform.ref_scale, transform.ref_softcap, temperature, keep_d)
-        ref_sum = q.e.sum(-1)
+        q, ref_max = exponentials(
+            ref_z, None, transform.ref_scale, transform.ref_softcap, temperature, keep_d
+        )
+        ref_sum = row_sum(q.e)
         ref_log_sum = ref_sum.log()
         assert p.d is not None and q.d is not None
         difference = p.d - q.d
-        expected = torch.where(p.e > 0, p.e * difference, p.e).sum(-1) / sum_exp
+        expected = row_sum(torch.where(p.e > 0, p.e * difference, p.e)) / sum_exp
         found = found._replace(
             ref_logps=log_prob(ref_z, ref_max, ref_log_sum, transform.ref_scale, transform.ref_softcap),
             ref_row_max=ref_max,
@@ -137,7 +165,7 @@ def statistics(
             kl=(expected - log_sum + ref_log_sum).clamp(min=0),
         )
         if want.kl_forward is not None:
-            expected = torch.where(q.e > 0, q.e * difference, -q.e).sum(-1) / ref_sum
+            expected = row_sum(torch.where(q.e > 0, q.e * difference, -q.e)) / ref_sum
             found = found._replace(kl_forward=(log_sum - ref_log_sum - expected).clamp(min=0))
     return found, p, q
 
@@ -152,43 +180,47 @@ def gradient(
     """`[n, V]`: the loss's derivative by the raw logits of a chunk of rows. Overwrites `p.e`.
 
     dz_v = dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
-           + dkl_forward (p_v - q_v), times dy/dz.
+           + dkl_forward (p_v - q_v), times dd/dz.
     """
     dlogp, dentropy, dkl, dkl_forward = coefficients
     dlogp = torch.zeros_like(stats.logps) if dlogp is None else dlogp
     inverse = 1 / stats.sum_exp
-    slope = -dlogp  # of p_v, where nothing but the taken token's log-probability counts
-    extra: Tensor | float = 0.0
+    rest = None  # what does not come from dlogp
     if dentropy is not None or dkl is not None or dkl_forward is not None:
         log_sum = stats.sum_exp.log()
         per_token: Tensor | float = 0.0
-        offset = torch.zeros_like(slope)
+        offset = torch.zeros_like(dlogp)
         if dentropy is not None:
             assert stats.entropy is not None and p.d is not None
             per_token = per_token - dentropy.unsqueeze(-1) * p.d
             offset = offset - dentropy * (stats.entropy - log_sum)
         if dkl is not None:
-            assert stats.kl is not None and stats.ref_sum_exp is not None and p.d is not None and q is not None
+            assert (
+                stats.kl is not None and stats.ref_sum_exp is not None and p.d is not None and q is not None
+            )
             per_token = per_token + dkl.unsqueeze(-1) * (p.d - q.d)  # type: ignore[operator]
             offset = offset - dkl * (log_sum - stats.ref_sum_exp.log() + stats.kl)
         if dkl_forward is not None:
             offset = offset + dkl_forward
         # log p_v = -inf has p_v = 0, and 0 * inf is not the 0 that is meant.
-        extra = torch.where(p.e > 0, (per_token + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
+        rest = torch.where(p.e > 0, (per_token + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
         if dkl_forward is not None:
             assert q is not None and stats.ref_sum_exp is not None
-            extra = extra - q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)
-    grad = p.e.mul_((slope * inverse).unsqueeze(-1))
+            rest -= q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)
+    grad = p.e.mul_((-dlogp * inverse).unsqueeze(-1))
     # dlogp (1 - p_y) as -dlogp expm1(logp), which keeps its digits where p_y is nearly 1.
     valid = (targets >= 0) & (targets < grad.shape[-1])
     column = torch.where(valid, targets, 0).unsqueeze(-1)
     taken = torch.where(valid, -dlogp * torch.expm1(stats.logps), torch.nan)
     grad.scatter_(-1, column, taken.unsqueeze(-1))
-    if torch.is_tensor(extra):
-        grad += extra
-    if torch.is_tensor(p.dy) or p.dy != 1.0:
-        grad *= p.dy
-    return torch.where(coefficients.active().unsqueeze(-1), grad, 0.0) if grad.device.type != "cpu" else grad
+    if rest is not None:
+        grad += rest
+    if isinstance(p.slope, Tensor) or p.slope != 1.0:
+        grad *= p.slope
+    if grad.device.type != "cpu":
+        # There no row was left out beforehand: what is inactive may be NaN times zero.
+        grad = torch.where(coefficients.active().unsqueeze(-1), grad, 0.0)
+    return grad
 
 
 def row_stats(
@@ -203,8 +235,8 @@ def row_stats(
     for chunk in chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
-        found, _, _ = statistics(z, ref_z, targets[chunk.index], t, transform, out, keep_d=False)
-        store(out, found, chunk.index)
+        found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, keep_d=False)
+        store(out, found, chunk.rows)
     clear_masked(out, targets)
 
 
@@ -223,13 +255,13 @@ def dlogits(
     keep_d = coefficients.dentropy is not None or coefficients.dkl is not None
     for chunk in chunks(needed, *(x for x in (out, logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
-        own, index = stats.rows(chunk.index), chunk.index
+        own = stats.rows(chunk.rows)
         t = temperature_of(chunk, temperature, transform)
         p, _ = exponentials(z, own.row_max, transform.scale, transform.softcap, t, keep_d)
         q = None
         if ref_z is not None:
             q, _ = exponentials(ref_z, own.ref_row_max, transform.ref_scale, transform.ref_softcap, t, keep_d)
-        chunk.write(out, gradient(p, q, targets[index], own, coefficients.rows(index)))
+        chunk.write(out, gradient(p, q, targets[chunk.rows], own, coefficients.rows(chunk.rows)))
     zero_rows(out, needed)
 
 
@@ -245,22 +277,31 @@ def fused_loss(
     transform: LogitTransform,
     spec: LossSpec,
 ) -> None:
-    """Statistics, each row's loss and the gradient of a token-local loss, while a chunk of rows is in the cache.
+    """Statistics, token-local loss and gradient while a chunk of rows is in the cache.
 
-    Fills `out`, `value` and `dlogp`, and overwrites the logits with the gradient of `sum(value)`.
+    Fills `out`, and for each row its share `value` of the loss and `dlogp`; overwrites the logits with the
+    gradient of `sum(value)`.
     """
     present = targets != MASKED
+    written = present.clone()
     for chunk in chunks(present, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
-        index = chunk.index
         t = temperature_of(chunk, temperature, transform)
-        stats, p, q = statistics(z, ref_z, targets[index], t, transform, out, keep_d=False)
-        value[index], own = row_loss(spec, stats, inputs.rows(index), shape=tuple(stats.logps.shape))
-        dlogp[index] = own.dlogp
-        chunk.write(logits, gradient(p, q, targets[index], stats, own))
-        store(out, stats, index)
+        stats, p, q = statistics(z, ref_z, targets[chunk.rows], t, transform, out, keep_d=False)
+        shape = tuple(stats.logps.shape)
+        value[chunk.rows], own = row_loss(spec, stats, inputs.rows(chunk.rows), shape)
+        assert own.dlogp is not None
+        dlogp[chunk.rows] = own.dlogp
+        store(out, stats, chunk.rows)
+        active = own.active()
+        if active.device.type == "cpu" and not bool(active.all()):
+            written[chunk.rows] = active
+            picked = active.nonzero().view(-1)
+            chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
+            q = None if q is None else q.pick(picked)
+        chunk.write(logits, gradient(p, q, targets[chunk.rows], stats, own))
     clear_masked((*out, value, dlogp), targets)
-    zero_rows(logits, present)
+    zero_rows(logits, written)
 
 
 def read(
@@ -272,13 +313,13 @@ def read(
 
 
 def temperature_of(chunk: Chunk, temperature: Tensor | None, transform: LogitTransform) -> Tensor | float:
-    return transform.temperature if temperature is None else temperature[chunk.index].unsqueeze(-1)
+    return transform.temperature if temperature is None else temperature[chunk.rows].unsqueeze(-1)
 
 
-def store(out: RowStats, values: RowStats, index: Tensor | slice) -> None:
+def store(out: RowStats, values: RowStats, rows: Rows) -> None:
     for target, value in zip(out, values, strict=True):
         if target is not None and value is not None:
-            target[index] = value
+            target[rows] = value
 
 
 def clear_masked(out: Iterable[Tensor | None], targets: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""Device functions shared by the kernels: reading a row, its online logsumexp, and the losses' Triton statements.
+"""Device functions shared by the kernels, and the losses as Triton states them.
 
-The surrogates and KL estimators state in Triton what `objective.py` states in PyTorch, under the same names; a test
-compares the two. Each returns `(value, derivative by logp)`.
+The surrogates and KL estimators state in Triton what `objective.py` states in PyTorch, under the same names;
+a test compares the two. Each returns `(value, derivative by logp)`.
 """
 
 import triton
@@ -10,8 +10,8 @@ import triton.language as tl
 MASKED = tl.constexpr(-1)  # in targets: a row that takes no part
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Where a running maximum starts. Finite, so that a block of nothing but -inf leaves no -inf - -inf behind, and small
-# enough in magnitude to stay finite times k.
+# Where a running maximum starts. Finite, so that a block of nothing but -inf leaves no -inf - -inf behind,
+# and small enough in magnitude to stay finite times k.
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -20,8 +20,8 @@ def row_pointer(ptr, batch_stride, time_stride, row, T, GROUP: tl.constexpr):
     """The first element of row b * T + t. `row` is int64: the offsets of a batch exceed 2^31."""
     ptr += (row // T) * batch_stride + (row % T) * time_stride
     if GROUP > 1:
-        # The launcher has seen that every row is aligned; saying so here rather than by specialising on the strides
-        # keeps one variant for all lengths.
+        # The launcher has seen that every row is aligned; saying so here rather than by specialising on the
+        # strides keeps one variant for all lengths.
         ptr = tl.multiple_of(ptr, 16)
     return ptr
 
@@ -73,7 +73,9 @@ def softcapped(z, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED: tl.constexpr, DTYPE: tl.constexpr):
+def logit_factors(
+    scale, softcap, temperature_ptr, temperature, row, CAPPED: tl.constexpr, DTYPE: tl.constexpr
+):
     """`scale`, `softcap` and `k` in the dtype of the arithmetic: the distribution is softmax(k * y)."""
     scale = tl.full((), scale, DTYPE)
     softcap = tl.full((), softcap, DTYPE)
@@ -106,7 +108,8 @@ def bounded(x, low, high):
 @triton.jit
 def clamped_ratio(logp, anchor, clamp):
     if anchor is None:
-        ratio = tl.full(logp.shape, 1.0, logp.dtype)
+        # Not 1 + 0 * logp: a taken token at -inf has ratio 1, while a NaN stays one.
+        ratio = tl.where(logp == logp, 1.0, logp)
         dratio = ratio
     else:
         log_ratio = logp - anchor
@@ -141,7 +144,7 @@ def ppo_clip(logp, anchor, advantage, clamp, params):
     unclipped = tl.where(ratio > delta, delta, ratio) * advantage
     clipped = bounded(ratio, low, high) * advantage
     value = -tl.where(unclipped > clipped, clipped, unclipped)
-    # A tie counts as unclipped. With delta below the band the clipped branch can be taken where it is not flat.
+    # A tie counts as unclipped. With delta below the band, the clipped branch may be taken inside it.
     flat = tl.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
     bound = -dual_clip * advantage
     beyond = (advantage < 0) & (value > bound)

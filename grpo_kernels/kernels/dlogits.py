@@ -4,7 +4,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import LN2, LOG2E, LOWEST, MASKED, expm1, load_block, load_optional, logit_factors, row_pointer, softcapped
+from .device import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    MASKED,
+    expm1,
+    load_block,
+    load_optional,
+    logit_factors,
+    row_pointer,
+    softcapped,
+)
 from .launch import DTYPES, blocking, on_device_of, row_strides
 
 
@@ -23,7 +34,7 @@ def gradient_block(
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr,
     TAKEN: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row of the gradient; TAKEN: it may hold the taken token. For the rest see `row_gradient`."""
+    """One block of a row of the gradient; TAKEN: it may hold the taken token. See `row_gradient`."""
     y = softcapped(load_block(logits_ptr, start, V, TAIL, BLOCK, DTYPE), scale, softcap, CAPPED)
     d = y * k - shift
     e = tl.exp2(d)
@@ -34,7 +45,9 @@ def gradient_block(
         # Where p_v = 0 its logarithm is -inf, and 0 * inf is not the 0 that is meant.
         per_p = tl.maximum(d, LOWEST) * by_d + per_p
     if ref_ptr is not None:
-        ref_y = softcapped(load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED)
+        ref_y = softcapped(
+            load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED
+        )
         ref_d = ref_y * ref_k - ref_shift
         per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
     grad = e * per_p
@@ -67,8 +80,8 @@ def row_gradient(
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
     With e = 2^d, p_v = e / sum_exp, log p_v = LN2 d - log sum_exp, and likewise q_v, this is
-    e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. At the taken token dlogp (1 - p_y) stands for
-    e by_p, as -dlogp expm1(logp), which keeps the digits that p_y near 1 would cancel.
+    e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. At the taken token dlogp (1 - p_y) stands
+    for e by_p, as -dlogp expm1(logp), which keeps the digits that p_y near 1 would cancel.
     """
     slope = k
     if CAPPED:
@@ -87,7 +100,7 @@ def row_gradient(
             by_ref_p = -slope * dkl_forward / ref_sum_exp
         constant *= slope_p
         by_d = slope_p * (dkl - dentropy) * LN2
-    # The block of the taken token comes by itself, so that the loop over the others needs no comparison per element.
+    # The taken token's block comes by itself: the loop over the others then compares no columns.
     full = V // BLOCK * BLOCK
     own = target // BLOCK * BLOCK
     stop = full
@@ -119,7 +132,8 @@ def row_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "out_batch_stride", "out_time_stride", "batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T",
+        "out_batch_stride", "out_time_stride", "batch_stride", "time_stride",
+        "ref_batch_stride", "ref_time_stride", "T",
     ]
 )  # fmt: skip
 def dlogits_kernel(
@@ -129,7 +143,8 @@ def dlogits_kernel(
     targets_ptr, temperature_ptr,
     logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr,
     dlogp_ptr, dentropy_ptr, dkl_ptr, dkl_forward_ptr,
-    T, V, WIDTH, temperature: "fp64", scale: "fp64", softcap: "fp64", ref_scale: "fp64", ref_softcap: "fp64",
+    T, V, WIDTH, temperature: tl.float64,
+    scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +201,7 @@ def dlogits(
     ref_softcap: float | None,
     temperature: float,
 ) -> None:
-    """Fills `out`; rows whose derivatives are all zero are not read and get zeros, as do columns of padding."""
+    """Fills `out`; rows whose derivatives are all zero are not read and get zeros, as does the padding."""
     shape = blocking(vocab_size, out, logits, ref_logits, block=4096 if ref_logits is None else 2048)
     with on_device_of(logits):
         dlogits_kernel[(targets.numel(),)](

@@ -1,4 +1,4 @@
-"""Statistics, token-local loss and gradient of the logits in one launch; the gradient overwrites the logits."""
+"""Statistics, token-local loss and gradient in one launch; the gradient overwrites the logits."""
 
 import triton
 import triton.language as tl
@@ -26,13 +26,16 @@ def fused_loss_kernel(
     logits_ptr, batch_stride, time_stride,
     ref_ptr, ref_batch_stride, ref_time_stride,
     targets_ptr, temperature_ptr,
-    advantages_ptr, row_weights_ptr, old_logps_ptr, given_ref_logps_ptr, token_weights_ptr, entropy_weights_ptr,
+    advantages_ptr, row_weights_ptr, old_logps_ptr, given_ref_logps_ptr, token_weights_ptr,
+    entropy_weights_ptr,
     value_ptr, dlogp_ptr, logps_ptr, entropy_ptr, ref_logps_ptr, kl_ptr, kl_forward_ptr,
-    T, V, WIDTH, temperature: "fp64", scale: "fp64", softcap: "fp64", ref_scale: "fp64", ref_softcap: "fp64",
+    T, V, WIDTH, temperature: tl.float64,
+    scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     # Not `params`: Triton's generated binder uses that name itself.
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
     SURROGATE: tl.constexpr, ANCHOR: tl.constexpr,
-    KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
+    KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip

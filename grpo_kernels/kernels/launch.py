@@ -46,5 +46,5 @@ def row_strides(tensor: Tensor | None) -> tuple[int, int]:
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's. Nothing happens for a tensor off the GPU."""
+    """Triton launches on the current device: make it the tensor's. Does nothing for a tensor off the GPU."""
     return torch.cuda.device_of(tensor)

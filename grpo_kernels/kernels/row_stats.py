@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import LN2, LOG2E, LOWEST, MASKED, load_block, logit_factors, row_pointer, softcapped, store_optional
+from .device import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    MASKED,
+    load_block,
+    logit_factors,
+    row_pointer,
+    softcapped,
+    store_optional,
+)
 from .launch import DTYPES, blocking, on_device_of, row_strides
 
 
@@ -12,10 +22,10 @@ from .launch import DTYPES, blocking, on_device_of, row_strides
 def fold(y, k, top, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
     """Raises the running maxima `top` `[THREADS]` to those of a block.
 
-    Returns the new maxima, the change of shift `delta` (log2 of what earlier sums must be scaled by), and the block's
-    exponents `d = k * (y - top)` in log2 units, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`: that is how a block
-    lies in registers, GROUP elements of one 16-byte load at a time, so that the reductions over the outer dimensions
-    stay inside a thread and the loop needs neither shuffles nor barriers.
+    Returns the new maxima, the change of shift `delta` (log2 of what earlier sums must be scaled by), and the
+    block's exponents `d = k * (y - top)` in log2 units, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`: that
+    is how a block lies in registers, GROUP elements of one 16-byte load at a time, so that the reductions
+    over the outer dimensions stay inside a thread and the loop needs neither shuffles nor barriers.
     """
     y = tl.reshape(y, [BLOCK // (THREADS * GROUP), THREADS, GROUP])
     new_top = tl.maximum(top, tl.max(tl.max(y, 2), 0))
@@ -43,8 +53,8 @@ def fold_rows(
 ):  # fmt: skip
     """One block of the policy's and the reference's row.
 
-    total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e = 2^d.
-    Each is kept relative to the running maximum: when that moves by delta, d does too.
+    total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
+    2^d. Each is kept relative to the running maximum: when that moves by delta, d does too.
     """
     y = softcapped(load_block(logits_ptr, start, V, TAIL, BLOCK, DTYPE), scale, softcap, CAPPED)
     top, delta, d = fold(y, k, top, BLOCK, THREADS, GROUP)
@@ -54,7 +64,9 @@ def fold_rows(
         # Where d = -inf, e is 0, and any finite d gives the 0 that is meant.
         spread = (spread + total * delta) * alpha + in_thread_sum(e * tl.maximum(d, LOWEST))
     if ref_ptr is not None:
-        ref_y = softcapped(load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED)
+        ref_y = softcapped(
+            load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED
+        )
         ref_top, ref_delta, ref_d = fold(ref_y, ref_k, ref_top, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
@@ -74,7 +86,8 @@ def row_statistics(
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one row, as scalars: `row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl, kl_forward`.
+    """Statistics of one row, as scalars: `row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+    kl_forward`.
 
     The distribution is softmax(k * y). What is not asked for is 0.
     """
@@ -144,7 +157,8 @@ def row_stats_kernel(
     targets_ptr, temperature_ptr,
     logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr,
     ref_logps_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr,
-    T, V, temperature: "fp64", scale: "fp64", softcap: "fp64", ref_scale: "fp64", ref_softcap: "fp64",
+    T, V, temperature: tl.float64,
+    scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
