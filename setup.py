@@ -43,7 +43,7 @@ TEST = [
     'hypothesis==6.170.15; python_version >= "3.11"',
     'hypothesis==6.168.5; python_version < "3.11"',
 ]
-BENCH = [*BASE, *PYTEST, *PLOTS, "pytest-benchmark==5.3.1"]
+BENCH = [*BASE, *PYTEST, *PLOTS, "pytest-benchmark==5.3.1", "psutil==7.2.2"]
 # TRL 1.16 and transformers 5.23 need Python 3.11.
 TRL = [
     *BASE,

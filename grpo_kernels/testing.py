@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,3 +104,37 @@ def assert_no_worse_than_eager(
             f"{what}: row {worst} errs {float(ours[worst]):.3g}, eager {float(theirs[worst]):.3g}, allowed "
             f"{float(factor * theirs[worst] + epsilon):.3g}"
         )
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes that a call of `function` needs at its peak, above what is allocated before it.
+
+    On a GPU read from PyTorch's allocator. Elsewhere the growth of the process, sampled every millisecond
+    from a second thread (needs psutil); memory that an earlier call left to the process hides part of it.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    import psutil
+
+    process = psutil.Process()
+    before = peak = process.memory_info().rss
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(1e-3):
+            peak = max(peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        function()
+    finally:
+        done.set()
+        sampler.join()
+    return peak - before

@@ -137,9 +137,9 @@ def row_gradient(
     ]
 )  # fmt: skip
 def dlogits_kernel(
-    out_ptr, out_batch_stride, out_time_stride,
-    logits_ptr, batch_stride, time_stride,
-    ref_ptr, ref_batch_stride, ref_time_stride,
+    out_ptr, out_batch_stride: tl.int64, out_time_stride: tl.int64,
+    logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
+    ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr,
     dlogp_ptr, dentropy_ptr, dkl_ptr, dkl_forward_ptr,

@@ -23,8 +23,8 @@ from .row_stats import log_prob, row_statistics, taken_logit
     do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"],
 )
 def fused_loss_kernel(
-    logits_ptr, batch_stride, time_stride,
-    ref_ptr, ref_batch_stride, ref_time_stride,
+    logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
+    ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     advantages_ptr, row_weights_ptr, old_logps_ptr, given_ref_logps_ptr, token_weights_ptr,
     entropy_weights_ptr,
@@ -189,8 +189,9 @@ def fused_loss(
 
 @triton.jit(do_not_specialize=["batch_stride", "time_stride", "T"])
 def scale_rows_kernel(
-    x_ptr, batch_stride, time_stride, factor_ptr, T, WIDTH, BLOCK: tl.constexpr, GROUP: tl.constexpr
-):
+    x_ptr, batch_stride: tl.int64, time_stride: tl.int64, factor_ptr, T, WIDTH,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     factor = tl.load(factor_ptr)
     if factor == 1.0:
         return

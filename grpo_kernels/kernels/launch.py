@@ -36,9 +36,14 @@ def blocking(vocab: int, *tensors: Tensor | None, block: int, num_warps: int = 4
 
 
 def rows_aligned(tensor: Tensor) -> bool:
-    """Whether every row of `[B, T, V]` starts at a multiple of 16 bytes."""
-    strides = (s for s, size in zip(tensor.stride()[:2], tensor.shape, strict=False) if size > 1)
-    return tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in strides)
+    """Whether every row of `[B, T, V]` starts at a multiple of 16 bytes.
+
+    By the strides alone, of a dimension of one too: a row by itself is then summed in the order, and so to the
+    bits, of the same row in a batch.
+    """
+    return tensor.data_ptr() % 16 == 0 and all(
+        s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:2]
+    )
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:

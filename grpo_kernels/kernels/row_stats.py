@@ -152,8 +152,8 @@ def log_prob(z, k, scale, softcap, row_max, sum_exp, CAPPED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"])
 def row_stats_kernel(
-    logits_ptr, batch_stride, time_stride,
-    ref_ptr, ref_batch_stride, ref_time_stride,
+    logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
+    ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr,
     ref_logps_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr,
