@@ -38,7 +38,7 @@ def blocking(vocab: int, *tensors: Tensor | None, block: int, num_warps: int = 4
 def rows_aligned(tensor: Tensor) -> bool:
     """Whether every row of `[B, T, V]` starts at a multiple of 16 bytes.
 
-    By the strides alone, of a dimension of one too: a row by itself is then summed in the order, and so to the
+    The stride of a dimension of one counts too: a row by itself is then reduced in the order, and so to the
     bits, of the same row in a batch.
     """
     return tensor.data_ptr() % 16 == 0 and all(
