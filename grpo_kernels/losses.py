@@ -13,7 +13,7 @@ from .autograd import FusedLoss, KnownGradient, RowConfig, RowStatistics
 from .backend import choose_backend, log_once
 from .batch import Batch, check_logits
 from .objective import RowStats, TokenInputs
-from .spec import PRESETS, LogitTransform, LogRatio, LossSpec, Surrogate, check_choice
+from .spec import PRESETS, LogitTransform, LogRatio, LossSpec, Surrogate, check_choice, check_number
 
 
 class LossOutput(NamedTuple):
@@ -92,81 +92,58 @@ def grpo_loss(
     batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab_size)
     _check_reference(spec, ref_logits, ref_logps)
     if ref_logits is not None:
-        check_logits(
-            "ref_logits", ref_logits, like=logits, vocab_size=batch.vocab_size, padded=vocab_size is not None
-        )
-    transform = LogitTransform(
-        batch.vocab_size,
-        logit_scale,
-        logit_softcap,
-        logit_scale if ref_logit_scale is None else ref_logit_scale,
-        logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
-        1.0 if isinstance(temperature, Tensor) else temperature,
-    )
-    mask, dtype = batch.mask, batch.dtype
-    sequence_ids = batch.sequence_ids
-    if spec.aggregation.startswith("seq-") and (
-        normalizer is None or spec.aggregation == "seq-mean-token-mean"
-    ):
-        batch.require_sequences(f"aggregation {spec.aggregation!r}")
-    if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
-        raise ValueError(
-            "aggregation 'seq-mean-token-sum-norm' on a packed batch needs LossSpec(max_tokens=...)"
-        )
-    row_weights = objective.aggregation_weights(
-        spec, batch.shaped(mask), sequence_ids, batch.num_sequences, _normalizer(normalizer, logits), dtype
-    )
-    inputs = TokenInputs(
-        mask=mask,
-        advantages=batch.per_token("advantages", advantages, per_sequence=True),
-        row_weights=row_weights,
-        old_logps=batch.optional("old_logps", old_logps),
-        ref_logps=batch.optional("ref_logps", ref_logps),
-        token_weights=batch.optional("token_weights", token_weights, columns=True),
-        entropy_weights=None,
-    )
-    if spec.entropy_coef:
-        mean = row_weights if normalizer is not None else objective.safe_divide(mask.to(dtype), mask.sum())
-        inputs = inputs._replace(entropy_weights=-spec.entropy_coef * mean)
-    temperatures = batch.temperatures(temperature)
+        padded = vocab_size is not None
+        check_logits("ref_logits", ref_logits, like=logits, vocab_size=batch.vocab_size, padded=padded)
+        ref_logits = batch.rows_of(ref_logits.detach())
+    if inplace:
+        batch.check_writable()
     config = RowConfig(
-        transform,
+        LogitTransform(
+            batch.vocab_size,
+            logit_scale,
+            logit_softcap,
+            logit_scale if ref_logit_scale is None else ref_logit_scale,
+            logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
+            1.0 if isinstance(temperature, Tensor) else temperature,
+        ),
         choose_backend(backend, logits),
         entropy=return_entropy or bool(spec.entropy_coef),
         kl_forward=spec.exact_kl is not None and spec.exact_kl.kind == "exact_forward",
         kl_gradient=spec.exact_kl is not None,
         inplace=inplace,
     )
-    if inplace:
-        batch.check_writable()
-    ref_rows = None if ref_logits is None else batch.rows_of(ref_logits.detach())
+    row_weights = _row_weights(spec, batch, normalizer)
+    inputs = TokenInputs(
+        mask=batch.mask,
+        advantages=batch.per_token("advantages", advantages, per_sequence=True),
+        row_weights=row_weights,
+        old_logps=batch.optional("old_logps", old_logps),
+        ref_logps=batch.optional("ref_logps", ref_logps),
+        token_weights=batch.optional("token_weights", token_weights, columns=True),
+        entropy_weights=_entropy_weights(spec, batch, row_weights, normalizer),
+    )
+    tensors = (batch.rows, ref_logits, batch.targets, batch.temperatures(temperature))
 
     fused = inplace and _can_fuse(spec, logits)
     if not torch.compiler.is_compiling():
-        log_once(
-            f"{'fused loss and gradient' if fused else 'statistics, then gradient in the backward'}, "
-            f"{config.backend} backend, {logits.dtype}"
-        )
+        path = "fused loss and gradient" if fused else "statistics, then gradient in the backward"
+        log_once(f"{path}, {config.backend} backend, {logits.dtype}")
     if fused:
-        loss, dlogp, *found = FusedLoss.apply(
-            batch.rows, ref_rows, batch.targets, temperatures, inputs, spec, config
-        )
+        loss, dlogp, *found = FusedLoss.apply(*tensors, inputs, spec, config)
         stats = RowStats(*found)
         derivatives = objective.coefficients(spec, inputs, dlogp)
     else:
-        live = RowStats(*RowStatistics.apply(batch.rows, ref_rows, batch.targets, temperatures, config))
+        live = RowStats(*RowStatistics.apply(*tensors, config))
         stats = live.detach()
         values, derivatives = objective.row_loss(spec, stats, inputs, batch.shape)
         loss = KnownGradient.apply(
             values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward
         )
 
-    with torch.no_grad():
-        metrics = objective.metrics(spec, stats, inputs, derivatives)
     reference = objective.reference_logps(stats, inputs)
     return LossOutput(
         loss,
-        metrics,
+        objective.metrics(spec, stats, inputs, derivatives),
         batch.shaped(stats.logps),
         None if reference is None else batch.shaped(reference),
         None if stats.entropy is None else batch.shaped(stats.entropy),
@@ -279,18 +256,36 @@ def _check_reference(spec: LossSpec, ref_logits: Tensor | None, ref_logps: Tenso
             raise ValueError(f"{spec.sampled_kl} needs a reference: give ref_logits or ref_logps")
 
 
-def _normalizer(normalizer: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
+def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None) -> Tensor:
+    """The aggregation as a weight per row; raises ValueError where it lacks what it needs."""
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0:
             raise ValueError(
                 f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}"
             )
-        return normalizer.detach().to(logits.device)
-    if normalizer is not None and (isinstance(normalizer, bool) or not isinstance(normalizer, int | float)):
-        raise TypeError(f"normalizer must be a float, a 0-dim tensor or None, got {normalizer!r}")
-    if normalizer is not None and not math.isfinite(normalizer):
-        raise ValueError(f"normalizer must be finite, got {normalizer!r}")
-    return normalizer
+        normalizer = normalizer.detach().to(batch.rows.device)
+    elif normalizer is not None:
+        check_number("normalizer", normalizer, low=-math.inf, strict=True)
+    if spec.aggregation == "seq-mean-token-mean" or (
+        spec.aggregation.startswith("seq-") and normalizer is None
+    ):
+        batch.require_sequences(f"aggregation {spec.aggregation!r}")
+    if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
+        raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
+    return objective.aggregation_weights(
+        spec, batch.shaped(batch.mask), batch.sequence_ids, batch.num_sequences, normalizer, batch.dtype
+    )
+
+
+def _entropy_weights(
+    spec: LossSpec, batch: Batch, row_weights: Tensor, normalizer: float | Tensor | None
+) -> Tensor | None:
+    """The bonus is a mean over the unmasked tokens; a normalizer makes it aggregate as the loss does."""
+    if not spec.entropy_coef:
+        return None
+    if normalizer is None:
+        row_weights = objective.safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
+    return -spec.entropy_coef * row_weights
 
 
 def _can_fuse(spec: LossSpec, logits: Tensor) -> bool:

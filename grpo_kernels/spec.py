@@ -177,7 +177,7 @@ class LossSpec:
         check_choice("level", self.level, LEVELS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         check_number("max_tokens", self.max_tokens, strict=True, optional=True)
-        check_number("entropy_coef", self.entropy_coef, low=-math.inf)
+        check_number("entropy_coef", self.entropy_coef, low=-math.inf, strict=True)
         check_number("log_ratio_clamp", self.log_ratio_clamp, strict=True, optional=True)
 
     @classmethod
