@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backend
 from .objective import Coefficients, RowStats, TokenInputs
 from .spec import LogitTransform, LossSpec
+
+
+def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """For a backward that has no derivative: whoever differentiates its result gets an error.
+
+    `torch.autograd.function.once_differentiable` gives one only where the incoming gradient requires grad,
+    which that of a loss does not: a penalty on the gradient would silently drop out.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        error = torch._C._functions.DelayedError("the losses of grpo_kernels are differentiable once", 1)
+        return tuple(None if x is None else error(x.detach().requires_grad_()) for x in found)
+
+    return wrapper
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,7 @@ class RowStatistics(torch.autograd.Function):
         return tuple(stats)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         config: RowConfig = ctx.config
         by = RowStats(*(None if g is None else g.contiguous() for g in grads))  # type: ignore[arg-type]
@@ -122,7 +142,7 @@ class KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(None if c is None else grad * c for c in ctx.saved_tensors)
 
@@ -167,7 +187,7 @@ class FusedLoss(torch.autograd.Function):
         return value.sum(), dlogp, *stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7

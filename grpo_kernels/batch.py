@@ -198,11 +198,15 @@ class Batch:
         return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
 
     def check_writable(self) -> None:
-        overlapping = any(s == 0 and n > 1 for s, n in zip(self.rows.stride(), self.rows.shape, strict=True))
-        if overlapping:
-            raise ValueError(
-                f"inplace=True needs rows of their own: logits have strides {self.rows.stride()}"
-            )
+        """Rows that share memory cannot each hold a gradient."""
+        extent = 1
+        for stride, size in sorted(zip(self.rows.stride(), self.rows.shape, strict=True)):
+            if size > 1 and stride < extent:
+                raise ValueError(
+                    f"inplace=True needs rows of their own: logits {tuple(self.rows.shape)} with strides "
+                    f"{self.rows.stride()} overlap"
+                )
+            extent = max(extent, stride * size)
 
 
 def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:

@@ -73,8 +73,9 @@ def grpo_loss(
         vocab_size: columns from here on are padding: they take no part and get zero gradient.
         normalizer: replaces the denominator of the aggregation (global token count, number of sequences).
         return_entropy: fill `entropy` and `metrics["entropy"]`.
-        inplace: the gradient overwrites `logits`. Autograd reports another use of them as of any in-place
-            operation.
+        inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
+            operation that still needs the old values, as for any in-place operation; do not use them
+            afterwards.
         backend: "triton", "torch", or "auto": triton on GPU tensors, torch elsewhere.
 
     Returns:

@@ -51,7 +51,7 @@ def reference_loss(
 
     def tokens(x: Tensor | float) -> Tensor:
         """The unmasked tokens of a per-token or per-sequence argument, in order, `[M]`."""
-        x = torch.as_tensor(x, device=logits.device).detach()
+        x = x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=logits.device)
         if len(shape) == 1 and x.dim() == 1 and x.shape != shape:
             x = x[sequences]
         elif len(shape) == 2 and x.dim() == 1:

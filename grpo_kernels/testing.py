@@ -87,18 +87,17 @@ def assert_no_worse_than_eager(
     """`got` errs from the fp64 `truth` at most `factor` times what `eager` errs, plus `epsilon`, row by row.
 
     Errors are relative L2 norms over the last dimension: a bound on the largest element would let a gradient
-    of zeros pass. `epsilon` defaults to two roundings of `got`'s dtype (1e-12 for fp64).
+    of zeros pass. `epsilon` defaults to one rounding of `got`'s dtype, and to at least 2e-6 (fp64: 1e-12),
+    what a log-probability near -10 is rounded by in fp32. A row in which eager is NaN has no bar but NaN.
 
     Raises:
         AssertionError: naming the worst row and both errors.
     """
     if epsilon is None:
-        epsilon = 1e-12 if got.dtype == torch.float64 else 2 * torch.finfo(got.dtype).eps
+        epsilon = 1e-12 if got.dtype == torch.float64 else max(torch.finfo(got.dtype).eps, 2e-6)
     ours, theirs = relative_error(got, truth).reshape(-1), relative_error(eager, truth).reshape(-1)
-    if bool(torch.isnan(ours).any()):
-        raise AssertionError(f"{what}: NaN in row {int(torch.isnan(ours).nonzero()[0])}")
-    excess = ours - (factor * theirs + epsilon)
-    if excess.numel() and float(excess.max()) > 0:
+    excess = (ours - (factor * theirs.nan_to_num(nan=torch.inf) + epsilon)).nan_to_num(nan=torch.inf)
+    if bool((excess > 0).any()):
         worst = int(excess.argmax())
         raise AssertionError(
             f"{what}: row {worst} errs {float(ours[worst]):.3g}, eager {float(theirs[worst]):.3g}, allowed "

@@ -42,16 +42,6 @@ def store_optional(ptr, row, value):
 
 
 @triton.jit
-def load_block(ptr, start, V, TAIL: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    columns = start + tl.arange(0, BLOCK)
-    if TAIL:
-        x = tl.load(ptr + columns, mask=columns < V, other=float("-inf"))
-    else:
-        x = tl.load(ptr + columns)
-    return x.to(DTYPE)
-
-
-@triton.jit
 def tanh(x):
     a = tl.abs(x)
     t = tl.exp2(a * (-2 * LOG2E))
@@ -70,6 +60,23 @@ def softcapped(z, scale, softcap, CAPPED: tl.constexpr):
     if CAPPED:
         z = softcap * tanh(z * (scale / softcap))
     return z
+
+
+@triton.jit
+def load_block(
+    ptr, start, V, scale, softcap,
+    CAPPED: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """`y` of a block of a row; -inf beyond the vocabulary."""
+    columns = start + tl.arange(0, BLOCK)
+    if TAIL:
+        z = tl.load(ptr + columns, mask=columns < V, other=float("-inf"))
+    else:
+        z = tl.load(ptr + columns)
+    y = softcapped(z.to(DTYPE), scale, softcap, CAPPED)
+    if CAPPED and TAIL:
+        y = tl.where(columns < V, y, float("-inf"))  # the softcap has made -softcap of it
+    return y
 
 
 @triton.jit

@@ -14,7 +14,6 @@ from .device import (
     load_optional,
     logit_factors,
     row_pointer,
-    softcapped,
 )
 from .launch import DTYPES, blocking, on_device_of, row_strides
 
@@ -35,7 +34,7 @@ def gradient_block(
     TAKEN: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of a row of the gradient; TAKEN: it may hold the taken token. See `row_gradient`."""
-    y = softcapped(load_block(logits_ptr, start, V, TAIL, BLOCK, DTYPE), scale, softcap, CAPPED)
+    y = load_block(logits_ptr, start, V, scale, softcap, CAPPED, TAIL, BLOCK, DTYPE)
     d = y * k - shift
     e = tl.exp2(d)
     per_p = constant
@@ -45,9 +44,7 @@ def gradient_block(
         # Where p_v = 0 its logarithm is -inf, and 0 * inf is not the 0 that is meant.
         per_p = tl.maximum(d, LOWEST) * by_d + per_p
     if ref_ptr is not None:
-        ref_y = softcapped(
-            load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED
-        )
+        ref_y = load_block(ref_ptr, start, V, ref_scale, ref_softcap, REF_CAPPED, TAIL, BLOCK, DTYPE)
         ref_d = ref_y * ref_k - ref_shift
         per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
     grad = e * per_p

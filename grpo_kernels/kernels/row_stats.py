@@ -56,7 +56,7 @@ def fold_rows(
     total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
     2^d. Each is kept relative to the running maximum: when that moves by delta, d does too.
     """
-    y = softcapped(load_block(logits_ptr, start, V, TAIL, BLOCK, DTYPE), scale, softcap, CAPPED)
+    y = load_block(logits_ptr, start, V, scale, softcap, CAPPED, TAIL, BLOCK, DTYPE)
     top, delta, d = fold(y, k, top, BLOCK, THREADS, GROUP)
     e = tl.exp2(d)
     alpha = tl.exp2(delta)
@@ -64,9 +64,7 @@ def fold_rows(
         # Where d = -inf, e is 0, and any finite d gives the 0 that is meant.
         spread = (spread + total * delta) * alpha + in_thread_sum(e * tl.maximum(d, LOWEST))
     if ref_ptr is not None:
-        ref_y = softcapped(
-            load_block(ref_ptr, start, V, TAIL, BLOCK, DTYPE), ref_scale, ref_softcap, REF_CAPPED
-        )
+        ref_y = load_block(ref_ptr, start, V, ref_scale, ref_softcap, REF_CAPPED, TAIL, BLOCK, DTYPE)
         ref_top, ref_delta, ref_d = fold(ref_y, ref_k, ref_top, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
