@@ -45,70 +45,93 @@ class RowConfig:
     kl_gradient: bool = False  # the exact KL is part of the loss: the backward reads the reference's logits
     inplace: bool = False
 
+    def outputs(self, ref_logits: Tensor | None) -> list[str]:
+        """The statistics that the loss needs, by their names in `RowStats`."""
+        names = ["logps"]
+        if self.entropy:
+            names += ["entropy"]
+        if ref_logits is not None:
+            names += ["ref_logps", "kl"]
+        if self.kl_forward:
+            names += ["kl_forward"]
+        return names
+
     def empty_stats(self, logits: Tensor, ref_logits: Tensor | None, *, for_backward: bool) -> RowStats:
         """Unfilled statistics of `[B, T, V]` logits; maxima and sums only where a backward will want them."""
+        names = self.outputs(ref_logits)
+        if for_backward:
+            names += ["row_max", "sum_exp"]
+            names += [] if ref_logits is None else ["ref_row_max", "ref_sum_exp"]
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         rows = logits.shape[0] * logits.shape[1]
+        return RowStats(**{name: torch.empty(rows, dtype=dtype, device=logits.device) for name in names})
 
-        def new(wanted: bool) -> Tensor | None:
-            return torch.empty(rows, dtype=dtype, device=logits.device) if wanted else None
 
-        ref = ref_logits is not None
-        return RowStats(
-            logps=new(True),  # type: ignore[arg-type]
-            row_max=new(for_backward),  # type: ignore[arg-type]
-            sum_exp=new(for_backward),  # type: ignore[arg-type]
-            entropy=new(self.entropy),
-            ref_logps=new(ref),
-            ref_row_max=new(ref and for_backward),
-            ref_sum_exp=new(ref and for_backward),
-            kl=new(ref),
-            kl_forward=new(ref and self.kl_forward),
-        )
+def row_statistics(
+    logits: Tensor,  # [B, T, V]
+    ref_logits: Tensor | None,
+    targets: Tensor,  # [B * T]
+    temperatures: Tensor | None,  # [B * T]
+    config: RowConfig,
+) -> RowStats:
+    """Statistics of every row. Log-probability, entropy and exact KL are differentiable by the logits."""
+    found = RowStatistics.apply(logits, ref_logits, targets, temperatures, config)
+    return RowStats(**dict(zip(config.outputs(ref_logits), found, strict=True)))
+
+
+def fused_loss(
+    logits: Tensor,  # [B, T, V]; overwritten with the gradient
+    ref_logits: Tensor | None,
+    targets: Tensor,  # [B * T]
+    temperatures: Tensor | None,  # [B * T]
+    inputs: TokenInputs,
+    spec: LossSpec,
+    config: RowConfig,
+) -> tuple[Tensor, Tensor, RowStats]:
+    """A token-local loss: its value, 0-dim and differentiable, `dlogp` `[B * T]`, and constant statistics."""
+    loss, dlogp, *found = FusedLoss.apply(logits, ref_logits, targets, temperatures, inputs, spec, config)
+    return loss, dlogp, RowStats(**dict(zip(config.outputs(ref_logits), found, strict=True)))
 
 
 class RowStatistics(torch.autograd.Function):
-    """Log-probability, entropy and exact KL of every row, differentiable with respect to the logits."""
+    """Returns `config.outputs`: tensors only, since torch.compile miscounts outputs when some are None."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,  # [B, T, V]
+        logits: Tensor,
         ref_logits: Tensor | None,
-        targets: Tensor,  # [B * T]
-        temperatures: Tensor | None,  # [B * T]
+        targets: Tensor,
+        temperatures: Tensor | None,
         config: RowConfig,
-    ) -> tuple[Tensor | None, ...]:
-        """Returns `RowStats` in its order."""
+    ) -> tuple[Tensor, ...]:
         stats = config.empty_stats(logits, ref_logits, for_backward=True)
         backend.row_stats(logits, targets, stats, ref_logits, temperatures, config.transform, config.backend)
         ctx.config = config
+        ctx.names = config.outputs(ref_logits)
         ctx.save_for_backward(
             logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats
         )
-        constant = [stats.row_max, stats.sum_exp, stats.ref_logps, stats.ref_row_max, stats.ref_sum_exp]
-        if not config.kl_gradient:
-            constant += [stats.kl, stats.kl_forward]
-        ctx.mark_non_differentiable(*(x for x in constant if x is not None))
         ctx.set_materialize_grads(False)
-        return tuple(stats)
+        outputs = {name: getattr(stats, name) for name in ctx.names}
+        constant = ("ref_logps",) if config.kl_gradient else ("ref_logps", "kl", "kl_forward")
+        ctx.mark_non_differentiable(*(outputs[name] for name in constant if name in outputs))
+        return tuple(outputs.values())
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         config: RowConfig = ctx.config
-        by = RowStats(*(None if g is None else g.contiguous() for g in grads))  # type: ignore[arg-type]
-        coefficients = Coefficients(by.logps, by.entropy)
+        by = {name: g.contiguous() for name, g in zip(ctx.names, grads, strict=True) if g is not None}
+        coefficients = Coefficients(by.get("logps"), by.get("entropy"))
         if config.kl_gradient:
-            coefficients = coefficients._replace(dkl=by.kl, dkl_forward=by.kl_forward)
+            coefficients = coefficients._replace(dkl=by.get("kl"), dkl_forward=by.get("kl_forward"))
         if all(x is None for x in coefficients):
             return None, None, None, None, None
         logits, ref_logits, targets, temperatures, *saved = ctx.saved_tensors
-        out = (
-            logits.detach()
-            if config.inplace
-            else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        )
+        out = logits.detach()
+        if not config.inplace:
+            out = torch.empty_like(out, memory_format=torch.contiguous_format)
         backend.dlogits(
             out,
             logits,
@@ -148,20 +171,19 @@ class KnownGradient(torch.autograd.Function):
 
 
 class FusedLoss(torch.autograd.Function):
-    """A token-local loss whose forward overwrites the logits with their gradient."""
+    """A loss whose forward overwrites the logits with their gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,  # [B, T, V]
+        logits: Tensor,
         ref_logits: Tensor | None,
-        targets: Tensor,  # [B * T]
-        temperatures: Tensor | None,  # [B * T]
+        targets: Tensor,
+        temperatures: Tensor | None,
         inputs: TokenInputs,
         spec: LossSpec,
         config: RowConfig,
-    ) -> tuple[Tensor | None, ...]:
-        """Returns the loss, `dlogp` `[B * T]`, and `RowStats` in its order."""
+    ) -> tuple[Tensor, ...]:
         stats = config.empty_stats(logits, ref_logits, for_backward=False)
         value, dlogp = torch.empty_like(stats.logps), torch.empty_like(stats.logps)
         backend.fused_loss(
@@ -177,14 +199,14 @@ class FusedLoss(torch.autograd.Function):
             spec,
             config.backend,
         )
-        # What the logits were is gone: whoever saved them finds out by their version, as after any in-place
-        # operation.
+        # Whoever has saved the logits learns of it from their version, as after any in-place operation.
         torch.autograd.graph.increment_version(logits)
         ctx.backend = config.backend
         ctx.save_for_backward(logits)
-        ctx.mark_non_differentiable(dlogp, *(x for x in stats if x is not None))
+        constants = [dlogp, *(getattr(stats, name) for name in config.outputs(ref_logits))]
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
-        return value.sum(), dlogp, *stats
+        return value.sum(), *constants
 
     @staticmethod
     @first_order

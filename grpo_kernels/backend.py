@@ -24,9 +24,7 @@ logger = logging.getLogger("grpo_kernels")
 BACKENDS = ("auto", "triton", "torch")
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(backend: str, logits: Tensor) -> str:
@@ -34,9 +32,9 @@ def choose_backend(backend: str, logits: Tensor) -> str:
     check_choice("backend", backend, BACKENDS)
     on_gpu = logits.device.type in ("cuda", "xpu")
     if backend == "auto":
-        return "triton" if on_gpu and has_triton() else "torch"
+        return "triton" if on_gpu and HAS_TRITON else "torch"
     if backend == "triton":
-        if not has_triton():
+        if not HAS_TRITON:
             raise ValueError("backend='triton', but the triton package is not installed")
         if not on_gpu and logits.device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
@@ -157,8 +155,8 @@ def _row_stats(
     logits: Tensor,
     targets: Tensor,
     logps: Tensor,
-    row_max: Tensor,
-    sum_exp: Tensor,
+    row_max: Tensor | None,
+    sum_exp: Tensor | None,
     entropy: Tensor | None,
     ref_logps: Tensor | None,
     ref_row_max: Tensor | None,
@@ -194,8 +192,8 @@ def _dlogits(
     logits: Tensor,
     targets: Tensor,
     logps: Tensor,
-    row_max: Tensor,
-    sum_exp: Tensor,
+    row_max: Tensor | None,
+    sum_exp: Tensor | None,
     entropy: Tensor | None,
     ref_logps: Tensor | None,
     ref_row_max: Tensor | None,

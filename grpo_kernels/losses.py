@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import objective
-from .autograd import FusedLoss, KnownGradient, RowConfig, RowStatistics
+from .autograd import KnownGradient, RowConfig, fused_loss, row_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, check_logits
-from .objective import RowStats, TokenInputs
+from .objective import TokenInputs
 from .spec import PRESETS, LogitTransform, LogRatio, LossSpec, Surrogate, check_choice, check_number
 
 
@@ -130,11 +130,10 @@ def grpo_loss(
         path = "fused loss and gradient" if fused else "statistics, then gradient in the backward"
         log_once(f"{path}, {config.backend} backend, {logits.dtype}")
     if fused:
-        loss, dlogp, *found = FusedLoss.apply(*tensors, inputs, spec, config)
-        stats = RowStats(*found)
+        loss, dlogp, stats = fused_loss(*tensors, inputs, spec, config)
         derivatives = objective.coefficients(spec, inputs, dlogp)
     else:
-        live = RowStats(*RowStatistics.apply(*tensors, config))
+        live = row_statistics(*tensors, config)
         stats = live.detach()
         values, derivatives = objective.row_loss(spec, stats, inputs, batch.shape)
         loss = KnownGradient.apply(
@@ -229,8 +228,7 @@ def selective_logps(
     scalar = 1.0 if isinstance(temperature, Tensor) else temperature
     transform = LogitTransform(batch.vocab_size, logit_scale, logit_softcap, temperature=scalar)
     config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy)
-    temperatures = batch.temperatures(temperature)
-    stats = RowStats(*RowStatistics.apply(batch.rows, None, batch.targets, temperatures, config))
+    stats = row_statistics(batch.rows, None, batch.targets, batch.temperatures(temperature), config)
     if stats.entropy is not None:
         return batch.shaped(stats.logps), batch.shaped(stats.entropy)
     return batch.shaped(stats.logps)

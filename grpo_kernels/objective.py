@@ -146,8 +146,8 @@ class RowStats(NamedTuple):
     """
 
     logps: Tensor
-    row_max: Tensor
-    sum_exp: Tensor
+    row_max: Tensor | None = None
+    sum_exp: Tensor | None = None
     entropy: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_row_max: Tensor | None = None

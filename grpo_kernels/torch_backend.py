@@ -184,26 +184,25 @@ def gradient(
     """
     dlogp, dentropy, dkl, dkl_forward = coefficients
     dlogp = torch.zeros_like(stats.logps) if dlogp is None else dlogp
+    assert stats.sum_exp is not None
     inverse = 1 / stats.sum_exp
     rest = None  # what does not come from dlogp
     if dentropy is not None or dkl is not None or dkl_forward is not None:
-        log_sum = stats.sum_exp.log()
-        per_token: Tensor | float = 0.0
+        rest = torch.zeros_like(p.e)
         offset = torch.zeros_like(dlogp)
         if dentropy is not None:
             assert stats.entropy is not None and p.d is not None
-            per_token = per_token - dentropy.unsqueeze(-1) * p.d
-            offset = offset - dentropy * (stats.entropy - log_sum)
+            rest -= dentropy.unsqueeze(-1) * p.d
+            offset -= dentropy * (stats.entropy - stats.sum_exp.log())
         if dkl is not None:
-            assert (
-                stats.kl is not None and stats.ref_sum_exp is not None and p.d is not None and q is not None
-            )
-            per_token = per_token + dkl.unsqueeze(-1) * (p.d - q.d)  # type: ignore[operator]
-            offset = offset - dkl * (log_sum - stats.ref_sum_exp.log() + stats.kl)
+            assert stats.kl is not None and stats.ref_sum_exp is not None
+            assert q is not None and p.d is not None and q.d is not None
+            rest += dkl.unsqueeze(-1) * (p.d - q.d)
+            offset -= dkl * (stats.sum_exp.log() - stats.ref_sum_exp.log() + stats.kl)
         if dkl_forward is not None:
-            offset = offset + dkl_forward
-        # log p_v = -inf has p_v = 0, and 0 * inf is not the 0 that is meant.
-        rest = torch.where(p.e > 0, (per_token + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
+            offset += dkl_forward
+        # Where p_v = 0 its logarithm is -inf, and 0 * inf is not the 0 that is meant.
+        rest = torch.where(p.e > 0, (rest + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
         if dkl_forward is not None:
             assert q is not None and stats.ref_sum_exp is not None
             rest -= q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)

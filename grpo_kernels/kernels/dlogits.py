@@ -178,8 +178,8 @@ def dlogits(
     logits: Tensor,  # [B, T, V]; any batch and time stride
     targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
     logps: Tensor,  # [B * T], as the rest: what row_stats found
-    row_max: Tensor,
-    sum_exp: Tensor,
+    row_max: Tensor | None,
+    sum_exp: Tensor | None,
     entropy: Tensor | None,
     ref_row_max: Tensor | None,
     ref_sum_exp: Tensor | None,

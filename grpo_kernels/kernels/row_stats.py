@@ -204,9 +204,9 @@ def row_stats(
     logits: Tensor,  # [B, T, V]; any batch and time stride
     targets: Tensor,  # [B * T] int64; MASKED: the row is not read
     logps: Tensor,  # [B * T] fp32 (fp64 for fp64 logits), as all outputs
-    row_max: Tensor,
-    sum_exp: Tensor,
-    entropy: Tensor | None,  # where None: not computed
+    row_max: Tensor | None,  # where None, here and below: not stored
+    sum_exp: Tensor | None,
+    entropy: Tensor | None,
     ref_logps: Tensor | None,
     ref_row_max: Tensor | None,
     ref_sum_exp: Tensor | None,
