@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import check_choice, check_number
+from .spec import check_choice, check_integer, check_number
 
 
 def group_advantages(
@@ -28,43 +28,59 @@ def group_advantages(
         leave_one_out: compare each reward with the mean of the others of its group (RLOO, arXiv:2402.14740).
 
     Returns:
-        `[B]` in the dtype of `rewards`. A group of one has advantage 0.
+        `[B]` in the dtype of `rewards`, computed in fp32 (fp64 for fp64). Exactly 0 where all rewards of a
+        group are equal, a group of one included.
 
     Raises:
-        ValueError: a wrong shape, dtype, group size or scale; TypeError: rewards that are no tensor.
+        ValueError: a wrong shape, dtype, device, group size or scale; TypeError: a wrong type.
     """
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}")
     if rewards.dim() != 1 or not rewards.dtype.is_floating_point:
-        raise ValueError(
-            f"rewards must be [B] floating point, got {rewards.dtype} of shape {tuple(rewards.shape)}"
-        )
+        got = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
+        raise ValueError(f"rewards must be [B] floating point, got {got}")
     check_choice("scale", scale, ("std", "none"))
     check_number("eps", eps)
-    if (group_size is None) == (group_ids is None):
-        raise ValueError("give one of group_size and group_ids")
-    if group_size is not None:
-        if group_size < 1 or rewards.numel() % group_size:
-            raise ValueError(f"group_size must divide the {rewards.numel()} rewards, got {group_size}")
-        groups = torch.arange(rewards.numel(), device=rewards.device) // group_size
-        count = rewards.numel() // group_size
-    else:
-        assert group_ids is not None
-        if group_ids.shape != rewards.shape:
-            raise ValueError(
-                f"group_ids must have shape {tuple(rewards.shape)}, got {tuple(group_ids.shape)}"
-            )
-        unique, groups = torch.unique(group_ids, return_inverse=True)
-        count = unique.numel()
+    groups, count = _groups(rewards, group_size, group_ids)
+    values = rewards if rewards.dtype == torch.float64 else rewards.float()
 
-    def group_sum(values: Tensor) -> Tensor:
-        return values.new_zeros(count).index_add(0, groups, values)[groups]
+    def group_sum(x: Tensor) -> Tensor:
+        return x.new_zeros(count).index_add(0, groups, x)[groups]
 
-    size = group_sum(torch.ones_like(rewards))
-    centred = rewards - group_sum(rewards) / size
-    # The sum of squares before leave-one-out: its factor is part of the advantage, not of the spread.
+    def group_extreme(which: str) -> Tensor:
+        return values.new_zeros(count).scatter_reduce(0, groups, values, which, include_self=False)[groups]
+
+    size = group_sum(torch.ones_like(values))
+    centred = values - group_sum(values) / size
+    # The spread is that of the rewards: leaving one out scales the advantage and not the unit it is measured
+    # in.
     std = (group_sum(centred.square()) / (size - 1).clamp(min=1)).sqrt()
     if leave_one_out:
         centred = centred * size / (size - 1).clamp(min=1)
-    centred = torch.where(size > 1, centred, 0.0)
-    return centred / (std + eps) if scale == "std" else centred
+    advantages = centred / (std + eps) if scale == "std" else centred
+    # Equal rewards teach nothing. Their mean may round, and what that leaves over the tiny spread must not
+    # count.
+    undecided = group_extreme("amax") == group_extreme("amin")
+    return torch.where(undecided, 0.0, advantages).to(rewards.dtype)
+
+
+def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> tuple[Tensor, int]:
+    """The number of each reward's group, `[B]`, and how many groups there are."""
+    if (group_size is None) == (group_ids is None):
+        raise ValueError("give one of group_size and group_ids")
+    if group_size is not None:
+        check_integer("group_size", group_size)
+        if rewards.numel() % group_size:
+            raise ValueError(f"group_size must divide the {rewards.numel()} rewards, got {group_size}")
+        return torch.arange(
+            rewards.numel(), device=rewards.device
+        ) // group_size, rewards.numel() // group_size
+    if not isinstance(group_ids, Tensor):
+        raise TypeError(f"group_ids must be a tensor, got {type(group_ids).__name__}")
+    if group_ids.device != rewards.device:
+        raise ValueError(f"group_ids is on {group_ids.device}, rewards on {rewards.device}")
+    if group_ids.shape != rewards.shape or group_ids.dtype.is_floating_point:
+        got = f"{group_ids.dtype} of shape {tuple(group_ids.shape)}"
+        raise ValueError(f"group_ids must be integers of shape {tuple(rewards.shape)}, got {got}")
+    unique, groups = torch.unique(group_ids, return_inverse=True)
+    return groups, unique.numel()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend
-from .objective import Coefficients, RowStats, TokenInputs
+from .objective import Coefficients, RowStats, TokenInputs, arithmetic_dtype
 from .spec import LogitTransform, LossSpec
 
 
@@ -60,9 +60,9 @@ class RowConfig:
         """Unfilled statistics of `[B, T, V]` logits; maxima and sums only where a backward will want them."""
         names = self.outputs(ref_logits)
         if for_backward:
-            names += ["row_max", "sum_exp"]
-            names += [] if ref_logits is None else ["ref_row_max", "ref_sum_exp"]
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            names += ["shift", "sum_exp"]
+            names += [] if ref_logits is None else ["ref_shift", "ref_sum_exp"]
+        dtype = arithmetic_dtype(logits)
         rows = logits.shape[0] * logits.shape[1]
         return RowStats(**{name: torch.empty(rows, dtype=dtype, device=logits.device) for name in names})
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, astuple
 
@@ -30,13 +29,16 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def choose_backend(backend: str, logits: Tensor) -> str:
     """ "triton" or "torch". Raises ValueError where the one asked for cannot run."""
     check_choice("backend", backend, BACKENDS)
-    on_gpu = logits.device.type in ("cuda", "xpu")
+    on_gpu = logits.is_cuda  # ROCm's devices are "cuda" too
     if backend == "auto":
         return "triton" if on_gpu and HAS_TRITON else "torch"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend='triton', but the triton package is not installed")
-        if not on_gpu and logits.device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1":
+        from .kernels.launch import INTERPRETED
+
+        # Tensors on "meta" stand for a GPU's where kernels are compiled for one that is not there.
+        if not (on_gpu or logits.is_meta or INTERPRETED):
             raise ValueError(
                 f"backend='triton' needs GPU tensors, got logits on {logits.device}; with "
                 "TRITON_INTERPRET=1 in the environment the kernels run in Triton's interpreter"
@@ -155,11 +157,11 @@ def _row_stats(
     logits: Tensor,
     targets: Tensor,
     logps: Tensor,
-    row_max: Tensor | None,
+    shift: Tensor | None,
     sum_exp: Tensor | None,
     entropy: Tensor | None,
     ref_logps: Tensor | None,
-    ref_row_max: Tensor | None,
+    ref_shift: Tensor | None,
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     kl_forward: Tensor | None,
@@ -176,7 +178,7 @@ def _row_stats(
     if targets.numel() == 0:
         return
     transform = LogitTransform(vocab_size, scale, softcap, ref_scale, ref_softcap, temperature)
-    out = RowStats(logps, row_max, sum_exp, entropy, ref_logps, ref_row_max, ref_sum_exp, kl, kl_forward)
+    out = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward)
     if backend == "torch":
         torch_backend.row_stats(logits, targets, out, ref_logits, temperatures, transform)
         return
@@ -192,11 +194,11 @@ def _dlogits(
     logits: Tensor,
     targets: Tensor,
     logps: Tensor,
-    row_max: Tensor | None,
+    shift: Tensor | None,
     sum_exp: Tensor | None,
     entropy: Tensor | None,
     ref_logps: Tensor | None,
-    ref_row_max: Tensor | None,
+    ref_shift: Tensor | None,
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     kl_forward: Tensor | None,
@@ -217,7 +219,7 @@ def _dlogits(
     if targets.numel() == 0:
         return
     transform = LogitTransform(vocab_size, scale, softcap, ref_scale, ref_softcap, temperature)
-    stats = RowStats(logps, row_max, sum_exp, entropy, ref_logps, ref_row_max, ref_sum_exp, kl, kl_forward)
+    stats = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward)
     coefficients = Coefficients(dlogp, dentropy, dkl, dkl_forward)
     if backend == "torch":
         torch_backend.dlogits(out, logits, targets, stats, coefficients, ref_logits, temperatures, transform)
@@ -228,7 +230,7 @@ def _dlogits(
         out,
         logits,
         targets,
-        *(logps, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl),
+        *(logps, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl),
         *coefficients,
         ref_logits=ref_logits,
         temperatures=temperatures,

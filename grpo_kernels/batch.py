@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .objective import MASKED
+from .objective import MASKED, arithmetic_dtype
+from .spec import check_integer
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -56,12 +57,13 @@ def check_logits(
 class Batch:
     """The logits as `[B, T, V]` (packed: `[1, N, V]`) and what is known of each of their rows."""
 
-    rows: Tensor  # [B, T, V]
+    logits: Tensor  # [B, T, V]
     targets: Tensor  # [B * T] int64: MASKED, an id of the vocabulary, or vocab_size where the id is outside
     mask: Tensor  # [B * T] bool
     shape: tuple[int, ...]  # [B, T] or [N]
     vocab_size: int
-    seq_lens: Tensor | None  # [S], packed only
+    num_sequences: int | None  # None: packed, and not told
+    sequence_ids: Tensor | None  # [N], packed: the sequence of each token, where the lengths are known
 
     @classmethod
     def of(
@@ -76,8 +78,8 @@ class Batch:
     ) -> Batch:
         check_logits("logits", logits)
         width = logits.shape[-1]
-        if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
-            raise TypeError(f"vocab_size must be an int or None, got {vocab_size!r}")
+        if vocab_size is not None:
+            check_integer("vocab_size", vocab_size)
         vocab_size = width if vocab_size is None else vocab_size
         if not 1 <= vocab_size <= width:
             raise ValueError(
@@ -99,16 +101,29 @@ class Batch:
             check_device(mask_name, mask, logits)
             if tuple(mask.shape) != shape:
                 raise ValueError(f"{mask_name} must have shape {shape}, got {tuple(mask.shape)}")
+            if mask.dtype.is_complex:
+                raise ValueError(f"{mask_name} must be real, got {mask.dtype}")
             unmasked = mask != 0
         ids = ids.to(torch.int64)
         valid = (ids >= 0) & (ids < vocab_size)
         if not torch.compiler.is_compiling() and debug_enabled():
             _check_ids(ids_name, ids, unmasked & ~valid, vocab_size)
         targets = torch.where(unmasked, torch.where(valid, ids, vocab_size), MASKED)
+        num_sequences = shape[0] if len(shape) == 2 else None
+        sequence_ids = None
         if seq_lens is not None:
             _check_seq_lens(seq_lens, logits)
-        rows = logits if logits.dim() == 3 else logits.unsqueeze(0)
-        return cls(rows, targets.reshape(-1), unmasked.reshape(-1), shape, vocab_size, seq_lens)
+            num_sequences = seq_lens.numel()
+            sequence_ids = _sequence_ids(seq_lens.to(logits.device), shape[0])
+        return cls(
+            logits if logits.dim() == 3 else logits.unsqueeze(0),
+            targets.reshape(-1),
+            unmasked.reshape(-1),
+            shape,
+            vocab_size,
+            num_sequences,
+            sequence_ids,
+        )
 
     @property
     def packed(self) -> bool:
@@ -117,28 +132,14 @@ class Batch:
     @property
     def dtype(self) -> torch.dtype:
         """Of all arithmetic, and of every per-token tensor."""
-        return torch.float64 if self.rows.dtype == torch.float64 else torch.float32
-
-    @property
-    def num_sequences(self) -> int | None:
-        if not self.packed:
-            return self.shape[0]
-        return None if self.seq_lens is None else self.seq_lens.numel()
-
-    @property
-    def sequence_ids(self) -> Tensor | None:
-        """Packed, where the lengths are known: the sequence of each token, `[N]`."""
-        if not self.packed or self.seq_lens is None:
-            return None
-        ends = self.seq_lens.to(self.rows.device).cumsum(0)
-        tokens = torch.arange(self.shape[0], device=self.rows.device)
-        return torch.searchsorted(ends, tokens, right=True).clamp(max=max(0, ends.numel() - 1))
+        return arithmetic_dtype(self.logits)
 
     def require_sequences(self, what: str) -> None:
         if self.num_sequences is None:
             raise ValueError(f"{what} on a packed batch needs seq_lens")
 
-    def rows_of(self, logits: Tensor) -> Tensor:
+    def by_rows(self, logits: Tensor) -> Tensor:
+        """Logits of this batch as `[B, T, V]`."""
         return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
     def shaped(self, x: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class Batch:
         `[B, 1]`.
         """
         check_tensor(name, value)
-        check_device(name, value, self.rows)
+        check_device(name, value, self.logits)
         if value.dtype.is_complex:
             raise ValueError(f"{name} must be real, got {value.dtype}")
         value, got = value.detach(), tuple(value.shape)
@@ -174,7 +175,7 @@ class Batch:
             expected = " or ".join(map(str, allowed))
             hint = (
                 " (or one per sequence, with seq_lens)"
-                if self.packed and per_sequence and self.seq_lens is None
+                if self.packed and per_sequence and self.sequence_ids is None
                 else ""
             )
             raise ValueError(f"{name} must have shape {expected}{hint}, got {got}")
@@ -198,15 +199,29 @@ class Batch:
         return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
 
     def check_writable(self) -> None:
-        """Rows that share memory cannot each hold a gradient."""
+        """Raises where the gradient cannot take the logits' place."""
+        if torch.is_grad_enabled() and self.logits.requires_grad and self.logits.is_leaf:
+            raise RuntimeError(
+                "inplace=True would overwrite logits, a leaf that requires grad, with its own gradient: "
+                "a leaf must not be used in an in-place operation"
+            )
+        if torch.compiler.is_compiling():
+            return  # strides may be symbolic, which cannot be sorted
         extent = 1
-        for stride, size in sorted(zip(self.rows.stride(), self.rows.shape, strict=True)):
+        for stride, size in sorted(zip(self.logits.stride(), self.logits.shape, strict=True)):
             if size > 1 and stride < extent:
                 raise ValueError(
-                    f"inplace=True needs rows of their own: logits {tuple(self.rows.shape)} with strides "
-                    f"{self.rows.stride()} overlap"
+                    f"inplace=True needs rows of their own: logits {tuple(self.logits.shape)} with strides "
+                    f"{self.logits.stride()} overlap"
                 )
             extent = max(extent, stride * size)
+
+
+def _sequence_ids(seq_lens: Tensor, tokens: int) -> Tensor:
+    positions = torch.arange(tokens, device=seq_lens.device)
+    return torch.searchsorted(seq_lens.cumsum(0), positions, right=True).clamp(
+        max=max(0, seq_lens.numel() - 1)
+    )
 
 
 def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:
@@ -215,16 +230,18 @@ def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"seq_lens belongs to packed logits [N, V], got logits of shape {tuple(logits.shape)}"
         )
-    if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype in (torch.bool,):
+    if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype == torch.bool:
         raise ValueError(
             f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
         )
     # On the CPU the values are at hand; on a GPU reading them would make the host wait.
-    if seq_lens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (seq_lens.device.type == "cpu" or debug_enabled()):
         total = int(seq_lens.sum())
-        if total != logits.shape[0] or bool((seq_lens < 0).any()):
+        shortest = int(seq_lens.min()) if seq_lens.numel() else 0
+        if total != logits.shape[0] or shortest < 0:
             raise ValueError(
-                f"seq_lens must be non-negative and sum to N = {logits.shape[0]}, got a sum of {total}"
+                f"seq_lens must be non-negative and sum to N = {logits.shape[0]}, got a sum of {total} and a "
+                f"smallest length of {shortest}"
             )
 
 

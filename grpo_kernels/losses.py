@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import objective
+from .aggregation import aggregation_weights, safe_divide
 from .autograd import KnownGradient, RowConfig, fused_loss, row_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, check_logits
+from .metrics import metrics
 from .objective import TokenInputs
 from .spec import PRESETS, LogitTransform, LogRatio, LossSpec, Surrogate, check_choice, check_number
 
@@ -62,7 +63,8 @@ def grpo_loss(
         spec: a `LossSpec`, or a preset's name.
         completion_mask: `[B, T]` or `[N]`, bool, int or float; 0: not a completion token. What any argument
             holds at such a position never matters.
-        seq_lens: packed only: `[S]` integers that sum to `N`.
+        seq_lens: packed only: `[S]` integers that sum to `N`; on the device of the logits, lest the host
+            wait.
         ref_logits: the reference model's logits, as `logits`; no gradient.
         ref_logps: `[B, T]` or `[N]`, nats: its log-probabilities instead. Not both.
         old_logps: `[B, T]` or `[N]`, nats: the behaviour policy's. None: on-policy, the ratio is exactly 1.
@@ -71,7 +73,9 @@ def grpo_loss(
         logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
         ref_logit_scale, ref_logit_softcap: the reference's; None: as the policy's.
         vocab_size: columns from here on are padding: they take no part and get zero gradient.
-        normalizer: replaces the denominator of the aggregation (global token count, number of sequences).
+        normalizer: replaces the denominator of the aggregation: the tokens (sequences) of all micro-batches
+            and ranks. Where gradients are averaged over ranks, as DDP and FSDP do, divided by the number of
+            ranks.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
@@ -95,7 +99,7 @@ def grpo_loss(
     if ref_logits is not None:
         padded = vocab_size is not None
         check_logits("ref_logits", ref_logits, like=logits, vocab_size=batch.vocab_size, padded=padded)
-        ref_logits = batch.rows_of(ref_logits.detach())
+        ref_logits = batch.by_rows(ref_logits.detach())
     if inplace:
         batch.check_writable()
     config = RowConfig(
@@ -123,7 +127,7 @@ def grpo_loss(
         token_weights=batch.optional("token_weights", token_weights, columns=True),
         entropy_weights=_entropy_weights(spec, batch, row_weights, normalizer),
     )
-    tensors = (batch.rows, ref_logits, batch.targets, batch.temperatures(temperature))
+    tensors = (batch.logits, ref_logits, batch.targets, batch.temperatures(temperature))
 
     fused = inplace and _can_fuse(spec, logits)
     if not torch.compiler.is_compiling():
@@ -143,7 +147,7 @@ def grpo_loss(
     reference = objective.reference_logps(stats, inputs)
     return LossOutput(
         loss,
-        objective.metrics(spec, stats, inputs, derivatives),
+        metrics(spec, stats, inputs, derivatives),
         batch.shaped(stats.logps),
         None if reference is None else batch.shaped(reference),
         None if stats.entropy is None else batch.shaped(stats.entropy),
@@ -173,11 +177,12 @@ def log_ratio_loss(
 
 
 class GRPOLoss(nn.Module):
-    """`grpo_loss` as a module: the spec and any options that stay the same are given once.
+    """`grpo_loss` as a module: the spec and the options that stay the same are given once.
 
-    >>> loss_fn = GRPOLoss("dapo", temperature=0.9)
-    >>> out = loss_fn(logits, completion_ids, advantages, completion_mask=mask, old_logps=old)  # doctest:
-    +SKIP
+    ```python
+    loss_fn = GRPOLoss("dapo", temperature=0.9)
+    out = loss_fn(logits, completion_ids, advantages, completion_mask=mask, old_logps=old_logps)
+    ```
     """
 
     def __init__(self, spec: LossSpec | str = "grpo", **options: Any) -> None:
@@ -228,7 +233,7 @@ def selective_logps(
     scalar = 1.0 if isinstance(temperature, Tensor) else temperature
     transform = LogitTransform(batch.vocab_size, logit_scale, logit_softcap, temperature=scalar)
     config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy)
-    stats = row_statistics(batch.rows, None, batch.targets, batch.temperatures(temperature), config)
+    stats = row_statistics(batch.logits, None, batch.targets, batch.temperatures(temperature), config)
     if stats.entropy is not None:
         return batch.shaped(stats.logps), batch.shaped(stats.entropy)
     return batch.shaped(stats.logps)
@@ -262,16 +267,16 @@ def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None
             raise ValueError(
                 f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}"
             )
-        normalizer = normalizer.detach().to(batch.rows.device)
+        normalizer = normalizer.detach().to(batch.logits.device)
     elif normalizer is not None:
-        check_number("normalizer", normalizer, low=-math.inf, strict=True)
+        check_number("normalizer", normalizer, low=0.0)
     if spec.aggregation == "seq-mean-token-mean" or (
         spec.aggregation.startswith("seq-") and normalizer is None
     ):
         batch.require_sequences(f"aggregation {spec.aggregation!r}")
     if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
         raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
-    return objective.aggregation_weights(
+    return aggregation_weights(
         spec, batch.shaped(batch.mask), batch.sequence_ids, batch.num_sequences, normalizer, batch.dtype
     )
 
@@ -283,7 +288,7 @@ def _entropy_weights(
     if not spec.entropy_coef:
         return None
     if normalizer is None:
-        row_weights = objective.safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
+        row_weights = safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
     return -spec.entropy_coef * row_weights
 
 

@@ -133,6 +133,11 @@ def unbounded(bound: float | None) -> float:
     return math.inf if bound is None else float(bound)
 
 
+def arithmetic_dtype(logits: Tensor) -> torch.dtype:
+    """Of everything that is computed from the logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
 MASKED = -1
 """In `targets`: a position that takes no part. Its logits are not read and its gradient is zero."""
 
@@ -140,17 +145,17 @@ MASKED = -1
 class RowStats(NamedTuple):
     """What the loss knows of each row of logits, `[N]` each; absent where it was not asked for.
 
-    With `y` the softcapped logits and `k = scale / temperature`: `row_max = max y` and
-    `sum_exp = sum exp(k * (y - row_max))`. Two numbers and not their logsumexp, which in fp32 would lose the
-    digits of a row that sits far from zero.
+    `sum_exp` is the sum of the exponentials relative to the row's maximum `shift`, which is in the units that
+    a backend exponentiates in and of use to that backend only. Two numbers and not their logsumexp, which in
+    fp32 would lose the digits of a row that sits far from zero.
     """
 
     logps: Tensor
-    row_max: Tensor | None = None
+    shift: Tensor | None = None
     sum_exp: Tensor | None = None
     entropy: Tensor | None = None
     ref_logps: Tensor | None = None
-    ref_row_max: Tensor | None = None
+    ref_shift: Tensor | None = None
     ref_sum_exp: Tensor | None = None
     kl: Tensor | None = None  # KL(policy || reference)
     kl_forward: Tensor | None = None  # KL(reference || policy)
@@ -282,7 +287,18 @@ def callable_loss(
         value = torch.where(weights != 0, weights * values.reshape(-1), 0.0)
         return value.sum(), value
 
-    dlogp, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        dlogp, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
+    else:
+        # Identity hooks, because the innermost win: checkpointing and offloading must not see this small
+        # graph.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            leaf = logps.detach().requires_grad_()
+            summed, value = total(leaf)
+            dlogp = torch.zeros_like(leaf)
+            if summed.requires_grad:
+                (dlogp,) = torch.autograd.grad(summed, leaf, allow_unused=True, materialize_grads=True)
+        value = value.detach()
     return TokenLoss(value, torch.where(inputs.mask, dlogp, 0.0))
 
 
@@ -302,82 +318,3 @@ def sampled_kl(
         kl.ratio_corrected,
         unbounded(spec.log_ratio_clamp),
     )
-
-
-def safe_divide(numerator: Tensor, denominator: Tensor | float) -> Tensor:
-    """`numerator / denominator`, and 0 where the denominator is: an empty batch has loss 0."""
-    if isinstance(denominator, Tensor):
-        return torch.where(denominator == 0, 0.0, numerator / denominator)
-    return numerator / denominator if denominator else torch.zeros_like(numerator)
-
-
-def aggregation_weights(
-    spec: LossSpec,
-    mask: Tensor,  # [B, T], or [N] packed; bool
-    sequence_ids: Tensor | None,  # [N], packed: the sequence each token belongs to
-    num_sequences: int | None,
-    normalizer: Tensor | float | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Weight of every token, `[N]`, such that the aggregated loss is `sum(weights * token losses)`."""
-    weights = mask.to(dtype)
-    if spec.aggregation == "token-mean":
-        denominator = weights.sum() if normalizer is None else normalizer
-    elif spec.aggregation == "token-sum":
-        denominator = 1.0 if normalizer is None else normalizer
-    else:
-        denominator = normalizer if normalizer is not None else float(num_sequences or 0)
-    if spec.aggregation == "seq-mean-token-mean":
-        weights = safe_divide(weights, sequence_lengths(weights, sequence_ids, num_sequences))
-    elif spec.aggregation == "seq-mean-token-sum-norm":
-        denominator = denominator * (mask.shape[-1] if spec.max_tokens is None else spec.max_tokens)
-    return safe_divide(weights, denominator).reshape(-1)
-
-
-def sequence_lengths(weights: Tensor, sequence_ids: Tensor | None, num_sequences: int | None) -> Tensor:
-    """Unmasked tokens of the sequence of each token, shaped to divide `weights`."""
-    if sequence_ids is None:
-        return weights.sum(-1, keepdim=True)
-    assert num_sequences is not None
-    lengths = weights.new_zeros(num_sequences).index_add(0, sequence_ids, weights)
-    return lengths[sequence_ids]
-
-
-def metrics(
-    spec: LossSpec, stats: RowStats, inputs: TokenInputs, derivatives: Coefficients
-) -> dict[str, Tensor]:
-    """Means over the unmasked tokens, 0-dim, on the device. A key that does not apply is absent."""
-    count = inputs.mask.sum()
-
-    def mean(values: Tensor) -> Tensor:
-        values = values.to(stats.logps.dtype)
-        return safe_divide(torch.where(inputs.mask, values, 0.0).sum(), count)
-
-    found: dict[str, Tensor] = {}
-    surrogate = spec.surrogate if isinstance(spec.surrogate, Surrogate) else None
-    ref_logps = reference_logps(stats, inputs)
-    anchor = ref_logps if surrogate is not None and surrogate.anchor == "ref" else inputs.old_logps
-    if anchor is not None or (surrogate is not None and surrogate.uses_ratio):
-        ratio = clamped_ratio(stats.logps, anchor, unbounded(spec.log_ratio_clamp)).value
-        found["log_ratio"] = mean(torch.zeros_like(ratio) if anchor is None else stats.logps - anchor)
-        found["ratio"] = mean(ratio)
-        if isinstance(surrogate, PPOClip):
-            low = (ratio < 1 - surrogate.eps_low) & (inputs.advantages < 0)
-            high = (ratio > 1 + surrogate.eps_high) & (inputs.advantages > 0)
-            found["clip_fraction"] = mean(low | high)
-            found["clip_fraction_low"] = mean(low)
-            found["clip_fraction_high"] = mean(high)
-        elif isinstance(surrogate, ImportanceRatio) and surrogate.max_ratio is not None:
-            found["clip_fraction"] = mean((ratio > surrogate.max_ratio) & (inputs.advantages != 0))
-    if spec.sampled_kl is not None:
-        found["kl"] = mean(sampled_kl(spec, stats.logps, inputs.old_logps, ref_logps).value)
-    elif spec.exact_kl is not None:
-        divergence = stats.kl if spec.exact_kl.kind == "exact" else stats.kl_forward
-        assert divergence is not None
-        found["kl"] = mean(divergence)
-    if stats.kl is not None:
-        found["kl_exact"] = mean(stats.kl)
-    if stats.entropy is not None:
-        found["entropy"] = mean(stats.entropy)
-    found["active_fraction"] = mean(derivatives.active())
-    return found

@@ -37,6 +37,18 @@ def check_number(
         raise ValueError(f"{name} must be finite and {'>' if strict else '>='} {low:g}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_integer(name: str, value: Any, *, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
 class Surrogate:
     """Base of the built-in surrogates: what the objective and the kernels need to know of each."""
 
@@ -126,6 +138,8 @@ class KL:
     def __post_init__(self) -> None:
         check_choice("KL.kind", self.kind, SAMPLED_KL + EXACT_KL)
         check_number("KL.beta", self.beta)
+        check_flag("KL.ratio_corrected", self.ratio_corrected)
+        check_flag("KL.straight_through", self.straight_through)
         check_number("KL.clamp", self.clamp, strict=True, optional=True)
         check_number("KL.output_clamp", self.output_clamp, strict=True, optional=True)
         modified = self.ratio_corrected or self.straight_through or self.clamp or self.output_clamp
@@ -176,7 +190,8 @@ class LossSpec:
             raise ValueError("surrogate and kl are both None: there is nothing to minimise")
         check_choice("level", self.level, LEVELS)
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        check_number("max_tokens", self.max_tokens, strict=True, optional=True)
+        if self.max_tokens is not None:
+            check_integer("max_tokens", self.max_tokens)
         check_number("entropy_coef", self.entropy_coef, low=-math.inf, strict=True)
         check_number("log_ratio_clamp", self.log_ratio_clamp, strict=True, optional=True)
 
@@ -194,6 +209,9 @@ class LossSpec:
         unknown = overrides.keys() - of_spec - of_surrogate
         if unknown:
             raise ValueError(f"preset {name!r} has no option {', '.join(sorted(unknown))}")
+        if "surrogate" in overrides and overrides.keys() & of_surrogate:
+            lost = ", ".join(sorted(overrides.keys() & of_surrogate))
+            raise ValueError(f"preset {name!r}: {lost} would be lost, because surrogate is replaced too")
         changes = {key: value for key, value in overrides.items() if key in of_surrogate}
         surrogate = replace(preset.surrogate, **changes)  # type: ignore[type-var]
         rest = {key: value for key, value in overrides.items() if key not in of_surrogate}

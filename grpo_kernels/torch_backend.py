@@ -12,10 +12,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .objective import MASKED, Coefficients, RowStats, TokenInputs, row_loss
+from .objective import MASKED, Coefficients, RowStats, TokenInputs, arithmetic_dtype, row_loss
 from .spec import LogitTransform, LossSpec
 
-CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: two of these fit a core's share of the cache
+# On the CPU 2 MiB of fp32, of which two fit a core's share of the cache; elsewhere enough to be worth a
+# launch.
+CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 19, 1 << 25
 
 Rows: TypeAlias = Tensor | slice
 
@@ -30,9 +32,12 @@ class Chunk(NamedTuple):
     def read(self, logits: Tensor) -> Tensor:
         return self.view(logits)[self.local]
 
-    def write(self, out: Tensor, values: Tensor) -> None:
+    def write(self, out: Tensor, values: Tensor, needed: Tensor) -> None:
         """Rows of `out` take `values`; columns beyond them are the vocabulary's padding and become zero."""
         target, width = self.view(out), values.shape[1]
+        if needed.device.type != "cpu":
+            # No row was left out beforehand, and what is not needed may be NaN.
+            values = torch.where(needed[self.rows].unsqueeze(-1), values, 0.0)
         target[self.local, :width] = values.to(out.dtype)
         if width < target.shape[1]:
             target[self.local, width:] = 0
@@ -61,7 +66,7 @@ def chunks(needed: Tensor, *tensors: Tensor) -> Iterator[Chunk]:
     """The rows that `needed` `[B * T]` marks; off the CPU all of them: choosing would make the host wait."""
     batch, time, vocab = tensors[0].shape
     flat = all(is_flat(tensor) for tensor in tensors)
-    rows = max(1, CHUNK_ELEMENTS // max(1, vocab))
+    rows = max(1, (CPU_CHUNK_ELEMENTS if needed.device.type == "cpu" else CHUNK_ELEMENTS) // max(1, vocab))
     span = batch * time if flat else time
     for sequence in range(1 if flat else batch):
         start = sequence * span
@@ -97,8 +102,7 @@ def exponentials(
     keep_d: bool,
 ) -> tuple[Exponentials, Tensor]:
     """Exponentials of a chunk of raw logits, and its row maxima, computed unless they are given."""
-    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    y = z.to(dtype)
+    y = z.to(arithmetic_dtype(z))
     k: Tensor | float = scale / temperature
     slope = k
     if softcap is not None:
@@ -160,7 +164,7 @@ def statistics(
         expected = row_sum(torch.where(p.e > 0, p.e * difference, p.e)) / sum_exp
         found = found._replace(
             ref_logps=log_prob(ref_z, ref_max, ref_log_sum, transform.ref_scale, transform.ref_softcap),
-            ref_row_max=ref_max,
+            ref_shift=ref_max,
             ref_sum_exp=ref_sum,
             kl=(expected - log_sum + ref_log_sum).clamp(min=0),
         )
@@ -210,15 +214,12 @@ def gradient(
     # dlogp (1 - p_y) as -dlogp expm1(logp), which keeps its digits where p_y is nearly 1.
     valid = (targets >= 0) & (targets < grad.shape[-1])
     column = torch.where(valid, targets, 0).unsqueeze(-1)
-    taken = torch.where(valid, -dlogp * torch.expm1(stats.logps), torch.nan)
-    grad.scatter_(-1, column, taken.unsqueeze(-1))
+    taken = (-dlogp * torch.expm1(stats.logps)).unsqueeze(-1)
+    grad.scatter_(-1, column, torch.where(valid.unsqueeze(-1), taken, grad.gather(-1, column)))
     if rest is not None:
         grad += rest
     if isinstance(p.slope, Tensor) or p.slope != 1.0:
         grad *= p.slope
-    if grad.device.type != "cpu":
-        # There no row was left out beforehand: what is inactive may be NaN times zero.
-        grad = torch.where(coefficients.active().unsqueeze(-1), grad, 0.0)
     return grad
 
 
@@ -256,11 +257,11 @@ def dlogits(
         z, ref_z = read(chunk, logits, ref_logits, transform)
         own = stats.rows(chunk.rows)
         t = temperature_of(chunk, temperature, transform)
-        p, _ = exponentials(z, own.row_max, transform.scale, transform.softcap, t, keep_d)
+        p, _ = exponentials(z, own.shift, transform.scale, transform.softcap, t, keep_d)
         q = None
         if ref_z is not None:
-            q, _ = exponentials(ref_z, own.ref_row_max, transform.ref_scale, transform.ref_softcap, t, keep_d)
-        chunk.write(out, gradient(p, q, targets[chunk.rows], own, coefficients.rows(chunk.rows)))
+            q, _ = exponentials(ref_z, own.ref_shift, transform.ref_scale, transform.ref_softcap, t, keep_d)
+        chunk.write(out, gradient(p, q, targets[chunk.rows], own, coefficients.rows(chunk.rows)), needed)
     zero_rows(out, needed)
 
 
@@ -292,13 +293,13 @@ def fused_loss(
         assert own.dlogp is not None
         dlogp[chunk.rows] = own.dlogp
         store(out, stats, chunk.rows)
-        active = own.active()
+        active = own.active() & present[chunk.rows]
+        written[chunk.rows] = active
         if active.device.type == "cpu" and not bool(active.all()):
-            written[chunk.rows] = active
             picked = active.nonzero().view(-1)
             chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
             q = None if q is None else q.pick(picked)
-        chunk.write(logits, gradient(p, q, targets[chunk.rows], stats, own))
+        chunk.write(logits, gradient(p, q, targets[chunk.rows], stats, own), written)
     clear_masked((*out, value, dlogp), targets)
     zero_rows(logits, written)
 
@@ -329,7 +330,7 @@ def clear_masked(out: Iterable[Tensor | None], targets: Tensor) -> None:
 
 
 def zero_rows(out: Tensor, written: Tensor) -> None:
-    """Rows of `out` that no chunk has written become zero. (Not on the CPU, every row is in a chunk.)"""
+    """Rows of `out` that no chunk has written become zero. Off the CPU every row is in a chunk."""
     if written.device.type == "cpu" and not bool(written.all()):
         for chunk in chunks(~written, out):
             chunk.view(out)[chunk.local] = 0

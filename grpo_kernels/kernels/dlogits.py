@@ -30,7 +30,7 @@ def gradient_block(
     out_ptr, logits_ptr, ref_ptr, start, target, V,
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
     by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr,
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of a row of the gradient; TAKEN: it may hold the taken token. See `row_gradient`."""
@@ -46,9 +46,10 @@ def gradient_block(
     if ref_ptr is not None:
         ref_y = load_block(ref_ptr, start, V, ref_scale, ref_softcap, REF_CAPPED, TAIL, BLOCK, DTYPE)
         ref_d = ref_y * ref_k - ref_shift
-        per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
+        if not KL_FORWARD:
+            per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
     grad = e * per_p
-    if ref_ptr is not None:
+    if KL_FORWARD:
         grad += by_ref_p * tl.exp2(ref_d)
     columns = start + tl.arange(0, BLOCK)
     if TAKEN:
@@ -67,12 +68,12 @@ def gradient_block(
 def row_gradient(
     out_ptr, logits_ptr, ref_ptr, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap,
-    logp, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+    logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
     dlogp, dentropy, dkl, dkl_forward,
-    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr,
+    CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes one row of the gradient; `out_ptr` may be `logits_ptr`.
+    """Writes one row of the gradient; `out_ptr` may be `logits_ptr`. WHOLE_ROW: more than dlogp counts.
 
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
@@ -105,24 +106,24 @@ def row_gradient(
         stop = full - BLOCK
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, own, target, V,
-            k, scale, softcap, ref_k, ref_scale, ref_softcap, row_max * k, ref_row_max * ref_k,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-            CAPPED, REF_CAPPED, WHOLE_ROW, True, False, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, BLOCK,
         )  # fmt: skip
     for start in range(0, stop, BLOCK):
         other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, other, target, V,
-            k, scale, softcap, ref_k, ref_scale, ref_softcap, row_max * k, ref_row_max * ref_k,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-            CAPPED, REF_CAPPED, WHOLE_ROW, False, False, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, BLOCK,
         )  # fmt: skip
     if full < V:
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, full, target, V,
-            k, scale, softcap, ref_k, ref_scale, ref_softcap, row_max * k, ref_row_max * ref_k,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-            CAPPED, REF_CAPPED, WHOLE_ROW, True, True, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, BLOCK,
         )  # fmt: skip
     zero_columns(out_ptr, V, WIDTH, BLOCK)
 
@@ -138,7 +139,7 @@ def dlogits_kernel(
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
-    logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr,
+    logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr,
     dlogp_ptr, dentropy_ptr, dkl_ptr, dkl_forward_ptr,
     T, V, WIDTH, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
@@ -165,11 +166,12 @@ def dlogits_kernel(
     )
     row_gradient(
         out_ptr, logits_ptr, ref_ptr, target, V, WIDTH, k, scale, softcap, ref_k, ref_scale, ref_softcap,
-        tl.load(logps_ptr + row), tl.load(row_max_ptr + row), tl.load(sum_exp_ptr + row),
-        load_optional(entropy_ptr, row, DTYPE), load_optional(ref_row_max_ptr, row, DTYPE),
+        tl.load(logps_ptr + row), tl.load(shift_ptr + row), tl.load(sum_exp_ptr + row),
+        load_optional(entropy_ptr, row, DTYPE), load_optional(ref_shift_ptr, row, DTYPE),
         load_optional(ref_sum_exp_ptr, row, DTYPE), load_optional(kl_ptr, row, DTYPE),
         dlogp, dentropy, dkl, dkl_forward,
-        CAPPED, REF_CAPPED, dentropy_ptr is not None or ref_ptr is not None, DTYPE, BLOCK,
+        CAPPED, REF_CAPPED, dentropy_ptr is not None or ref_ptr is not None, dkl_forward_ptr is not None,
+        DTYPE, BLOCK,
     )  # fmt: skip
 
 
@@ -178,16 +180,16 @@ def dlogits(
     logits: Tensor,  # [B, T, V]; any batch and time stride
     targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
     logps: Tensor,  # [B * T], as the rest: what row_stats found
-    row_max: Tensor | None,
+    shift: Tensor | None,
     sum_exp: Tensor | None,
     entropy: Tensor | None,
-    ref_row_max: Tensor | None,
+    ref_shift: Tensor | None,
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     dlogp: Tensor | None,  # [B * T], as the rest: the loss's derivatives by the statistics; None is zero
     dentropy: Tensor | None,
     dkl: Tensor | None,
-    dkl_forward: Tensor | None,
+    dkl_forward: Tensor | None,  # not beside dkl
     *,
     ref_logits: Tensor | None,  # where dkl or dkl_forward is given
     temperatures: Tensor | None,
@@ -199,14 +201,14 @@ def dlogits(
     temperature: float,
 ) -> None:
     """Fills `out`; rows whose derivatives are all zero are not read and get zeros, as does the padding."""
-    shape = blocking(vocab_size, out, logits, ref_logits, block=4096 if ref_logits is None else 2048)
+    shape = blocking(vocab_size, out, logits, ref_logits=ref_logits)
     with on_device_of(logits):
         dlogits_kernel[(targets.numel(),)](
             out, *row_strides(out),
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
             targets, temperatures,
-            logps, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+            logps, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
             logits.shape[1], vocab_size, logits.shape[2],
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,

@@ -62,14 +62,14 @@ def fused_loss_kernel(
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
-    row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl, kl_forward = row_statistics(
+    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = row_statistics(
         logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE, BLOCK, THREADS, GROUP,
     )  # fmt: skip
-    logp = log_prob(z, k, scale, softcap, row_max, sum_exp, CAPPED)
+    logp = log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED)
     ref_logp = load_optional(given_ref_logps_ptr, row, DTYPE)
     if ref_ptr is not None:
-        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_row_max, ref_sum_exp, REF_CAPPED)
+        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
 
     old_logp = None
     if old_logps_ptr is not None:
@@ -106,7 +106,8 @@ def fused_loss_kernel(
         dkl_forward = kl_beta * row_weight
         value += dkl_forward * kl_forward
     dentropy = load_optional(entropy_weights_ptr, row, DTYPE)
-    value += dentropy * entropy
+    if entropy_weights_ptr is not None:
+        value += dentropy * entropy
 
     store_optional(value_ptr, row, value)
     store_optional(dlogp_ptr, row, dlogp)
@@ -124,14 +125,15 @@ def fused_loss_kernel(
         row_gradient(
             logits_ptr, logits_ptr, gradient_ref_ptr, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap,
-            logp, row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
+            logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
-            CAPPED, REF_CAPPED, entropy_weights_ptr is not None or gradient_ref_ptr is not None, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, entropy_weights_ptr is not None or gradient_ref_ptr is not None,
+            KL_KIND == "exact_forward", DTYPE, BLOCK,
         )  # fmt: skip
 
 
 def fused_loss(
-    logits: Tensor,  # [B, T, V] fp16, bf16 or fp32; any batch and time stride; overwritten with the gradient
+    logits: Tensor,  # [B, T, V] bf16 or fp32; any batch and time stride; overwritten with the gradient
     targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
     value: Tensor,  # [B * T] fp32, as all outputs and inputs per token: the row's share of the loss
     dlogp: Tensor,
@@ -167,7 +169,7 @@ def fused_loss(
     temperature: float,
 ) -> None:
     """Fills the outputs and overwrites the logits with the gradient of `sum(value)`."""
-    shape = blocking(vocab_size, logits, ref_logits, block=4096 if ref_logits is None else 2048)
+    shape = blocking(vocab_size, logits, ref_logits=ref_logits)
     estimator = KL_ESTIMATORS.get(kl_kind or "")
     with on_device_of(logits):
         fused_loss_kernel[(targets.numel(),)](
@@ -204,7 +206,7 @@ def scale_rows_kernel(
 
 def scale_rows(x: Tensor, factor: Tensor) -> None:
     """`x *= factor`, `x` `[B, T, V]`, `factor` 0-dim fp32; where it is 1, `x` is neither read nor written."""
-    shape = blocking(x.shape[2], x, block=4096)
+    shape = blocking(x.shape[2], x)
     with on_device_of(x):
         scale_rows_kernel[(x.shape[0] * x.shape[1],)](
             x, *row_strides(x), factor, x.shape[1], x.shape[2],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -11,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Triton reads the variable when a kernel is defined, so this holds for the life of the process."""
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""TRITON_INTERPRET, which Triton heeds when a kernel is defined: this holds for the life of the process."""
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -26,9 +25,14 @@ class Blocking(NamedTuple):
     num_warps: int
 
 
-def blocking(vocab: int, *tensors: Tensor | None, block: int, num_warps: int = 4) -> Blocking:
-    """`block` is lowered for a small vocabulary; GROUP is 1 where rows are not aligned for 16-byte loads."""
-    given = [tensor for tensor in tensors if tensor is not None]
+def blocking(vocab: int, *tensors: Tensor, ref_logits: Tensor | None = None, num_warps: int = 4) -> Blocking:
+    """For a pass over `tensors`, and over the reference where it is given.
+
+    Two rows at once take blocks of half the size, for the registers' sake; a small vocabulary takes smaller
+    ones. GROUP is 1 where rows are not aligned for 16-byte loads.
+    """
+    block = 4096 if ref_logits is None else 2048
+    given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
     group = 16 // max(tensor.element_size() for tensor in given) if all(map(rows_aligned, given)) else 1
     threads = num_warps * (32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size)
     fitting = 1 << (vocab.bit_length() - 1)

@@ -19,18 +19,21 @@ from .launch import DTYPES, blocking, on_device_of, row_strides
 
 
 @triton.jit
-def fold(y, k, top, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
-    """Raises the running maxima `top` `[THREADS]` to those of a block.
+def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
+    """Raises the running maxima `shift` `[THREADS]` of k * y, in log2 units, to those of a block.
 
-    Returns the new maxima, the change of shift `delta` (log2 of what earlier sums must be scaled by), and the
-    block's exponents `d = k * (y - top)` in log2 units, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`: that
-    is how a block lies in registers, GROUP elements of one 16-byte load at a time, so that the reductions
-    over the outer dimensions stay inside a thread and the loop needs neither shuffles nor barriers.
+    Returns the new maxima, `delta` (by how much they moved: log2 of what earlier sums must be scaled by), and
+    the block's exponents `d = k * y - shift`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`: that is how a
+    block lies in registers, GROUP elements of one 16-byte load at a time, so that the reductions over the
+    outer dimensions stay inside a thread and the loop needs neither shuffles nor barriers.
+
+    The maximum is carried already multiplied and rounded. Were it multiplied anew, the compiler would
+    contract `old * k - new * k` to an FMA, whose result for an unmoved maximum is a rounding error and not 0,
+    in every block.
     """
     y = tl.reshape(y, [BLOCK // (THREADS * GROUP), THREADS, GROUP])
-    new_top = tl.maximum(top, tl.max(tl.max(y, 2), 0))
-    shift = new_top * k
-    return new_top, top * k - shift, y * k - shift[None, :, None]
+    new_shift = tl.maximum(shift, tl.max(tl.max(y, 2), 0) * k)
+    return new_shift, shift - new_shift, y * k - new_shift[None, :, None]
 
 
 @triton.jit
@@ -46,7 +49,7 @@ def rescaled(total, alpha):
 
 @triton.jit
 def fold_rows(
-    top, total, spread, ref_top, ref_total, cross, ref_cross,
+    shift, total, spread, ref_shift, ref_total, cross, ref_cross,
     logits_ptr, ref_ptr, start, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
@@ -57,7 +60,7 @@ def fold_rows(
     2^d. Each is kept relative to the running maximum: when that moves by delta, d does too.
     """
     y = load_block(logits_ptr, start, V, scale, softcap, CAPPED, TAIL, BLOCK, DTYPE)
-    top, delta, d = fold(y, k, top, BLOCK, THREADS, GROUP)
+    shift, delta, d = fold(y, k, shift, BLOCK, THREADS, GROUP)
     e = tl.exp2(d)
     alpha = tl.exp2(delta)
     if ENTROPY:
@@ -65,17 +68,17 @@ def fold_rows(
         spread = (spread + total * delta) * alpha + in_thread_sum(e * tl.maximum(d, LOWEST))
     if ref_ptr is not None:
         ref_y = load_block(ref_ptr, start, V, ref_scale, ref_softcap, REF_CAPPED, TAIL, BLOCK, DTYPE)
-        ref_top, ref_delta, ref_d = fold(ref_y, ref_k, ref_top, BLOCK, THREADS, GROUP)
+        ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
-        shift = delta - ref_delta
-        cross = rescaled(cross + total * shift, alpha) + in_thread_sum(tl.where(e > 0, e * (d - ref_d), e))
+        moved = delta - ref_delta
+        cross = rescaled(cross + total * moved, alpha) + in_thread_sum(tl.where(e > 0, e * (d - ref_d), e))
         if KL_FORWARD:
-            ref_cross = rescaled(ref_cross + ref_total * shift, ref_alpha)
+            ref_cross = rescaled(ref_cross + ref_total * moved, ref_alpha)
             ref_cross += in_thread_sum(tl.where(ref_e > 0, ref_e * (d - ref_d), -ref_e))
         ref_total = ref_total * ref_alpha + in_thread_sum(ref_e)
     total = total * alpha + in_thread_sum(e)
-    return top, total, spread, ref_top, ref_total, cross, ref_cross
+    return shift, total, spread, ref_shift, ref_total, cross, ref_cross
 
 
 @triton.jit
@@ -84,54 +87,53 @@ def row_statistics(
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one row, as scalars: `row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl,
-    kl_forward`.
+    """Scalars of one row: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
 
     The distribution is softmax(k * y). What is not asked for is 0.
     """
     k, ref_k = k * LOG2E, ref_k * LOG2E
     zeros = tl.zeros([THREADS], DTYPE)
-    top, ref_top = zeros + LOWEST, zeros + LOWEST
+    shift, ref_shift = zeros + LOWEST, zeros + LOWEST
     total, spread, ref_total, cross, ref_cross = zeros, zeros, zeros, zeros, zeros
     full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        top, total, spread, ref_top, ref_total, cross, ref_cross = fold_rows(
-            top, total, spread, ref_top, ref_total, cross, ref_cross,
+        shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
+            shift, total, spread, ref_shift, ref_total, cross, ref_cross,
             logits_ptr, ref_ptr, start, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
             CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, False, DTYPE, BLOCK, THREADS, GROUP,
         )  # fmt: skip
     if full < V:
-        top, total, spread, ref_top, ref_total, cross, ref_cross = fold_rows(
-            top, total, spread, ref_top, ref_total, cross, ref_cross,
+        shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
+            shift, total, spread, ref_shift, ref_total, cross, ref_cross,
             logits_ptr, ref_ptr, full, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
             CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, DTYPE, BLOCK, THREADS, GROUP,
         )  # fmt: skip
 
-    row_max = tl.max(top, 0)
-    delta = top * k - row_max * k
+    row_shift = tl.max(shift, 0)
+    delta = shift - row_shift
     alpha = tl.exp2(delta)
     sum_exp = tl.sum(total * alpha, 0)
     log_sum = tl.log(sum_exp)
     entropy, kl, kl_forward = 0 * k, 0 * k, 0 * k
-    ref_row_max, ref_sum_exp = 0 * k, 0 * k
+    ref_row_shift, ref_sum_exp = 0 * k, 0 * k
     if ENTROPY:
         entropy = log_sum - tl.sum((spread + total * delta) * alpha, 0) * LN2 / sum_exp
         entropy = tl.where(entropy < 0, 0.0, entropy)
     if ref_ptr is not None:
-        ref_row_max = tl.max(ref_top, 0)
-        ref_delta = ref_top * ref_k - ref_row_max * ref_k
+        ref_row_shift = tl.max(ref_shift, 0)
+        ref_delta = ref_shift - ref_row_shift
         ref_alpha = tl.exp2(ref_delta)
         ref_sum_exp = tl.sum(ref_total * ref_alpha, 0)
         ref_log_sum = tl.log(ref_sum_exp)
-        shift = delta - ref_delta
-        mean = tl.sum(rescaled(cross + total * shift, alpha), 0) / sum_exp
+        moved = delta - ref_delta
+        mean = tl.sum(rescaled(cross + total * moved, alpha), 0) / sum_exp
         kl = mean * LN2 - log_sum + ref_log_sum
         kl = tl.where(kl < 0, 0.0, kl)
         if KL_FORWARD:
-            mean = tl.sum(rescaled(ref_cross + ref_total * shift, ref_alpha), 0) / ref_sum_exp
+            mean = tl.sum(rescaled(ref_cross + ref_total * moved, ref_alpha), 0) / ref_sum_exp
             kl_forward = log_sum - ref_log_sum - mean * LN2
             kl_forward = tl.where(kl_forward < 0, 0.0, kl_forward)
-    return row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl, kl_forward
+    return row_shift, sum_exp, entropy, ref_row_shift, ref_sum_exp, kl, kl_forward
 
 
 @triton.jit
@@ -141,10 +143,8 @@ def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def log_prob(z, k, scale, softcap, row_max, sum_exp, CAPPED: tl.constexpr):
+def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
     y = softcapped(z, scale, softcap, CAPPED)
-    # The same product and rounding as in the exponents of sum_exp, so that what it loses cancels.
-    shift = row_max * (k * LOG2E)
     return (y * (k * LOG2E) - shift) * LN2 - tl.log(sum_exp)
 
 
@@ -153,8 +153,8 @@ def row_stats_kernel(
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
-    logps_ptr, row_max_ptr, sum_exp_ptr, entropy_ptr,
-    ref_logps_ptr, ref_row_max_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr,
+    logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr,
+    ref_logps_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr,
     T, V, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
@@ -165,11 +165,11 @@ def row_stats_kernel(
     if target == MASKED:
         zero = tl.full((), 0.0, DTYPE)
         store_optional(logps_ptr, row, zero)
-        store_optional(row_max_ptr, row, zero)
+        store_optional(shift_ptr, row, zero)
         store_optional(sum_exp_ptr, row, zero)
         store_optional(entropy_ptr, row, zero)
         store_optional(ref_logps_ptr, row, zero)
-        store_optional(ref_row_max_ptr, row, zero)
+        store_optional(ref_shift_ptr, row, zero)
         store_optional(ref_sum_exp_ptr, row, zero)
         store_optional(kl_ptr, row, zero)
         store_optional(kl_forward_ptr, row, zero)
@@ -183,18 +183,18 @@ def row_stats_kernel(
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
-    row_max, sum_exp, entropy, ref_row_max, ref_sum_exp, kl, kl_forward = row_statistics(
+    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = row_statistics(
         logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE, BLOCK, THREADS, GROUP,
     )  # fmt: skip
-    store_optional(logps_ptr, row, log_prob(z, k, scale, softcap, row_max, sum_exp, CAPPED))
-    store_optional(row_max_ptr, row, row_max)
+    store_optional(logps_ptr, row, log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED))
+    store_optional(shift_ptr, row, shift)
     store_optional(sum_exp_ptr, row, sum_exp)
     store_optional(entropy_ptr, row, entropy)
     if ref_ptr is not None:
-        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_row_max, ref_sum_exp, REF_CAPPED)
+        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
         store_optional(ref_logps_ptr, row, ref_logp)
-        store_optional(ref_row_max_ptr, row, ref_row_max)
+        store_optional(ref_shift_ptr, row, ref_shift)
         store_optional(ref_sum_exp_ptr, row, ref_sum_exp)
         store_optional(kl_ptr, row, kl)
         store_optional(kl_forward_ptr, row, kl_forward)
@@ -204,11 +204,11 @@ def row_stats(
     logits: Tensor,  # [B, T, V]; any batch and time stride
     targets: Tensor,  # [B * T] int64; MASKED: the row is not read
     logps: Tensor,  # [B * T] fp32 (fp64 for fp64 logits), as all outputs
-    row_max: Tensor | None,  # where None, here and below: not stored
+    shift: Tensor | None,  # where None, here and below: not stored
     sum_exp: Tensor | None,
     entropy: Tensor | None,
     ref_logps: Tensor | None,
-    ref_row_max: Tensor | None,
+    ref_shift: Tensor | None,
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     kl_forward: Tensor | None,
@@ -223,14 +223,14 @@ def row_stats(
     temperature: float,
 ) -> None:
     """Fills the outputs with the statistics of each row; masked rows get zeros."""
-    shape = blocking(vocab_size, logits, ref_logits, block=4096 if ref_logits is None else 2048)
+    shape = blocking(vocab_size, logits, ref_logits=ref_logits)
     with on_device_of(logits):
         row_stats_kernel[(targets.numel(),)](
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
             targets, temperatures,
-            logps, row_max, sum_exp, entropy,
-            ref_logps, ref_row_max, ref_sum_exp, kl, kl_forward,
+            logps, shift, sum_exp, entropy,
+            ref_logps, ref_shift, ref_sum_exp, kl, kl_forward,
             logits.shape[1], vocab_size, temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
             **shape._asdict(),
