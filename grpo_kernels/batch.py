@@ -200,10 +200,11 @@ class Batch:
 
     def check_writable(self) -> None:
         """Raises where the gradient cannot take the logits' place."""
-        if torch.is_grad_enabled() and self.logits.requires_grad and self.logits.is_leaf:
+        owner = self.logits if self.logits._base is None else self.logits._base
+        if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
             raise RuntimeError(
-                "inplace=True would overwrite logits, a leaf that requires grad, with its own gradient: "
-                "a leaf must not be used in an in-place operation"
+                "inplace=True would overwrite a leaf that requires grad with its own gradient: logits must be "
+                "computed, as autograd demands of every in-place operation"
             )
         if torch.compiler.is_compiling():
             return  # strides may be symbolic, which cannot be sorted
