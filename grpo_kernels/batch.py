@@ -203,8 +203,8 @@ class Batch:
         owner = self.logits if self.logits._base is None else self.logits._base
         if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
             raise RuntimeError(
-                "inplace=True would overwrite a leaf that requires grad with its own gradient: logits must be "
-                "computed, as autograd demands of every in-place operation"
+                "inplace=True would overwrite a leaf that requires grad with its own gradient: logits must be a "
+                "computed tensor, as for all in-place operations"
             )
         if torch.compiler.is_compiling():
             return  # strides may be symbolic, which cannot be sorted
