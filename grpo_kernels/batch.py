@@ -203,8 +203,8 @@ class Batch:
         owner = self.logits if self.logits._base is None else self.logits._base
         if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
             raise RuntimeError(
-                "inplace=True would overwrite a leaf that requires grad with its own gradient: logits must be a "
-                "computed tensor, as for all in-place operations"
+                "inplace=True would overwrite logits that are a leaf requiring grad: as for every in-place "
+                "operation, they must be computed from something"
             )
         if torch.compiler.is_compiling():
             return  # strides may be symbolic, which cannot be sorted
