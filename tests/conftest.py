@@ -1,0 +1,103 @@
+"""Fixtures of all tests: device and backend, memory that holds NaN until written, a quicker interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # The same examples every time; pytest --hypothesis-profile=nightly looks for others, and longer.
+    slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("default", max_examples=100, derandomize=True, **slow)
+    settings.register_profile("nightly", max_examples=2000, **slow)
+    settings.load_profile("default")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_TRITON = (
+    None
+    if importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or INTERPRETED)
+    else "no GPU: the kernels run with TRITON_INTERPRET=1 in the environment"
+)
+NEEDS_TRITON = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter runs on NumPy, which warns of the infinities that the kernels are meant to survive.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where the tensors of a test live: the GPU where there is one."""
+    return DEVICE
+
+
+@pytest.fixture(scope="session", params=["torch", pytest.param("triton", marks=NEEDS_TRITON)])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def needs_triton() -> None:
+    """For tests of the kernels by themselves."""
+    if NO_TRITON is not None:
+        pytest.skip(NO_TRITON)
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and its kin hand out NaN, so that an output that nobody wrote cannot pass for a zero."""
+
+    def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
+            new = allocate(*args, **kwargs)
+            # A tensor on "meta" holds nothing to fill.
+            return new.fill_(torch.nan) if new.is_floating_point() and new.device.type != "meta" else new
+
+        return allocate_nan
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches `triton.language` anew at every call of a device function, which takes
+    longer than all of a kernel's arithmetic. Once per launch and module has the same effect."""
+    if NO_TRITON is not None or not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch(fn)
+
+    def launch_afresh(*args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
+        yield

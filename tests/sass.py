@@ -1,0 +1,307 @@
+"""Compiling the kernels for GPUs that are not here, and reading what comes out.
+
+`launches_for(target)` stands a driver without a device before Triton, so that the package's own launchers run
+up to the point where the machine code would start: what binds, specialises and compiles the arguments is the
+very code that does it on a GPU. Tensors may live on the CPU or on "meta". `Sass` reads the machine code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+MAX_THREADS = 1024  # of a block, on every one of them
+
+_device_ids = itertools.count(1000)
+
+
+class NoDevice:
+    """What Triton asks of a driver during a launch, answered without a GPU.
+
+    Each instance is a device of its own, so that Triton's caches per device start empty.
+    """
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+        self._device = next(_device_ids)
+        # No limit but the number of threads is set here: the rest is read from the binary.
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 1 << 30, "multiprocessor_count": 132},
+            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, MAX_THREADS),
+        )
+        self.launcher_cls = lambda src, metadata: lambda *args: None
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def no_device(target: GPUTarget) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(NoDevice(target))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextlib.contextmanager
+def launches_for(target: GPUTarget) -> Iterator[list[Any]]:
+    """Within: a Triton launch compiles for `target` and adds its CompiledKernel to the list; nothing runs."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def recording(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        kernels.append(run(self, *args, **kwargs))
+        return kernels[-1]
+
+    JITFunction.run = recording
+    try:
+        with no_device(target):
+            yield kernels
+    finally:
+        JITFunction.run = run
+
+
+@contextlib.contextmanager
+def variants_for(target: GPUTarget) -> Iterator[dict[str, set[str]]]:
+    """Within: a Triton launch neither compiles nor runs; kept are the keys by which it would find its binary.
+
+    As many keys of a kernel as there are, so many times it would have been compiled.
+    """
+    variants: dict[str, set[str]] = defaultdict(set)
+
+    def hook(*, key: str, fn: Any, **kwargs: Any) -> bool:
+        variants[fn.jit_function.__name__].add(str(key))
+        return True  # "leave it to me": nothing is compiled or cached, and the next launch asks again
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = hook
+    try:
+        with no_device(target):
+            yield variants
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes, on any of the targets."""
+
+    registers: int  # per thread
+    spills: int  # 32-bit words of a thread in local memory, for want of registers or as an array
+    shared_bytes: int  # per block
+    threads: int
+
+
+def resources(kernel: Any) -> Resources:
+    threads = kernel.metadata.num_warps * kernel.metadata.target.warp_size
+    if "cubin" in kernel.asm:
+        registers, *local_bytes = map(int, _cuobjdump("-res-usage", kernel.asm["cubin"], _USAGE))
+        return Resources(registers, sum(local_bytes) // 4, kernel.metadata.shared, threads)
+    said = dict(re.findall(r"^\s*\.(\w+):\s+(\d+)$", kernel.asm["amdgcn"], re.MULTILINE))
+    # Scalar registers spill into lanes of vector registers, not to memory.
+    spills = max(int(said["vgpr_spill_count"]), int(said["private_segment_fixed_size"]) // 4)
+    return Resources(int(said["vgpr_count"]), spills, kernel.metadata.shared, threads)
+
+
+# "        /*04b0*/              @!P1 LDG.E.128 R4, desc[UR14][R2.64] ;"
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
+# Where ptxas spills it does so to the stack.
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+_GLOBAL = re.compile(r"^(?:LDG|LDGSTS|STG)\.E\.?(?:\w+\.)*?([SU]?\d+)?(?:\.\w+)*$")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicate: str | None
+    opcode: str  # with its modifiers: LDG.E.128
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes; None for anything else."""
+        if self.opcode.split(".")[0] != "BRA":
+            return None
+        return int(re.findall(r"0x([0-9a-f]+)", self.operands)[-1], 16)
+
+    @property
+    def leaves(self) -> bool:
+        """Control never falls through to the next instruction."""
+        kind = self.opcode.split(".")[0]
+        if self.predicate is not None or kind not in ("BRA", "EXIT", "RET"):
+            return False
+        return kind != "BRA" or re.fullmatch(r"0x[0-9a-f]+", self.operands) is not None  # BRA.U UP0, 0x10
+
+    @property
+    def bits(self) -> int:
+        """Width of an access to global memory: 128 for LDG.E.128, 32 for LDG.E, 16 for LDG.E.U16."""
+        match = _GLOBAL.match(self.opcode)
+        if match is None:
+            return 0
+        return 32 if match[1] is None else int(match[1].lstrip("SU"))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop: the blocks from which its head is reached again without leaving it."""
+
+    head: int
+    instructions: tuple[Instruction, ...]  # all of them
+    every_time: tuple[Instruction, ...]  # those that each turn passes, whichever branches it takes
+
+    def count(self, opcode: str) -> int:
+        return sum(i.opcode.startswith(opcode) for i in self.instructions)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """By one thread in one turn. Loads inside conditions do not count."""
+        return sum(i.bits for i in self.every_time if i.opcode.startswith("LDG")) // 8
+
+    @property
+    def stores(self) -> bool:
+        return self.count("STG") > 0
+
+    @property
+    def narrowest_bits(self) -> int:
+        """Of the accesses to global memory."""
+        return min((i.bits for i in self.instructions if i.bits), default=0)
+
+    def contains(self, other: Loop) -> bool:
+        return set(other.instructions) < set(self.instructions)
+
+
+class Sass:
+    """The machine code of a kernel for an NVIDIA GPU, disassembled with the tools in Triton's own wheel."""
+
+    def __init__(self, cubin: bytes) -> None:
+        found = _cuobjdump("-sass", cubin, _INSTRUCTION, every=True)
+        self.instructions = [Instruction(int(address, 16), *rest) for address, *rest in found]
+
+    def main_loop(self, *, stores: bool) -> Loop | None:
+        """The innermost loop over a row that also stores (a gradient pass) or does not (statistics).
+
+        Of several the one that loads most per turn: an unrolled loop rather than its remainder.
+        """
+        loading = [loop for loop in self.loops if loop.loaded_bytes]
+        innermost = [a for a in loading if not any(a.contains(b) for b in loading)]
+        wanted = [loop for loop in innermost if loop.stores == stores]
+        return max(wanted, key=lambda loop: loop.loaded_bytes, default=None)
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        blocks, successors = self._blocks()
+        dominators = _dominators(successors)
+        tails: dict[int, list[int]] = defaultdict(list)
+        for block, following in enumerate(successors):
+            for head in following:
+                if head in dominators[block]:
+                    tails[head].append(block)
+        loops = []
+        for head, ends in tails.items():
+            body = set().union(*(_reaching(end, head, successors) for end in ends))
+            every_time = body.intersection(*(dominators[end] for end in ends))
+            both = (tuple(i for b in sorted(part) for i in blocks[b]) for part in (body, every_time))
+            loops.append(Loop(blocks[head][0].address, *both))
+        return loops
+
+    def _blocks(self) -> tuple[list[list[Instruction]], list[list[int]]]:
+        """Basic blocks, and for each the blocks that may follow it."""
+        starts = {self.instructions[0].address}
+        for here, after in itertools.pairwise(self.instructions):
+            if here.target is not None:
+                starts |= {here.target, after.address}
+            elif here.leaves:
+                starts.add(after.address)
+        blocks: list[list[Instruction]] = []
+        for instruction in self.instructions:
+            if instruction.address in starts:
+                blocks.append([])
+            if instruction.opcode != "NOP":
+                blocks[-1].append(instruction)
+        blocks = [block for block in blocks if block]
+        at = {block[0].address: number for number, block in enumerate(blocks)}
+        successors: list[list[int]] = []
+        for number, block in enumerate(blocks):
+            last = block[-1]
+            following = [] if last.leaves or number + 1 == len(blocks) else [number + 1]
+            if last.target is not None:
+                following.append(at[last.target])
+            successors.append(following)
+        return blocks, successors
+
+
+def _dominators(successors: list[list[int]]) -> list[set[int]]:
+    """For each block those that every path from the entry to it passes, itself among them."""
+    everything = set(range(len(successors)))
+    before: list[list[int]] = [[] for _ in successors]
+    for block, following in enumerate(successors):
+        for after in following:
+            before[after].append(block)
+    dominators = [{0}] + [everything] * (len(successors) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(successors)):
+            common = everything.intersection(*(dominators[b] for b in before[block])) | {block}
+            if common != dominators[block]:
+                dominators[block] = common
+                changed = True
+    return dominators
+
+
+def _reaching(tail: int, head: int, successors: list[list[int]]) -> set[int]:
+    """The blocks from which `tail` is reached without passing `head`, and both of these."""
+    body, todo = {head}, [tail]
+    while todo:
+        block = todo.pop()
+        if block not in body:
+            body.add(block)
+            todo += [b for b, following in enumerate(successors) if block in following]
+    return body
+
+
+def _cuobjdump(option: str, cubin: bytes, pattern: re.Pattern[str], *, every: bool = False) -> list[Any]:
+    """What the groups of `pattern` match in the tool's output: once, or in every line."""
+    # The wheel's own tool, not one on PATH: it must know every architecture that the wheel's compiler writes.
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+    found = [match.groups() for match in pattern.finditer(said)]
+    if not found:
+        raise ValueError(f"cuobjdump {option} says nothing of this kind:\n{said[:2000]}")
+    return found if every else list(found[0])

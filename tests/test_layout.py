@@ -1,0 +1,212 @@
+"""How the package hangs together: who imports whom, what is public, and that all of it says what it does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_kernels
+
+PACKAGE = Path(grpo_kernels.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+
+# What each module may import of the package, anywhere in it. Imports point one way: each module stands below
+# those it imports. `reference` is alone, for it is to share no mistake with what it judges.
+ALLOWED: dict[str, set[str]] = {
+    "spec": set(),
+    "reference": set(),
+    "testing": set(),
+    "kernels/__init__": set(),
+    "kernels/device": set(),
+    "kernels/launch": set(),
+    "kernels/row_stats": {"kernels/device", "kernels/launch"},
+    "kernels/dlogits": {"kernels/device", "kernels/launch"},
+    "kernels/fused": {"kernels/device", "kernels/launch", "kernels/row_stats", "kernels/dlogits"},
+    "objective": {"spec"},
+    "batch": {"objective"},
+    "advantages": {"spec"},
+    "torch_backend": {"spec", "objective"},
+    "backend": {
+        "spec",
+        "objective",
+        "torch_backend",
+        "kernels/row_stats",
+        "kernels/dlogits",
+        "kernels/fused",
+    },
+    "autograd": {"spec", "objective", "backend"},
+    "losses": {"spec", "objective", "batch", "backend", "autograd"},
+    "__init__": {"spec", "advantages", "losses"},
+}
+INSIDE_FUNCTIONS = {"testing": {"psutil"}}  # where a helper that few want needs more than torch
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(module: str, *, at_import: bool = False) -> set[str]:
+    """Absolute names of what is imported; `at_import`: not in functions, so with the module itself."""
+    parents = ["grpo_kernels", *module.split("/")[:-1]]
+    found = set()
+    for statement in tree(module).body:
+        if at_import and isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = parents[: len(parents) - node.level + 1] if node.level else []
+                start = ".".join([*base, *([node.module] if node.module else [])])
+                # `from . import objective` and `from .kernels import fused` name modules.
+                names = [f"{start}.{alias.name}" for alias in node.names]
+                found |= {name if path_of(name) in MODULES else start for name in names}
+    return found
+
+
+def path_of(name: str) -> str:
+    return name.removeprefix("grpo_kernels.").replace(".", "/")
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(MODULES) == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    order = list(ALLOWED)
+    own = {path_of(name) for name in imports(module) if name.split(".")[0] == "grpo_kernels"}
+    assert own <= ALLOWED[module]
+    assert all(order.index(name) < order.index(module) for name in own)
+    for at_import in (False, True):
+        foreign = {
+            name.split(".")[0] for name in imports(module, at_import=at_import)
+        } - sys.stdlib_module_names
+        allowed = {"grpo_kernels", "torch", *({"triton"} if module.startswith("kernels/") else ())}
+        assert foreign <= allowed | (set() if at_import else INSIDE_FUNCTIONS.get(module, set()))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("kernels/")])
+def test_kernels_are_imported_inside_functions(module: str) -> None:
+    """Where Triton is not installed, nothing must reach for it before a kernel is wanted."""
+    names = imports(module, at_import=True)
+    assert not [name for name in names if name.startswith(("triton", "grpo_kernels.kernels"))]
+
+
+WITHOUT_TRITON = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.split(".")[0] == "triton" else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+def python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_works_without_triton() -> None:
+    """Windows and macOS have none; PyTorch itself does without."""
+    program = """
+import torch, grpo_kernels
+batch = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3).long(), torch.ones(2)
+grpo_kernels.grpo_loss(*batch, inplace=False).loss.backward()
+assert batch[0].grad.any()
+try:
+    grpo_kernels.grpo_loss(*batch, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    assert "triton" in python(WITHOUT_TRITON + program)
+
+
+def test_import_leaves_triton_alone() -> None:
+    """PyTorch may bring it in, this package does not."""
+    program = """
+import sys, torch
+before = {name for name in sys.modules if name.split(".")[0] == "triton"}
+import grpo_kernels
+batch = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3).long(), torch.ones(2)
+grpo_kernels.grpo_loss(*batch).loss.backward()
+print({name for name in sys.modules if name.split(".")[0] == "triton"} - before)
+"""
+    assert python(program).strip() == "set()"
+
+
+def test_public_names() -> None:
+    assert sorted(grpo_kernels.__all__) == sorted(
+        [
+            *("grpo_loss", "log_ratio_loss", "GRPOLoss", "LossOutput", "selective_logps"),
+            *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
+            "group_advantages",
+        ]
+    )
+    assert all(hasattr(grpo_kernels, name) for name in grpo_kernels.__all__)
+    modules = {module.split("/")[0] for module in MODULES}
+    private = {name for name in vars(grpo_kernels) if not name.startswith("_")} - modules
+    assert private == set(grpo_kernels.__all__)
+
+
+def test_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert grpo_kernels.__version__ == version("grpo_kernels")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_say_what_they_are(module: str) -> None:
+    assert ast.get_docstring(tree(module))
+
+
+@pytest.mark.parametrize("name", grpo_kernels.__all__)
+def test_public_names_say_what_they_do(name: str) -> None:
+    thing = getattr(grpo_kernels, name)
+    # A dataclass or NamedTuple without a docstring is given its signature for one.
+    assert thing.__doc__ and not thing.__doc__.startswith(f"{name}(")
+    if inspect.isclass(thing):
+        methods = {
+            key: x for key, x in vars(thing).items() if inspect.isfunction(x) and not key.startswith("_")
+        }
+        undocumented = [key for key, method in methods.items() if not method.__doc__]
+        assert not [key for key in undocumented if not hasattr(super(thing, thing), key)]
+
+
+@pytest.mark.parametrize("name", ["grpo_loss", "selective_logps", "group_advantages"])
+def test_docstrings_name_every_argument(name: str) -> None:
+    function = getattr(grpo_kernels, name)
+    missing = [
+        argument for argument in inspect.signature(function).parameters if argument not in function.__doc__
+    ]
+    # selective_logps leaves what it shares with grpo_loss to its docstring.
+    shared = set(inspect.signature(grpo_kernels.grpo_loss).parameters) if name == "selective_logps" else set()
+    assert not set(missing) - shared
+
+
+@pytest.mark.parametrize("name", ["testing", "reference"])
+def test_helpers_for_users_say_what_they_do(name: str) -> None:
+    module = importlib.import_module(f"grpo_kernels.{name}")
+    functions = [
+        x for x in vars(module).values() if inspect.isfunction(x) and x.__module__ == module.__name__
+    ]
+    assert not [x.__name__ for x in functions if not x.__name__.startswith("_") and not x.__doc__]
