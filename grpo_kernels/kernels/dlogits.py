@@ -100,7 +100,7 @@ def row_gradient(
         by_d = slope_p * (dkl - dentropy) * LN2
     # The taken token's block comes by itself: the loop over the others then compares no columns.
     full = V // BLOCK * BLOCK
-    own = target // BLOCK * BLOCK
+    own = (target // BLOCK).to(tl.int32) * BLOCK
     stop = full
     if own < full:
         stop = full - BLOCK
@@ -201,7 +201,8 @@ def dlogits(
     temperature: float,
 ) -> None:
     """Fills `out`; rows whose derivatives are all zero are not read and get zeros, as does the padding."""
-    shape = blocking(vocab_size, out, logits, ref_logits=ref_logits)
+    capped = softcap is not None or ref_softcap is not None
+    shape = blocking(vocab_size, out, logits, ref_logits=ref_logits, capped=capped)
     with on_device_of(logits):
         dlogits_kernel[(targets.numel(),)](
             out, *row_strides(out),

@@ -169,7 +169,8 @@ def fused_loss(
     temperature: float,
 ) -> None:
     """Fills the outputs and overwrites the logits with the gradient of `sum(value)`."""
-    shape = blocking(vocab_size, logits, ref_logits=ref_logits)
+    capped = softcap is not None or ref_softcap is not None
+    shape = blocking(vocab_size, logits, ref_logits=ref_logits, capped=capped)
     estimator = KL_ESTIMATORS.get(kl_kind or "")
     with on_device_of(logits):
         fused_loss_kernel[(targets.numel(),)](

@@ -25,15 +25,22 @@ class Blocking(NamedTuple):
     num_warps: int
 
 
-def blocking(vocab: int, *tensors: Tensor, ref_logits: Tensor | None = None, num_warps: int = 4) -> Blocking:
+def blocking(
+    vocab: int,
+    *tensors: Tensor,
+    ref_logits: Tensor | None = None,
+    capped: bool = False,
+    num_warps: int = 4,
+) -> Blocking:
     """For a pass over `tensors`, and over the reference where it is given.
 
-    Two rows at once take blocks of half the size, for the registers' sake; a small vocabulary takes smaller
-    ones. GROUP is 1 where rows are not aligned for 16-byte loads.
+    A block is as large as its registers allow: smaller for two rows at once, under a softcap and in fp64. A
+    small vocabulary takes smaller ones. GROUP is 1 where rows are not aligned for 16-byte loads.
     """
-    block = 4096 if ref_logits is None else 2048
     given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
-    group = 16 // max(tensor.element_size() for tensor in given) if all(map(rows_aligned, given)) else 1
+    itemsize = max(tensor.element_size() for tensor in given)
+    block = 4096 // (1 if ref_logits is None else 2) // (2 if capped else 1) // (4 if itemsize == 8 else 1)
+    group = 16 // itemsize if all(map(rows_aligned, given)) else 1
     threads = num_warps * (32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size)
     fitting = 1 << (vocab.bit_length() - 1)
     return Blocking(max(threads * group, min(block, fitting)), threads, group, num_warps)

@@ -223,7 +223,8 @@ def row_stats(
     temperature: float,
 ) -> None:
     """Fills the outputs with the statistics of each row; masked rows get zeros."""
-    shape = blocking(vocab_size, logits, ref_logits=ref_logits)
+    capped = softcap is not None or ref_softcap is not None
+    shape = blocking(vocab_size, logits, ref_logits=ref_logits, capped=capped)
     with on_device_of(logits):
         row_stats_kernel[(targets.numel(),)](
             logits, *row_strides(logits),
