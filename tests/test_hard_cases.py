@@ -432,6 +432,12 @@ class TestCase12Large:
         assert float(relative_error(leaf.grad[:, -1:], want.grad).max()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
+def set_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much the torch backend computes at a time, on the CPU and elsewhere."""
+    for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
+        monkeypatch.setattr(f"grpo_kernels.torch_backend.{name}", elements)
+
+
 class Allocations(TorchDispatchMode):
     """Records how many elements every new storage has room for."""
 
@@ -465,9 +471,9 @@ views = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 class TestCase13Strides:
     @staticmethod
     def case(view: View, dtype: torch.dtype, device: str) -> Case:
-        """`[3, 4, 72]` logits, of which the loss is given a view, and the other arguments for that view."""
-        wide = random_case(LossSpec(PPOClip(), KL("exact")), 3, 4, 72, dtype=dtype, seed=1, device=device)
-        ids = view(wide.completion_ids[..., None].expand(3, 4, 72))[..., 0].clamp(max=65)
+        """`[3, 4, 256]` logits, of which the loss is given a view, and the other arguments for that view."""
+        wide = random_case(LossSpec(PPOClip(), KL("exact")), 3, 4, 256, dtype=dtype, seed=1, device=device)
+        ids = view(wide.completion_ids[..., None].expand(3, 4, 256))[..., 0].clamp(max=65)
         options = {
             "old_logps": torch.full(ids.shape, -3.0, device=device),
             "ref_logits": view(wide.options["ref_logits"]),
@@ -489,17 +495,20 @@ class TestCase13Strides:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         case = self.case(view, torch.float32, device)
-        logits = view(case.logits).detach().requires_grad_()
+        leaf = view(case.logits).detach().requires_grad_()
+        logits = torch.empty_strided(leaf.shape, leaf.stride(), device=device).copy_(leaf)
         # Besides numbers per token, the torch backend allocates chunks of rows; here a row makes a chunk.
-        monkeypatch.setattr("grpo_kernels.torch_backend.CHUNK_ELEMENTS", 72)
+        set_chunks(256, monkeypatch)
         with Allocations(logits, *case.options.values()) as forward:
             out = grpo_loss(
                 logits, case.completion_ids, case.advantages, spec=case.spec, **case.options, **path
             )
         with Allocations(logits, *case.options.values()) as backward:
             torch.autograd.grad(out.loss, logits)
-        assert 0 < max(forward.sizes) <= 72
-        assert [size for size in backward.sizes if size > 72] == ([] if path["inplace"] else [logits.numel()])
+        assert 0 < max(forward.sizes) <= 256
+        assert [size for size in backward.sizes if size > 256] == (
+            [] if path["inplace"] else [logits.numel()]
+        )
 
     def test_vocabulary_stride(self, path: Options, device: str) -> None:
         logits = torch.zeros(2, 5, 3, device=device).transpose(1, 2)
@@ -705,7 +714,7 @@ class TestCase20SameBits:
         if vocab > 32768 and path["backend"] == "triton" and device == "cpu":
             pytest.skip("PyTorch calls 32768 long; to the kernels it is some more blocks, slow to interpret")
         # Three rows make a chunk, so that a row changes its place, and the last row is alone.
-        monkeypatch.setattr("grpo_kernels.torch_backend.CHUNK_ELEMENTS", 3 * vocab)
+        set_chunks(3 * vocab, monkeypatch)
         rows, row = 7, 4
         spec = LossSpec(PPOClip(), KL("exact"), entropy_coef=0.01, aggregation=SUM)
         case = random_case(spec, rows, 1, vocab, masked=0, inactive=0, device=device)

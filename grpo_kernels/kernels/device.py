@@ -168,12 +168,12 @@ SURROGATES = {
 
 @triton.jit
 def k1(x):
-    return -x, 1.0 + 0 * x
+    return -x, tl.zeros_like(x) + 1.0
 
 
 @triton.jit
 def absolute(x):
-    return tl.abs(x), tl.where(x > 0, -1.0, tl.where(x < 0, 1.0, 0 * x))
+    return tl.abs(x), tl.where(x > 0, -1.0, tl.where(x < 0, 1.0, 0.0))
 
 
 @triton.jit
