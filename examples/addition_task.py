@@ -52,8 +52,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of a third of a million parameters with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=96,
+        intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=32,

@@ -102,11 +102,11 @@ def reinforce(
             output_dir=output_dir,
             seed=seed,
             max_steps=steps,
-            learning_rate=3e-4,
+            learning_rate=5e-4,
             lr_scheduler_type="linear",
             warmup_steps=10,
             per_device_train_batch_size=256,
-            num_generations=8,
+            num_generations=4,
             # Two optimizer steps per batch of samples: in the second the ratio leaves 1, and clipping acts.
             steps_per_generation=2,
             max_completion_length=MAX_ANSWER_TOKENS,
