@@ -54,6 +54,7 @@ TRL = [
     "datasets==5.2.0",
     "tqdm==4.70.1",
     "rich==15.0.0",
+    "psutil==7.2.2",
 ]
 # verl pins libraries of its own that contradict the `trl` extra (and has no release for Python 3.13): give it
 # an environment to itself.

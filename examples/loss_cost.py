@@ -11,17 +11,16 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
 from grpo_kernels import LossSpec, grpo_loss
 from grpo_kernels.reference import reference_loss
+from grpo_kernels.testing import peak_memory
 
 MIB = 2**20
 REPEATS = 5
@@ -87,7 +86,8 @@ def cost_of(kind: str, loss: str, tokens: int, vocab: int) -> Cost:
         return source[:, :length].clone()
 
     step(new_logits(1))  # compiles kernels, loads libraries
-    peak_bytes = (peak_on_gpu if device.type == "cuda" else peak_on_cpu)(step, new_logits())
+    first = new_logits()
+    peak_bytes = peak_memory(lambda: step(first), device)
     latencies_ms = []
     for _ in range(REPEATS):
         logits = new_logits()
@@ -95,32 +95,6 @@ def cost_of(kind: str, loss: str, tokens: int, vocab: int) -> Cost:
         step(logits)
         latencies_ms.append(1e3 * (time.perf_counter() - start))
     return Cost(statistics.median(latencies_ms), peak_bytes / MIB)
-
-
-def peak_on_gpu(step: Callable[[Tensor], None], logits: Tensor) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(logits)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def peak_on_cpu(step: Callable[[Tensor], None], logits: Tensor) -> int:
-    """Growth of the resident set, sampled by a thread: PyTorch's operators release the interpreter lock."""
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(1e-3):
-            peak = max(peak, process.memory_info().rss)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    step(logits)
-    done.set()
-    sampler.join()
-    return peak - before
 
 
 if __name__ == "__main__":
