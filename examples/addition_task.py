@@ -49,7 +49,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of a third of a million parameters with random weights."""
+    """A Llama of 190 thousand parameters with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,

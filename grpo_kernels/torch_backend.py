@@ -17,7 +17,7 @@ from .spec import LogitTransform, LossSpec
 
 # On the CPU 2 MiB of fp32, of which two fit a core's share of the cache; elsewhere enough to be worth a
 # launch.
-CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 19, 1 << 25
+CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 25
 
 Rows: TypeAlias = Tensor | slice
 
@@ -30,7 +30,8 @@ class Chunk(NamedTuple):
     sequence: int | None  # which logits[b] the local rows belong to; None: the whole batch is one 2-D view
 
     def read(self, logits: Tensor) -> Tensor:
-        return self.view(logits)[self.local]
+        rows = self.view(logits)
+        return rows[self.local] if isinstance(self.local, slice) else rows.index_select(0, self.local)
 
     def write(self, out: Tensor, values: Tensor, needed: Tensor) -> None:
         """Rows of `out` take `values`; columns beyond them are the vocabulary's padding and become zero."""
@@ -38,9 +39,12 @@ class Chunk(NamedTuple):
         if needed.device.type != "cpu":
             # No row was left out beforehand, and what is not needed may be NaN.
             values = torch.where(needed[self.rows].unsqueeze(-1), values, 0.0)
-        target[self.local, :width] = values.to(out.dtype)
-        if width < target.shape[1]:
+        if isinstance(self.local, slice):
+            target[self.local, :width] = values
             target[self.local, width:] = 0
+        else:
+            target[:, :width].index_copy_(0, self.local, values.to(out.dtype))
+            target[:, width:].index_fill_(0, self.local, 0.0)
 
     def pick(self, picked: Tensor) -> Chunk:
         """Some rows of the chunk, by their place in it."""
@@ -93,6 +97,20 @@ class Exponentials(NamedTuple):
         return Exponentials(None if self.d is None else self.d[picked], self.e[picked], slope)
 
 
+class Scratch:
+    """Buffers that all chunks of a pass share: fresh memory costs more than the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def like(self, name: str, x: Tensor) -> Tensor:
+        """A buffer of the shape `[n, V]` and dtype of `x`, with whatever the last chunk left in it."""
+        found = self.buffers.get(name)
+        if found is None or found.shape[0] < x.shape[0]:
+            found = self.buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return found[: x.shape[0]]
+
+
 def exponentials(
     z: Tensor,
     row_max: Tensor | None,
@@ -100,8 +118,13 @@ def exponentials(
     softcap: float | None,
     temperature: Tensor | float,
     keep_d: bool,
+    scratch: Scratch | None = None,
+    name: str = "",
 ) -> tuple[Exponentials, Tensor]:
-    """Exponentials of a chunk of raw logits, and its row maxima, computed unless they are given."""
+    """Exponentials of a chunk of raw logits, and its row maxima, computed unless they are given.
+
+    They lie in the buffers of `scratch` that begin with `name`, where it is given.
+    """
     y = z.to(arithmetic_dtype(z))
     k: Tensor | float = scale / temperature
     slope = k
@@ -111,10 +134,13 @@ def exponentials(
         slope = k * scale * (1 - (y / softcap) ** 2)
     if row_max is None:
         row_max = y.amax(-1)
-    d = y - row_max.unsqueeze(-1)
+    d = torch.sub(y, row_max.unsqueeze(-1), out=None if scratch is None else scratch.like(f"{name} d", y))
     if isinstance(k, Tensor) or k != 1.0:
         d *= k
-    return Exponentials(d if keep_d else None, d.exp() if keep_d else d.exp_(), slope), row_max
+    if not keep_d:
+        return Exponentials(None, d.exp_(), slope), row_max
+    e = torch.exp(d, out=None if scratch is None else scratch.like(f"{name} e", d))
+    return Exponentials(d, e, slope), row_max
 
 
 def row_sum(x: Tensor) -> Tensor:
@@ -132,7 +158,7 @@ def statistics(
     temperature: Tensor | float,
     transform: LogitTransform,
     want: RowStats,  # what is not None here is computed
-    keep_d: bool,
+    scratch: Scratch,
 ) -> tuple[RowStats, Exponentials, Exponentials | None]:
     """Statistics of a chunk of rows, and the exponentials they were made of."""
 
@@ -143,8 +169,10 @@ def statistics(
         assert d is not None
         return torch.where(valid, d.squeeze(-1) - log_sum, torch.nan)
 
-    keep_d = keep_d or want.entropy is not None or ref_z is not None
-    p, row_max = exponentials(z, None, transform.scale, transform.softcap, temperature, keep_d)
+    keep_d = want.entropy is not None or ref_z is not None
+    p, row_max = exponentials(
+        z, None, transform.scale, transform.softcap, temperature, keep_d, scratch, "policy"
+    )
     sum_exp = row_sum(p.e)
     log_sum = sum_exp.log()
     found = RowStats(log_prob(z, row_max, log_sum, transform.scale, transform.softcap), row_max, sum_exp)
@@ -155,7 +183,7 @@ def statistics(
     q = None
     if ref_z is not None:
         q, ref_max = exponentials(
-            ref_z, None, transform.ref_scale, transform.ref_softcap, temperature, keep_d
+            ref_z, None, transform.ref_scale, transform.ref_softcap, temperature, keep_d, scratch, "reference"
         )
         ref_sum = row_sum(q.e)
         ref_log_sum = ref_sum.log()
@@ -232,10 +260,11 @@ def row_stats(
     transform: LogitTransform,
 ) -> None:
     """Fills `out`; masked rows are not read and get zeros."""
+    scratch = Scratch()
     for chunk in chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
-        found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, keep_d=False)
+        found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
         store(out, found, chunk.rows)
     clear_masked(out, targets)
 
@@ -253,14 +282,16 @@ def dlogits(
     """Fills `out` with the gradient; rows whose coefficients are all zero are not read and get zeros."""
     needed = coefficients.active() & (targets != MASKED)
     keep_d = coefficients.dentropy is not None or coefficients.dkl is not None
+    scratch = Scratch()
     for chunk in chunks(needed, *(x for x in (out, logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         own = stats.rows(chunk.rows)
         t = temperature_of(chunk, temperature, transform)
-        p, _ = exponentials(z, own.shift, transform.scale, transform.softcap, t, keep_d)
+        p, _ = exponentials(z, own.shift, transform.scale, transform.softcap, t, keep_d, scratch, "policy")
         q = None
         if ref_z is not None:
-            q, _ = exponentials(ref_z, own.ref_shift, transform.ref_scale, transform.ref_softcap, t, keep_d)
+            ref = transform.ref_scale, transform.ref_softcap
+            q, _ = exponentials(ref_z, own.ref_shift, *ref, t, keep_d, scratch, "reference")
         chunk.write(out, gradient(p, q, targets[chunk.rows], own, coefficients.rows(chunk.rows)), needed)
     zero_rows(out, needed)
 
@@ -284,10 +315,11 @@ def fused_loss(
     """
     present = targets != MASKED
     written = present.clone()
+    scratch = Scratch()
     for chunk in chunks(present, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
-        stats, p, q = statistics(z, ref_z, targets[chunk.rows], t, transform, out, keep_d=False)
+        stats, p, q = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
         shape = tuple(stats.logps.shape)
         value[chunk.rows], own = row_loss(spec, stats, inputs.rows(chunk.rows), shape)
         assert own.dlogp is not None
@@ -333,4 +365,8 @@ def zero_rows(out: Tensor, written: Tensor) -> None:
     """Rows of `out` that no chunk has written become zero. Off the CPU every row is in a chunk."""
     if written.device.type == "cpu" and not bool(written.all()):
         for chunk in chunks(~written, out):
-            chunk.view(out)[chunk.local] = 0
+            view = chunk.view(out)
+            if isinstance(chunk.local, slice):
+                view[chunk.local] = 0
+            else:
+                view.index_fill_(0, chunk.local, 0.0)

@@ -101,18 +101,17 @@ def variants_for(target: GPUTarget) -> Iterator[dict[str, set[str]]]:
     As many keys of a kernel as there are, so many times it would have been compiled.
     """
     variants: dict[str, set[str]] = defaultdict(set)
+    do_compile = JITFunction._do_compile
 
-    def hook(*, key: str, fn: Any, **kwargs: Any) -> bool:
-        variants[fn.jit_function.__name__].add(str(key))
-        return True  # "leave it to me": nothing is compiled or cached, and the next launch asks again
+    def recording(self: JITFunction, key: str, *args: Any) -> None:
+        variants[self.__name__].add(key)  # nothing is compiled or cached, and the next launch asks again
 
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = hook
+    JITFunction._do_compile = recording
     try:
         with no_device(target):
             yield variants
     finally:
-        triton.knobs.runtime.jit_cache_hook = before
+        JITFunction._do_compile = do_compile
 
 
 @dataclass(frozen=True)

@@ -138,22 +138,34 @@ class TestCases1And2HugeRatio:
         assert got.out.loss.item() == pytest.approx(loss, rel=1e-6)
         assert not got.grad.any()
 
+    @pytest.mark.parametrize("log_ratio", [200.0, 3.0])
     @pytest.mark.parametrize(
-        "surrogate, clamp, loss",
+        "surrogate, clamp, bound",
         [
             (PPOClip(), None, INF),
-            (PPOClip(), 20.0, math.exp(20)),
+            (PPOClip(), 20.0, INF),
+            (PPOClip(), 2.0, INF),
             (PPOClip(dual_clip=3.0), None, 3.0),
             (PPOClip(delta=4.0), None, 4.0),
         ],
-        ids=["as TRL", "log_ratio_clamp", "dual_clip", "delta"],
+        ids=["as TRL", "clamp 20", "clamp 2", "dual_clip", "delta"],
     )
     def test_case_2_negative_advantage(
-        self, path: Options, device: str, surrogate: PPOClip, clamp: float | None, loss: float
+        self,
+        path: Options,
+        device: str,
+        surrogate: PPOClip,
+        clamp: float | None,
+        bound: float,
+        log_ratio: float,
     ) -> None:
-        got = run(grpo_loss, with_ratio(200.0, surrogate, -1.0, device=device, log_ratio_clamp=clamp), **path)
-        assert got.out.loss.item() == pytest.approx(loss, rel=1e-6)
-        assert math.isinf(loss) or not got.grad.any()
+        case = with_ratio(log_ratio, surrogate, -1.0, device=device, log_ratio_clamp=clamp)
+        got = run(grpo_loss, case, **path)
+        clamped = INF if clamp is None else clamp
+        ratio = INF if min(log_ratio, clamped) > 100 else math.exp(min(log_ratio, clamped))
+        assert got.out.loss.item() == pytest.approx(min(ratio, bound), rel=1e-5)
+        flat = ratio > bound or log_ratio > clamped
+        assert math.isinf(got.out.loss) or bool(got.grad.any()) != flat
 
     @pytest.mark.parametrize("log_ratio", [1.0, -1.0])
     @pytest.mark.parametrize("clamp", [0.5, 1.5])

@@ -25,7 +25,7 @@ from torch.autograd import gradcheck
 
 from grpo_kernels import KL, ImportanceRatio, LossSpec, PPOClip, grpo_loss, selective_logps
 
-# A block of 1024 columns and a tail. 1032 columns are a multiple of 16 bytes in every dtype and so take the
+# A full block or more and a tail. 1032 columns are a multiple of 16 bytes in every dtype and so take the
 # kernels' vectorised rows; 1025 are not.
 PADDED_V, PACKED_V = 1032, 1025
 
