@@ -15,8 +15,8 @@ from torch import Tensor
 from .objective import MASKED, Coefficients, RowStats, TokenInputs, arithmetic_dtype, row_loss
 from .spec import LogitTransform, LossSpec
 
-# On the CPU 2 MiB of fp32, of which two fit a core's share of the cache; elsewhere enough to be worth a
-# launch.
+# On the CPU 16 MiB of fp32, where Python's share of a chunk has become small and a last-level cache may still
+# hold it; elsewhere enough to be worth the launches.
 CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 25
 
 Rows: TypeAlias = Tensor | slice
@@ -33,6 +33,12 @@ class Chunk(NamedTuple):
         rows = self.view(logits)
         return rows[self.local] if isinstance(self.local, slice) else rows.index_select(0, self.local)
 
+    def direct(self, out: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
+        """The rows of `out` that the gradient can be computed in; None where it has to be copied there."""
+        if isinstance(self.local, slice) and out.dtype == dtype and out.device.type == "cpu":
+            return self.view(out)[self.local, :width]
+        return None
+
     def write(self, out: Tensor, values: Tensor, needed: Tensor) -> None:
         """Rows of `out` take `values`; columns beyond them are the vocabulary's padding and become zero."""
         target, width = self.view(out), values.shape[1]
@@ -40,7 +46,8 @@ class Chunk(NamedTuple):
             # No row was left out beforehand, and what is not needed may be NaN.
             values = torch.where(needed[self.rows].unsqueeze(-1), values, 0.0)
         if isinstance(self.local, slice):
-            target[self.local, :width] = values
+            if values.data_ptr() != target[self.local].data_ptr():
+                target[self.local, :width] = values
             target[self.local, width:] = 0
         else:
             target[:, :width].index_copy_(0, self.local, values.to(out.dtype))
@@ -208,8 +215,9 @@ def gradient(
     targets: Tensor,
     stats: RowStats,
     coefficients: Coefficients,
+    out: Tensor | None,
 ) -> Tensor:
-    """`[n, V]`: the loss's derivative by the raw logits of a chunk of rows. Overwrites `p.e`.
+    """`[n, V]`: the loss's derivative by the raw logits of a chunk of rows. In `out`, or over `p.e`.
 
     dz_v = dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
            + dkl_forward (p_v - q_v), times dd/dz.
@@ -238,7 +246,7 @@ def gradient(
         if dkl_forward is not None:
             assert q is not None and stats.ref_sum_exp is not None
             rest -= q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)
-    grad = p.e.mul_((-dlogp * inverse).unsqueeze(-1))
+    grad = torch.mul(p.e, (-dlogp * inverse).unsqueeze(-1), out=p.e if out is None else out)
     # dlogp (1 - p_y) as -dlogp expm1(logp), which keeps its digits where p_y is nearly 1.
     valid = (targets >= 0) & (targets < grad.shape[-1])
     column = torch.where(valid, targets, 0).unsqueeze(-1)
@@ -292,7 +300,18 @@ def dlogits(
         if ref_z is not None:
             ref = transform.ref_scale, transform.ref_softcap
             q, _ = exponentials(ref_z, own.ref_shift, *ref, t, keep_d, scratch, "reference")
-        chunk.write(out, gradient(p, q, targets[chunk.rows], own, coefficients.rows(chunk.rows)), needed)
+        chunk.write(
+            out,
+            gradient(
+                p,
+                q,
+                targets[chunk.rows],
+                own,
+                coefficients.rows(chunk.rows),
+                chunk.direct(out, z.shape[1], p.e.dtype),
+            ),
+            needed,
+        )
     zero_rows(out, needed)
 
 
@@ -331,7 +350,11 @@ def fused_loss(
             picked = active.nonzero().view(-1)
             chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
             q = None if q is None else q.pick(picked)
-        chunk.write(logits, gradient(p, q, targets[chunk.rows], stats, own), written)
+        chunk.write(
+            logits,
+            gradient(p, q, targets[chunk.rows], stats, own, chunk.direct(logits, z.shape[1], p.e.dtype)),
+            written,
+        )
     clear_masked((*out, value, dlogp), targets)
     zero_rows(logits, written)
 
