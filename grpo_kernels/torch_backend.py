@@ -209,6 +209,21 @@ def statistics(
     return found, p, q
 
 
+def plain_statistics(z: Tensor, targets: Tensor, scratch: Scratch) -> tuple[RowStats, Tensor]:
+    """Statistics of softmax(z), by PyTorch's log_softmax, one pass where `statistics` takes four.
+
+    The shift is the logsumexp, read off a column: `z - log p`. What rounding takes from it goes into
+    `sum_exp`. The second result says which rows this holds for: those whose first logit is finite.
+    """
+    y = z.to(arithmetic_dtype(z))
+    log_p = torch.log_softmax(y, -1, out=scratch.like("policy d", y))
+    shift = y[:, 0] - log_p[:, 0]
+    lost = (y[:, 0] - shift) - log_p[:, 0]
+    valid = (targets >= 0) & (targets < z.shape[-1])
+    logps = log_p.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1)).squeeze(-1)
+    return RowStats(torch.where(valid, logps, torch.nan), shift, lost.exp()), shift.isfinite()
+
+
 def gradient(
     p: Exponentials,
     q: Exponentials | None,
@@ -268,12 +283,28 @@ def row_stats(
     transform: LogitTransform,
 ) -> None:
     """Fills `out`; masked rows are not read and get zeros."""
+    plain = (
+        logits.device.type == "cpu"
+        and ref_logits is None
+        and out.entropy is None
+        and temperature is None
+        and transform.softcap is None
+        and transform.scale == transform.temperature
+    )
     scratch = Scratch()
     for chunk in chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
-        found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
+        if not plain:
+            found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
+            store(out, found, chunk.rows)
+            continue
+        found, finite = plain_statistics(z, targets[chunk.rows], scratch)
         store(out, found, chunk.rows)
+        if not bool(finite.all()):
+            chunk, z = chunk.pick(picked := (~finite).nonzero().view(-1)), z[picked]
+            found, _, _ = statistics(z, None, targets[chunk.rows], t, transform, out, scratch)
+            store(out, found, chunk.rows)
     clear_masked(out, targets)
 
 

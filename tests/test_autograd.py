@@ -47,6 +47,14 @@ def loss_of(logits: Tensor, case: Case, **options: Any) -> Tensor:
     return out.loss
 
 
+def head(case: Case) -> tuple[Tensor, Tensor]:
+    """Hidden states `[B, T, 5]` and a weight `[37, 5]`: a linear layer that makes logits for the case."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (*case.completion_ids.shape, 5), (37, 5)
+    hidden, weight = (torch.randn(shape, generator=generator).to(case.logits.device) for shape in shapes)
+    return hidden, weight
+
+
 def scaled(factor: float) -> Callable[..., LossOutput]:
     """`grpo_loss` whose loss is then multiplied."""
 
@@ -169,10 +177,10 @@ class TestOtherUsesOfTheLogits:
     def test_in_place_behind_a_linear_layer(self, device: str, backend: str) -> None:
         """Which has not saved its output: the use that `inplace` is for."""
         case = small(device)
-        hidden = torch.randn(*case.completion_ids.shape, 5, device=device)
+        hidden, start = head(case)
         grads = []
         for inplace in (False, True):
-            weight = torch.ones(37, 5, device=device, requires_grad=True)
+            weight = start.clone().requires_grad_()
             loss_of(hidden @ weight.t(), case, backend=backend, inplace=inplace).backward()
             grads.append(weight.grad)
         torch.testing.assert_close(*grads)
@@ -275,14 +283,14 @@ class TestNoGradient:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(device: str, backend: str, reentrant: bool, inplace: bool) -> None:
     case = small(device)
-    hidden = torch.randn(*case.completion_ids.shape, 5, device=device)
+    hidden, start = head(case)
 
     def loss(weight: Tensor) -> Tensor:
         return loss_of(hidden @ weight.t(), case, backend=backend, inplace=inplace)
 
     grads = []
     for call in (loss, lambda weight: checkpoint(loss, weight, use_reentrant=reentrant)):
-        weight = torch.ones(37, 5, device=device, requires_grad=True)
+        weight = start.clone().requires_grad_()
         call(weight).backward()
         grads.append(weight.grad)
     assert torch.equal(*grads)
@@ -292,10 +300,7 @@ def test_checkpointing(device: str, backend: str, reentrant: bool, inplace: bool
 def test_autocast(device: str, backend: str, inplace: bool) -> None:
     """The layer gives bf16 logits; inside the loss nothing is cast."""
     case = small(device)
-    hidden, weight = (
-        torch.randn(*case.completion_ids.shape, 5, device=device),
-        torch.randn(37, 5, device=device),
-    )
+    hidden, weight = head(case)
     results = []
     for enabled in (True, False):
         leaf = weight.clone().requires_grad_()
@@ -316,10 +321,10 @@ def test_accumulation_over_uneven_micro_batches(device: str, backend: str, inpla
     """Into one parameter's `.grad`, under a normalizer for them all."""
     case = small(device, LossSpec(PPOClip(), KL("k3"), entropy_coef=0.1))
     case = case.with_options(normalizer=case.options["completion_mask"].sum())
-    hidden = torch.randn(*case.completion_ids.shape, 5, device=device)
+    hidden, start = head(case)
 
     def gradient(*parts: slice) -> Tensor:
-        weight = torch.ones(37, 5, device=device, requires_grad=True)
+        weight = start.clone().requires_grad_()
         for rows in parts:
             options = {name: x[rows] if x.dim() else x for name, x in case.options.items()}
             part = Case(case.spec, hidden[rows], case.completion_ids[rows], case.advantages[rows], options)
