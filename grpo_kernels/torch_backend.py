@@ -294,17 +294,16 @@ def row_stats(
     scratch = Scratch()
     for chunk in chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
+        if plain:
+            found, done = plain_statistics(z, targets[chunk.rows], scratch)
+            store(out, found, chunk.rows)
+            left = (~done).nonzero().view(-1)  # on the CPU: nothing waits
+            if not left.numel():
+                continue
+            chunk, z = chunk.pick(left), z[left]
         t = temperature_of(chunk, temperature, transform)
-        if not plain:
-            found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
-            store(out, found, chunk.rows)
-            continue
-        found, finite = plain_statistics(z, targets[chunk.rows], scratch)
+        found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
         store(out, found, chunk.rows)
-        if not bool(finite.all()):
-            chunk, z = chunk.pick(picked := (~finite).nonzero().view(-1)), z[picked]
-            found, _, _ = statistics(z, None, targets[chunk.rows], t, transform, out, scratch)
-            store(out, found, chunk.rows)
     clear_masked(out, targets)
 
 
