@@ -212,16 +212,18 @@ def statistics(
 def plain_statistics(z: Tensor, targets: Tensor, scratch: Scratch) -> tuple[RowStats, Tensor]:
     """Statistics of softmax(z), by PyTorch's log_softmax, one pass where `statistics` takes four.
 
-    The shift is the logsumexp, read off a column: `z - log p`. What rounding takes from it goes into
-    `sum_exp`. The second result says which rows this holds for: those whose first logit is finite.
+    The shift is the logsumexp, read off the taken token as `z - log p`; what rounding takes from it goes into
+    `sum_exp`. The second result says where this is precise: for tokens that are not too unlikely, because
+    `log p` is rounded at its own size.
     """
     y = z.to(arithmetic_dtype(z))
     log_p = torch.log_softmax(y, -1, out=scratch.like("policy d", y))
-    shift = y[:, 0] - log_p[:, 0]
-    lost = (y[:, 0] - shift) - log_p[:, 0]
     valid = (targets >= 0) & (targets < z.shape[-1])
-    logps = log_p.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1)).squeeze(-1)
-    return RowStats(torch.where(valid, logps, torch.nan), shift, lost.exp()), shift.isfinite()
+    column = torch.where(valid, targets, 0).unsqueeze(-1)
+    logps, taken = log_p.gather(-1, column).squeeze(-1), y.gather(-1, column).squeeze(-1)
+    shift = taken - logps
+    lost = (taken - shift) - logps
+    return RowStats(logps, shift, lost.exp()), valid & (logps > -16) & shift.isfinite()
 
 
 def gradient(
