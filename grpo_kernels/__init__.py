@@ -1,7 +1,10 @@
 """Fused policy losses for GRPO-style reinforcement learning of language models."""
 
 from .advantages import group_advantages
-from .losses import GRPOLoss, LossOutput, grpo_loss, log_ratio_loss, selective_logps
+from .arguments import LossOutput
+from .linear_losses import LinearGRPOLoss, linear_grpo_loss
+from .logps import linear_logps, selective_logps
+from .losses import GRPOLoss, grpo_loss, log_ratio_loss
 from .spec import KL, ImportanceRatio, LogRatio, LossSpec, PPOClip, Reinforce
 
 __version__ = "0.1.0"
@@ -10,6 +13,7 @@ __all__ = [
     "KL",
     "GRPOLoss",
     "ImportanceRatio",
+    "LinearGRPOLoss",
     "LogRatio",
     "LossOutput",
     "LossSpec",
@@ -17,6 +21,8 @@ __all__ = [
     "Reinforce",
     "group_advantages",
     "grpo_loss",
+    "linear_grpo_loss",
+    "linear_logps",
     "log_ratio_loss",
     "selective_logps",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend
+from . import backend, objective
 from .objective import Coefficients, RowStats, TokenInputs, arithmetic_dtype
 from .spec import LogitTransform, LossSpec
 
@@ -40,31 +40,68 @@ class RowConfig:
 
     transform: LogitTransform
     backend: str
+    reference: bool = False  # logits of a reference are there
     entropy: bool = False
     kl_forward: bool = False
     kl_gradient: bool = False  # the exact KL is part of the loss: the backward reads the reference's logits
     inplace: bool = False
 
-    def outputs(self, ref_logits: Tensor | None) -> list[str]:
+    @classmethod
+    def of(
+        cls,
+        spec: LossSpec,
+        transform: LogitTransform,
+        backend: str,
+        *,
+        reference: bool,
+        entropy: bool,
+        inplace: bool = False,
+    ) -> RowConfig:
+        """What a loss needs of its rows."""
+        return cls(
+            transform,
+            backend,
+            reference,
+            entropy=entropy or bool(spec.entropy_coef),
+            kl_forward=spec.exact_kl is not None and spec.exact_kl.kind == "exact_forward",
+            kl_gradient=spec.exact_kl is not None,
+            inplace=inplace,
+        )
+
+    @property
+    def outputs(self) -> list[str]:
         """The statistics that the loss needs, by their names in `RowStats`."""
         names = ["logps"]
         if self.entropy:
             names += ["entropy"]
-        if ref_logits is not None:
+        if self.reference:
             names += ["ref_logps", "kl"]
         if self.kl_forward:
             names += ["kl_forward"]
         return names
 
-    def empty_stats(self, logits: Tensor, ref_logits: Tensor | None, *, for_backward: bool) -> RowStats:
-        """Unfilled statistics of `[B, T, V]` logits; maxima and sums only where a backward will want them."""
-        names = self.outputs(ref_logits)
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The outputs that are not differentiated."""
+        return ("ref_logps",) if self.kl_gradient else ("ref_logps", "kl", "kl_forward")
+
+    def empty_stats(
+        self, rows: int, dtype: torch.dtype, device: torch.device, *, for_backward: bool
+    ) -> RowStats:
+        """Unfilled statistics; maxima and sums only where a backward will want them."""
+        names = self.outputs
         if for_backward:
             names += ["shift", "sum_exp"]
-            names += [] if ref_logits is None else ["ref_shift", "ref_sum_exp"]
-        dtype = arithmetic_dtype(logits)
-        rows = logits.shape[0] * logits.shape[1]
-        return RowStats(**{name: torch.empty(rows, dtype=dtype, device=logits.device) for name in names})
+            names += ["ref_shift", "ref_sum_exp"] if self.reference else []
+        return RowStats(**{name: torch.empty(rows, dtype=dtype, device=device) for name in names})
+
+    def coefficients(self, grads: tuple[Tensor | None, ...]) -> Coefficients | None:
+        """The gradients by `outputs`, as the kernels take them; None where there is nothing to do."""
+        by = {name: g.contiguous() for name, g in zip(self.outputs, grads, strict=True) if g is not None}
+        found = Coefficients(by.get("logps"), by.get("entropy"))
+        if self.kl_gradient:
+            found = found._replace(dkl=by.get("kl"), dkl_forward=by.get("kl_forward"))
+        return None if all(x is None for x in found) else found
 
 
 def row_statistics(
@@ -76,7 +113,7 @@ def row_statistics(
 ) -> RowStats:
     """Statistics of every row. Log-probability, entropy and exact KL are differentiable by the logits."""
     found = RowStatistics.apply(logits, ref_logits, targets, temperatures, config)
-    return RowStats(**dict(zip(config.outputs(ref_logits), found, strict=True)))
+    return RowStats(**dict(zip(config.outputs, found, strict=True)))
 
 
 def fused_loss(
@@ -90,7 +127,17 @@ def fused_loss(
 ) -> tuple[Tensor, Tensor, RowStats]:
     """A token-local loss: its value, 0-dim and differentiable, `dlogp` `[B * T]`, and constant statistics."""
     loss, dlogp, *found = FusedLoss.apply(logits, ref_logits, targets, temperatures, inputs, spec, config)
-    return loss, dlogp, RowStats(**dict(zip(config.outputs(ref_logits), found, strict=True)))
+    return loss, dlogp, RowStats(**dict(zip(config.outputs, found, strict=True)))
+
+
+def loss_of_statistics(
+    live: RowStats, spec: LossSpec, inputs: TokenInputs, shape: tuple[int, ...]
+) -> tuple[Tensor, RowStats, Coefficients]:
+    """Any loss of differentiable statistics: 0-dim, and the constants that its metrics are made of."""
+    stats = live.detach()
+    values, derivatives = objective.row_loss(spec, stats, inputs, shape)
+    loss = KnownGradient.apply(values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward)
+    return loss, stats, derivatives
 
 
 class RowStatistics(torch.autograd.Function):
@@ -105,28 +152,25 @@ class RowStatistics(torch.autograd.Function):
         temperatures: Tensor | None,
         config: RowConfig,
     ) -> tuple[Tensor, ...]:
-        stats = config.empty_stats(logits, ref_logits, for_backward=True)
+        stats = config.empty_stats(
+            targets.numel(), arithmetic_dtype(logits), logits.device, for_backward=True
+        )
         backend.row_stats(logits, targets, stats, ref_logits, temperatures, config.transform, config.backend)
         ctx.config = config
-        ctx.names = config.outputs(ref_logits)
         ctx.save_for_backward(
             logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats
         )
         ctx.set_materialize_grads(False)
-        outputs = {name: getattr(stats, name) for name in ctx.names}
-        constant = ("ref_logps",) if config.kl_gradient else ("ref_logps", "kl", "kl_forward")
-        ctx.mark_non_differentiable(*(outputs[name] for name in constant if name in outputs))
+        outputs = {name: getattr(stats, name) for name in config.outputs}
+        ctx.mark_non_differentiable(*(outputs[name] for name in config.constants if name in outputs))
         return tuple(outputs.values())
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         config: RowConfig = ctx.config
-        by = {name: g.contiguous() for name, g in zip(ctx.names, grads, strict=True) if g is not None}
-        coefficients = Coefficients(by.get("logps"), by.get("entropy"))
-        if config.kl_gradient:
-            coefficients = coefficients._replace(dkl=by.get("kl"), dkl_forward=by.get("kl_forward"))
-        if all(x is None for x in coefficients):
+        coefficients = config.coefficients(grads)
+        if coefficients is None:
             return None, None, None, None, None
         logits, ref_logits, targets, temperatures, *saved = ctx.saved_tensors
         out = logits.detach()
@@ -184,9 +228,12 @@ class FusedLoss(torch.autograd.Function):
         spec: LossSpec,
         config: RowConfig,
     ) -> tuple[Tensor, ...]:
-        stats = config.empty_stats(logits, ref_logits, for_backward=False)
+        stats = config.empty_stats(
+            targets.numel(), arithmetic_dtype(logits), logits.device, for_backward=False
+        )
         value, dlogp = torch.empty_like(stats.logps), torch.empty_like(stats.logps)
         backend.fused_loss(
+            logits,
             logits,
             targets,
             stats,
@@ -203,7 +250,7 @@ class FusedLoss(torch.autograd.Function):
         torch.autograd.graph.increment_version(logits)
         ctx.backend = config.backend
         ctx.save_for_backward(logits)
-        constants = [dlogp, *(getattr(stats, name) for name in config.outputs(ref_logits))]
+        constants = [dlogp, *(getattr(stats, name) for name in config.outputs)]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
         return value.sum(), *constants

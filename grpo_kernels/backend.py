@@ -84,6 +84,7 @@ def dlogits(
 
 
 def fused_loss(
+    dlogits: Tensor,
     logits: Tensor,
     targets: Tensor,
     out: RowStats,
@@ -96,12 +97,12 @@ def fused_loss(
     spec: LossSpec,
     backend: str,
 ) -> None:
-    """Statistics, token-local loss and gradient: fills `out`, `value`, `dlogp`, overwrites the logits."""
+    """Statistics, token-local loss and gradient: fills `dlogits` (which may be `logits`) and the rest."""
     if targets.numel() == 0:
         return
     if backend == "torch":
         torch_backend.fused_loss(
-            logits, targets, out, value, dlogp, inputs, ref_logits, temperatures, transform, spec
+            dlogits, logits, targets, out, value, dlogp, inputs, ref_logits, temperatures, transform, spec
         )
         return
     from .kernels import fused
@@ -109,6 +110,7 @@ def fused_loss(
     surrogate, kl = spec.surrogate, spec.sampled_kl or spec.exact_kl
     assert surrogate is None or isinstance(surrogate, Surrogate)
     fused.fused_loss(
+        dlogits,
         logits,
         targets,
         value,

@@ -24,9 +24,25 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def check_device(name: str, value: Tensor, logits: Tensor) -> None:
-    if value.device != logits.device:
-        raise ValueError(f"{name} is on {value.device}, logits on {logits.device}")
+def check_device(name: str, value: Tensor, device: torch.device, of: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, {of} on {device}")
+
+
+def check_dtype(name: str, value: Tensor) -> None:
+    if value.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
+
+
+def check_vocab_size(vocab_size: int | None, width: int, what: str) -> int:
+    """The vocabulary's size: all of `width`, unless given."""
+    if vocab_size is None:
+        vocab_size = width
+    else:
+        check_integer("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= width:
+        raise ValueError(f"vocab_size must be between 1 and the {width} {what}, got {vocab_size}")
+    return vocab_size
 
 
 def check_logits(
@@ -34,13 +50,12 @@ def check_logits(
 ) -> None:
     """`like` is the policy's logits; `padded`: the widths may differ, the vocabulary having been named."""
     check_tensor(name, logits)
-    if logits.dtype not in LOGIT_DTYPES:
-        raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {logits.dtype}")
+    check_dtype(name, logits)
     if like is None:
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name} must be [B, T, V] or packed [N, V], got shape {tuple(logits.shape)}")
     else:
-        check_device(name, logits, like)
+        check_device(name, logits, like.device, "logits")
         if logits.shape[:-1] != like.shape[:-1] or (not padded and logits.shape != like.shape):
             raise ValueError(
                 f"{name} must be shaped as logits {tuple(like.shape)}, got {tuple(logits.shape)}"
@@ -53,52 +68,71 @@ def check_logits(
         raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {logits.stride()}")
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """Logits or hidden states as `[B, T, ...]`: a packed batch is one of a single sequence."""
+    return x if x.dim() == 3 else x.unsqueeze(0)
+
+
+def check_writable(logits: Tensor) -> None:
+    """Raises where the gradient cannot take the logits' place."""
+    owner = logits if logits._base is None else logits._base
+    if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
+        raise RuntimeError(
+            "inplace=True would overwrite logits that are a leaf requiring grad: as for every in-place "
+            "operation, they must be computed from something"
+        )
+    if torch.compiler.is_compiling():
+        return  # strides may be symbolic, which cannot be sorted
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"inplace=True needs rows of their own: logits {tuple(logits.shape)} with strides "
+                f"{logits.stride()} overlap"
+            )
+        extent = max(extent, stride * size)
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The logits as `[B, T, V]` (packed: `[1, N, V]`) and what is known of each of their rows."""
+    """What is known of each token, whose row of logits or hidden states stands elsewhere."""
 
-    logits: Tensor  # [B, T, V]
     targets: Tensor  # [B * T] int64: MASKED, an id of the vocabulary, or vocab_size where the id is outside
     mask: Tensor  # [B * T] bool
     shape: tuple[int, ...]  # [B, T] or [N]
     vocab_size: int
     num_sequences: int | None  # None: packed, and not told
     sequence_ids: Tensor | None  # [N], packed: the sequence of each token, where the lengths are known
+    dtype: torch.dtype  # of all arithmetic, and of every per-token tensor
+    source: str  # "logits" or "hidden", for messages
 
     @classmethod
     def of(
         cls,
-        logits: Tensor,
+        source: Tensor,  # [B, T, ...] or [N, ...], checked: logits or hidden states
         ids: Tensor,
         mask: Tensor | None,
         seq_lens: Tensor | None,
-        vocab_size: int | None,
+        vocab_size: int,
+        *,
+        name: str = "logits",
         ids_name: str = "completion_ids",
         mask_name: str = "completion_mask",
     ) -> Batch:
-        check_logits("logits", logits)
-        width = logits.shape[-1]
-        if vocab_size is not None:
-            check_integer("vocab_size", vocab_size)
-        vocab_size = width if vocab_size is None else vocab_size
-        if not 1 <= vocab_size <= width:
-            raise ValueError(
-                f"vocab_size must be between 1 and the {width} columns of logits, got {vocab_size}"
-            )
-        shape = tuple(logits.shape[:-1])
+        shape, device = tuple(source.shape[:-1]), source.device
         check_tensor(ids_name, ids)
-        check_device(ids_name, ids, logits)
+        check_device(ids_name, ids, device, name)
         if ids.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{ids_name} must be int32 or int64, got {ids.dtype}")
         if tuple(ids.shape) != shape:
             raise ValueError(
-                f"{ids_name} must have shape {shape}, as logits {tuple(logits.shape)}, got {tuple(ids.shape)}"
+                f"{ids_name} must have shape {shape}, as {name} {tuple(source.shape)}, got {tuple(ids.shape)}"
             )
         if mask is None:
-            unmasked = torch.ones(shape, dtype=torch.bool, device=logits.device)
+            unmasked = torch.ones(shape, dtype=torch.bool, device=device)
         else:
             check_tensor(mask_name, mask)
-            check_device(mask_name, mask, logits)
+            check_device(mask_name, mask, device, name)
             if tuple(mask.shape) != shape:
                 raise ValueError(f"{mask_name} must have shape {shape}, got {tuple(mask.shape)}")
             if mask.dtype.is_complex:
@@ -112,35 +146,27 @@ class Batch:
         num_sequences = shape[0] if len(shape) == 2 else None
         sequence_ids = None
         if seq_lens is not None:
-            _check_seq_lens(seq_lens, logits)
+            _check_seq_lens(seq_lens, source, name)
             num_sequences = seq_lens.numel()
-            sequence_ids = _sequence_ids(seq_lens.to(logits.device), shape[0])
+            sequence_ids = _sequence_ids(seq_lens.to(device), shape[0])
         return cls(
-            logits if logits.dim() == 3 else logits.unsqueeze(0),
             targets.reshape(-1),
             unmasked.reshape(-1),
             shape,
             vocab_size,
             num_sequences,
             sequence_ids,
+            arithmetic_dtype(source),
+            name,
         )
 
     @property
     def packed(self) -> bool:
         return len(self.shape) == 1
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all arithmetic, and of every per-token tensor."""
-        return arithmetic_dtype(self.logits)
-
     def require_sequences(self, what: str) -> None:
         if self.num_sequences is None:
             raise ValueError(f"{what} on a packed batch needs seq_lens")
-
-    def by_rows(self, logits: Tensor) -> Tensor:
-        """Logits of this batch as `[B, T, V]`."""
-        return logits if logits.dim() == 3 else logits.unsqueeze(0)
 
     def shaped(self, x: Tensor) -> Tensor:
         """`[B * T]` as the caller knows it: `[B, T]` or `[N]`."""
@@ -161,7 +187,7 @@ class Batch:
         `[B, 1]`.
         """
         check_tensor(name, value)
-        check_device(name, value, self.logits)
+        check_device(name, value, self.targets.device, self.source)
         if value.dtype.is_complex:
             raise ValueError(f"{name} must be real, got {value.dtype}")
         value, got = value.detach(), tuple(value.shape)
@@ -198,25 +224,6 @@ class Batch:
             temperature = temperature.expand(self.shape)
         return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
 
-    def check_writable(self) -> None:
-        """Raises where the gradient cannot take the logits' place."""
-        owner = self.logits if self.logits._base is None else self.logits._base
-        if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
-            raise RuntimeError(
-                "inplace=True would overwrite logits that are a leaf requiring grad: as for every in-place "
-                "operation, they must be computed from something"
-            )
-        if torch.compiler.is_compiling():
-            return  # strides may be symbolic, which cannot be sorted
-        extent = 1
-        for stride, size in sorted(zip(self.logits.stride(), self.logits.shape, strict=True)):
-            if size > 1 and stride < extent:
-                raise ValueError(
-                    f"inplace=True needs rows of their own: logits {tuple(self.logits.shape)} with strides "
-                    f"{self.logits.stride()} overlap"
-                )
-            extent = max(extent, stride * size)
-
 
 def _sequence_ids(seq_lens: Tensor, tokens: int) -> Tensor:
     positions = torch.arange(tokens, device=seq_lens.device)
@@ -225,12 +232,10 @@ def _sequence_ids(seq_lens: Tensor, tokens: int) -> Tensor:
     )
 
 
-def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:
+def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
     check_tensor("seq_lens", seq_lens)
-    if logits.dim() != 2:
-        raise ValueError(
-            f"seq_lens belongs to packed logits [N, V], got logits of shape {tuple(logits.shape)}"
-        )
+    if source.dim() != 2:
+        raise ValueError(f"seq_lens belongs to packed {name} [N, ...], got shape {tuple(source.shape)}")
     if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype == torch.bool:
         raise ValueError(
             f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
@@ -239,9 +244,9 @@ def _check_seq_lens(seq_lens: Tensor, logits: Tensor) -> None:
     if not torch.compiler.is_compiling() and (seq_lens.device.type == "cpu" or debug_enabled()):
         total = int(seq_lens.sum())
         shortest = int(seq_lens.min()) if seq_lens.numel() else 0
-        if total != logits.shape[0] or shortest < 0:
+        if total != source.shape[0] or shortest < 0:
             raise ValueError(
-                f"seq_lens must be non-negative and sum to N = {logits.shape[0]}, got a sum of {total} and a "
+                f"seq_lens must be non-negative and sum to N = {source.shape[0]}, got a sum of {total} and a "
                 f"smallest length of {shortest}"
             )
 

@@ -1,30 +1,26 @@
-"""The public functions: check what comes in, lay it out by rows, call autograd, shape what goes out."""
+"""The losses from logits: check what comes in, lay it out by rows, call autograd, shape what goes out."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import objective
-from .aggregation import aggregation_weights, safe_divide
-from .autograd import KnownGradient, RowConfig, fused_loss, row_statistics
+from .arguments import (
+    LossOutput,
+    check_reference,
+    logit_transform,
+    loss_output,
+    resolve_spec,
+    token_inputs,
+)
+from .autograd import RowConfig, fused_loss, loss_of_statistics, row_statistics
 from .backend import choose_backend, log_once
-from .batch import Batch, check_logits
-from .metrics import metrics
-from .objective import TokenInputs
-from .spec import PRESETS, LogitTransform, LogRatio, LossSpec, Surrogate, check_choice, check_number
-
-
-class LossOutput(NamedTuple):
-    """What a loss returns; see `grpo_loss`."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    logps: Tensor
-    ref_logps: Tensor | None
-    entropy: Tensor | None
+from .batch import Batch, by_rows, check_logits, check_vocab_size, check_writable
+from .spec import LogRatio, LossSpec
 
 
 def grpo_loss(
@@ -93,41 +89,35 @@ def grpo_loss(
             An unmasked id outside the vocabulary makes the loss NaN; with GRPO_KERNELS_DEBUG=1 it raises
             ValueError.
     """
-    spec = _spec(spec)
-    batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab_size)
-    _check_reference(spec, ref_logits, ref_logps)
+    spec = resolve_spec(spec)
+    check_logits("logits", logits)
+    width = check_vocab_size(vocab_size, logits.shape[-1], "columns of logits")
+    batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, width)
+    check_reference(spec, ref_logits, ref_logps, "ref_logits")
     if ref_logits is not None:
         padded = vocab_size is not None
-        check_logits("ref_logits", ref_logits, like=logits, vocab_size=batch.vocab_size, padded=padded)
-        ref_logits = batch.by_rows(ref_logits.detach())
+        check_logits("ref_logits", ref_logits, like=logits, vocab_size=width, padded=padded)
+        ref_logits = by_rows(ref_logits.detach())
     if inplace:
-        batch.check_writable()
-    config = RowConfig(
-        LogitTransform(
-            batch.vocab_size,
-            logit_scale,
-            logit_softcap,
-            logit_scale if ref_logit_scale is None else ref_logit_scale,
-            logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
-            1.0 if isinstance(temperature, Tensor) else temperature,
-        ),
+        check_writable(logits)
+    config = RowConfig.of(
+        spec,
+        logit_transform(width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap),
         choose_backend(backend, logits),
-        entropy=return_entropy or bool(spec.entropy_coef),
-        kl_forward=spec.exact_kl is not None and spec.exact_kl.kind == "exact_forward",
-        kl_gradient=spec.exact_kl is not None,
+        reference=ref_logits is not None,
+        entropy=return_entropy,
         inplace=inplace,
     )
-    row_weights = _row_weights(spec, batch, normalizer)
-    inputs = TokenInputs(
-        mask=batch.mask,
-        advantages=batch.per_token("advantages", advantages, per_sequence=True),
-        row_weights=row_weights,
-        old_logps=batch.optional("old_logps", old_logps),
-        ref_logps=batch.optional("ref_logps", ref_logps),
-        token_weights=batch.optional("token_weights", token_weights, columns=True),
-        entropy_weights=_entropy_weights(spec, batch, row_weights, normalizer),
+    inputs = token_inputs(
+        spec,
+        batch,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        token_weights=token_weights,
+        normalizer=normalizer,
     )
-    tensors = (batch.logits, ref_logits, batch.targets, batch.temperatures(temperature))
+    tensors = (by_rows(logits), ref_logits, batch.targets, batch.temperatures(temperature))
 
     fused = inplace and _can_fuse(spec, logits)
     if not torch.compiler.is_compiling():
@@ -137,21 +127,10 @@ def grpo_loss(
         loss, dlogp, stats = fused_loss(*tensors, inputs, spec, config)
         derivatives = objective.coefficients(spec, inputs, dlogp)
     else:
-        live = row_statistics(*tensors, config)
-        stats = live.detach()
-        values, derivatives = objective.row_loss(spec, stats, inputs, batch.shape)
-        loss = KnownGradient.apply(
-            values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward
+        loss, stats, derivatives = loss_of_statistics(
+            row_statistics(*tensors, config), spec, inputs, batch.shape
         )
-
-    reference = objective.reference_logps(stats, inputs)
-    return LossOutput(
-        loss,
-        metrics(spec, stats, inputs, derivatives),
-        batch.shaped(stats.logps),
-        None if reference is None else batch.shaped(reference),
-        None if stats.entropy is None else batch.shaped(stats.entropy),
-    )
+    return loss_output(spec, batch, loss, stats, inputs, derivatives)
 
 
 def log_ratio_loss(
@@ -176,7 +155,28 @@ def log_ratio_loss(
     return grpo_loss(logits, completion_ids, rewards, spec=spec, ref_logits=ref_logits, **options)
 
 
-class GRPOLoss(nn.Module):
+class LossModule(nn.Module):
+    """A loss function as a module: the spec and the options that stay the same are given once."""
+
+    function: Callable[..., LossOutput]
+
+    def __init__(self, spec: LossSpec | str = "grpo", **options: Any) -> None:
+        super().__init__()
+        self.spec = resolve_spec(spec)
+        unknown = options.keys() - (self.function.__kwdefaults__ or {}).keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
+        self.options = options
+
+    def call(self, *tensors: Tensor, **options: Any) -> LossOutput:
+        """The function; options given here win over the module's."""
+        return self.function(*tensors, **{"spec": self.spec, **self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.spec), *(f"{key}={value!r}" for key, value in self.options.items())])
+
+
+class GRPOLoss(LossModule):
     """`grpo_loss` as a module: the spec and the options that stay the same are given once.
 
     ```python
@@ -185,111 +185,13 @@ class GRPOLoss(nn.Module):
     ```
     """
 
-    def __init__(self, spec: LossSpec | str = "grpo", **options: Any) -> None:
-        super().__init__()
-        self.spec = _spec(spec)
-        unknown = options.keys() - (grpo_loss.__kwdefaults__ or {}).keys()
-        if unknown:
-            raise TypeError(f"GRPOLoss has no option {', '.join(sorted(unknown))}")
-        self.options = options
+    function = staticmethod(grpo_loss)
 
     def forward(
         self, logits: Tensor, completion_ids: Tensor, advantages: Tensor, **options: Any
     ) -> LossOutput:
         """As `grpo_loss`; options given here win over the module's."""
-        return grpo_loss(logits, completion_ids, advantages, **{"spec": self.spec, **self.options, **options})
-
-    def extra_repr(self) -> str:
-        return ", ".join([repr(self.spec), *(f"{key}={value!r}" for key, value in self.options.items())])
-
-
-def selective_logps(
-    logits: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    vocab_size: int | None = None,
-    mask: Tensor | None = None,
-    return_entropy: bool = False,
-    backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the taken tokens, differentiable; with `return_entropy`, the entropies too.
-
-    Args:
-        logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`, as are the options.
-        ids: `[B, T]` or `[N]`, int32 or int64.
-        mask: `[B, T]` or `[N]`; where 0 the row is not read: log-probability, entropy and gradient are 0.
-
-    Returns:
-        `[B, T]` or `[N]` fp32 (fp64 for fp64 logits) in nats, or a pair of such. A row whose upstream
-        gradient is exactly zero costs nothing in the backward but its zeros.
-
-    Raises:
-        ValueError, TypeError: as `grpo_loss`.
-    """
-    batch = Batch.of(logits, ids, mask, None, vocab_size, ids_name="ids", mask_name="mask")
-    scalar = 1.0 if isinstance(temperature, Tensor) else temperature
-    transform = LogitTransform(batch.vocab_size, logit_scale, logit_softcap, temperature=scalar)
-    config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy)
-    stats = row_statistics(batch.logits, None, batch.targets, batch.temperatures(temperature), config)
-    if stats.entropy is not None:
-        return batch.shaped(stats.logps), batch.shaped(stats.entropy)
-    return batch.shaped(stats.logps)
-
-
-def _spec(spec: LossSpec | str) -> LossSpec:
-    if isinstance(spec, str):
-        check_choice("spec", spec, tuple(PRESETS))
-        return PRESETS[spec]
-    if not isinstance(spec, LossSpec):
-        raise TypeError(f"spec must be a LossSpec or the name of a preset, got {spec!r}")
-    return spec
-
-
-def _check_reference(spec: LossSpec, ref_logits: Tensor | None, ref_logps: Tensor | None) -> None:
-    if ref_logits is not None and ref_logps is not None:
-        raise ValueError("ref_logits and ref_logps are both given: give one")
-    if spec.exact_kl is not None and ref_logits is None:
-        raise ValueError(f"KL({spec.exact_kl.kind!r}) runs over the vocabulary: it needs ref_logits")
-    if ref_logits is None and ref_logps is None:
-        if isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref":
-            raise ValueError(f"{spec.surrogate} needs a reference: give ref_logits or ref_logps")
-        if spec.sampled_kl is not None:
-            raise ValueError(f"{spec.sampled_kl} needs a reference: give ref_logits or ref_logps")
-
-
-def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None) -> Tensor:
-    """The aggregation as a weight per row; raises ValueError where it lacks what it needs."""
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}"
-            )
-        normalizer = normalizer.detach().to(batch.logits.device)
-    elif normalizer is not None:
-        check_number("normalizer", normalizer, low=0.0)
-    if spec.aggregation == "seq-mean-token-mean" or (
-        spec.aggregation.startswith("seq-") and normalizer is None
-    ):
-        batch.require_sequences(f"aggregation {spec.aggregation!r}")
-    if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
-        raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
-    return aggregation_weights(
-        spec, batch.shaped(batch.mask), batch.sequence_ids, batch.num_sequences, normalizer, batch.dtype
-    )
-
-
-def _entropy_weights(
-    spec: LossSpec, batch: Batch, row_weights: Tensor, normalizer: float | Tensor | None
-) -> Tensor | None:
-    """The bonus is a mean over the unmasked tokens; a normalizer makes it aggregate as the loss does."""
-    if not spec.entropy_coef:
-        return None
-    if normalizer is None:
-        row_weights = safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
-    return -spec.entropy_coef * row_weights
+        return self.call(logits, completion_ids, advantages, **options)
 
 
 def _can_fuse(spec: LossSpec, logits: Tensor) -> bool:

@@ -18,9 +18,16 @@ from .spec import ImportanceRatio, LossSpec, PPOClip, Surrogate
 
 
 def metrics(
-    spec: LossSpec, stats: RowStats, inputs: TokenInputs, derivatives: Coefficients
+    spec: LossSpec,
+    stats: RowStats,
+    inputs: TokenInputs,
+    derivatives: Coefficients,
+    ran: Tensor | None = None,  # [N] bool: the tokens whose statistics are known; None: all unmasked ones
 ) -> dict[str, Tensor]:
-    """Means over the unmasked tokens, 0-dim, on the device. A key that does not apply is absent."""
+    """Means over the unmasked tokens that ran, 0-dim, on the device. A key that does not apply is absent.
+
+    `active_fraction` is one over all unmasked tokens.
+    """
     found: dict[str, Tensor] = {}
     surrogate = spec.surrogate if isinstance(spec.surrogate, Surrogate) else None
     ref_logps = reference_logps(stats, inputs)
@@ -47,8 +54,10 @@ def metrics(
         found["kl_exact"] = stats.kl
     if stats.entropy is not None:
         found["entropy"] = stats.entropy
-    found["active_fraction"] = derivatives.active()
     # One reduction for all: on a GPU it is launches, not elements, that small tensors cost.
+    mask = inputs.mask if ran is None else ran
+    weights = torch.stack([mask] * len(found) + [inputs.mask])
+    found["active_fraction"] = derivatives.active()
     values = torch.stack([x.to(stats.logps.dtype) for x in found.values()])
-    means = torch.where(inputs.mask, values, 0.0).sum(1) / inputs.mask.sum().clamp(min=1)
+    means = torch.where(weights, values, 0.0).sum(1) / weights.sum(1).clamp(min=1)
     return dict(zip(found, means.unbind(), strict=True))

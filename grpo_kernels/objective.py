@@ -223,6 +223,14 @@ def row_loss(
     return value, found
 
 
+def may_be_active(spec: LossSpec, inputs: TokenInputs) -> Tensor:
+    """Rows that can have a gradient, `[N]` bool: what is known before the policy is."""
+    if spec.uses_callable or spec.sampled_kl or spec.exact_kl or spec.entropy_coef:
+        return inputs.mask
+    active = inputs.mask & (inputs.advantages != 0)
+    return active if inputs.token_weights is None else active & (inputs.token_weights != 0)
+
+
 def reference_logps(stats: RowStats, inputs: TokenInputs) -> Tensor | None:
     return inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
 

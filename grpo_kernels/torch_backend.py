@@ -348,7 +348,8 @@ def dlogits(
 
 
 def fused_loss(
-    logits: Tensor,  # overwritten with the gradient
+    dlogits: Tensor,  # [B, T, V]; may be logits itself
+    logits: Tensor,
     targets: Tensor,
     out: RowStats,
     value: Tensor,
@@ -361,13 +362,13 @@ def fused_loss(
 ) -> None:
     """Statistics, token-local loss and gradient while a chunk of rows is in the cache.
 
-    Fills `out`, and for each row its share `value` of the loss and `dlogp`; overwrites the logits with the
-    gradient of `sum(value)`.
+    Fills `out`, for each row its share `value` of the loss and `dlogp`, and `dlogits` with the gradient of
+    `sum(value)`.
     """
     present = targets != MASKED
     written = present.clone()
     scratch = Scratch()
-    for chunk in chunks(present, *(x for x in (logits, ref_logits) if x is not None)):
+    for chunk in chunks(present, *(x for x in (dlogits, logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
         stats, p, q = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
@@ -383,12 +384,12 @@ def fused_loss(
             chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
             q = None if q is None else q.pick(picked)
         chunk.write(
-            logits,
-            gradient(p, q, targets[chunk.rows], stats, own, chunk.direct(logits, z.shape[1], p.e.dtype)),
+            dlogits,
+            gradient(p, q, targets[chunk.rows], stats, own, chunk.direct(dlogits, z.shape[1], p.e.dtype)),
             written,
         )
     clear_masked((*out, value, dlogp), targets)
-    zero_rows(logits, written)
+    zero_rows(dlogits, written)
 
 
 def read(

@@ -292,7 +292,7 @@ class TestCompanions:
         "call, changes, parts",
         [
             case(
-                padded, {"seq_lens": lengths(1, 1)}, "seq_lens belongs to packed logits [N, V]", "(2, 3, 7)"
+                padded, {"seq_lens": lengths(1, 1)}, "seq_lens belongs to packed logits [N, ...]", "(2, 3, 7)"
             ),
             case(packed, {"seq_lens": lengths(2, 2)}, "seq_lens must", "sum to N = 5", "got", "4"),
             case(packed, {"seq_lens": lengths(6, -1)}, "seq_lens must be non-negative", "got", "-1"),

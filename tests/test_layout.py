@@ -38,8 +38,19 @@ ALLOWED: dict[str, set[str]] = {
     "torch_backend": {"spec", "objective"},
     "backend": {"spec", "objective", "torch_backend", *KERNELS},
     "autograd": {"spec", "objective", "backend"},
-    "losses": {"spec", "objective", "aggregation", "metrics", "batch", "backend", "autograd"},
-    "__init__": {"spec", "advantages", "losses"},
+    "arguments": {"spec", "objective", "aggregation", "metrics", "batch"},
+    "losses": {"spec", "objective", "arguments", "batch", "backend", "autograd"},
+    "linear": {"objective"},
+    "heads": {"spec", "batch", "linear"},
+    "linear_autograd": {"spec", "objective", "backend", "autograd", "linear"},
+    "linear_losses": {
+        *("spec", "objective", "arguments", "batch", "backend", "autograd", "losses"),
+        *("heads", "linear_autograd"),
+    },
+    "logps": {
+        *("objective", "arguments", "batch", "backend", "autograd", "heads", "linear_autograd"),
+    },
+    "__init__": {"spec", "advantages", "arguments", "losses", "linear_losses", "logps"},
 }
 INSIDE_FUNCTIONS = {"testing": {"psutil"}}  # where a helper that few want needs more than torch
 
@@ -150,7 +161,8 @@ print({name for name in sys.modules if name.split(".")[0] == "triton"} - before)
 def test_public_names() -> None:
     assert sorted(grpo_kernels.__all__) == sorted(
         [
-            *("grpo_loss", "log_ratio_loss", "GRPOLoss", "LossOutput", "selective_logps"),
+            *("grpo_loss", "log_ratio_loss", "linear_grpo_loss", "GRPOLoss", "LinearGRPOLoss", "LossOutput"),
+            *("selective_logps", "linear_logps"),
             *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
             "group_advantages",
         ]
@@ -189,15 +201,31 @@ def test_public_names_say_what_they_do(name: str) -> None:
         assert not [key for key in undocumented if not hasattr(super(thing, thing), key)]
 
 
-@pytest.mark.parametrize("name", ["grpo_loss", "selective_logps", "group_advantages"])
+# Whose docstring explains the arguments that a function's own does not.
+EXPLAINED_BY = {
+    "grpo_loss": [],
+    "group_advantages": [],
+    "selective_logps": ["grpo_loss"],
+    "linear_grpo_loss": ["grpo_loss"],
+    "linear_logps": ["grpo_loss", "linear_grpo_loss"],
+}
+
+
+@pytest.mark.parametrize("name", EXPLAINED_BY)
 def test_docstrings_name_every_argument(name: str) -> None:
-    function = getattr(grpo_kernels, name)
-    missing = [
-        argument for argument in inspect.signature(function).parameters if argument not in function.__doc__
-    ]
-    # selective_logps leaves what it shares with grpo_loss to its docstring.
-    shared = set(inspect.signature(grpo_kernels.grpo_loss).parameters) if name == "selective_logps" else set()
-    assert not set(missing) - shared
+    texts = [getattr(grpo_kernels, known).__doc__ for known in (name, *EXPLAINED_BY[name])]
+    arguments = inspect.signature(getattr(grpo_kernels, name)).parameters
+    assert not [argument for argument in arguments if not any(argument in text for text in texts)]
+
+
+def test_linear_options() -> None:
+    """The linear form takes all that the logits form takes, but what is about logits."""
+    options, linear = (
+        {name: x.default for name, x in inspect.signature(function).parameters.items()}
+        for function in (grpo_kernels.grpo_loss, grpo_kernels.linear_grpo_loss)
+    )
+    shared = options.keys() - {"logits", "ref_logits", "inplace"}
+    assert {name: linear[name] for name in shared} == {name: options[name] for name in shared}
 
 
 @pytest.mark.parametrize("name", ["testing", "reference"])

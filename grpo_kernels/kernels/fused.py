@@ -1,4 +1,4 @@
-"""Statistics, token-local loss and gradient in one launch; the gradient overwrites the logits."""
+"""Statistics, token-local loss and gradient in one launch; the gradient may overwrite the logits."""
 
 import triton
 import triton.language as tl
@@ -20,9 +20,13 @@ from .row_stats import log_prob, row_statistics, taken_logit
 
 
 @triton.jit(
-    do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"],
-)
+    do_not_specialize=[
+        "out_batch_stride", "out_time_stride", "batch_stride", "time_stride",
+        "ref_batch_stride", "ref_time_stride", "T",
+    ]
+)  # fmt: skip
 def fused_loss_kernel(
+    out_ptr, out_batch_stride: tl.int64, out_time_stride: tl.int64,
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
@@ -40,7 +44,7 @@ def fused_loss_kernel(
     BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
+    out_ptr = row_pointer(out_ptr, out_batch_stride, out_time_stride, row, T, GROUP)
     target = tl.load(targets_ptr + row)
     if target == MASKED:
         zero = tl.full((), 0.0, DTYPE)
@@ -51,8 +55,9 @@ def fused_loss_kernel(
         store_optional(ref_logps_ptr, row, zero)
         store_optional(kl_ptr, row, zero)
         store_optional(kl_forward_ptr, row, zero)
-        zero_columns(logits_ptr, 0, WIDTH, BLOCK)
+        zero_columns(out_ptr, 0, WIDTH, BLOCK)
         return
+    logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
     scale, softcap, k = logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED, DTYPE)
     ref_scale, ref_softcap, ref_k = logit_factors(
         ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
@@ -117,13 +122,13 @@ def fused_loss_kernel(
     store_optional(kl_ptr, row, kl)
     store_optional(kl_forward_ptr, row, kl_forward)
     if (dlogp == 0) & (dentropy == 0) & (dkl == 0) & (dkl_forward == 0):
-        zero_columns(logits_ptr, 0, WIDTH, BLOCK)
+        zero_columns(out_ptr, 0, WIDTH, BLOCK)
     else:
         gradient_ref_ptr = None
         if KL_KIND == "exact" or KL_KIND == "exact_forward":
             gradient_ref_ptr = ref_ptr
         row_gradient(
-            logits_ptr, logits_ptr, gradient_ref_ptr, target, V, WIDTH,
+            out_ptr, logits_ptr, gradient_ref_ptr, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap,
             logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
@@ -133,9 +138,10 @@ def fused_loss_kernel(
 
 
 def fused_loss(
-    logits: Tensor,  # [B, T, V] bf16 or fp32; any batch and time stride; overwritten with the gradient
+    out: Tensor,  # [B, T, V]; may be logits itself
+    logits: Tensor,  # [B, T, V]; any batch and time stride
     targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
-    value: Tensor,  # [B * T] fp32, as all outputs and inputs per token: the row's share of the loss
+    value: Tensor,  # the row's share of the loss; [B * T] fp32 (fp64), as all that is per token
     dlogp: Tensor,
     logps: Tensor,
     entropy: Tensor | None,  # where None: not computed
@@ -168,18 +174,19 @@ def fused_loss(
     ref_softcap: float | None,
     temperature: float,
 ) -> None:
-    """Fills the outputs and overwrites the logits with the gradient of `sum(value)`."""
+    """Fills the outputs, and `out` with the gradient of `sum(value)`."""
     capped = softcap is not None or ref_softcap is not None
-    shape = blocking(vocab_size, logits, ref_logits=ref_logits, capped=capped)
+    shape = blocking(vocab_size, out, logits, ref_logits=ref_logits, capped=capped)
     estimator = KL_ESTIMATORS.get(kl_kind or "")
     with on_device_of(logits):
         fused_loss_kernel[(targets.numel(),)](
+            out, *row_strides(out),
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
             targets, temperatures,
             advantages, row_weights, old_logps, given_ref_logps, token_weights, entropy_weights,
             value, dlogp, logps, entropy, ref_logps, kl, kl_forward,
-            logits.shape[1], vocab_size, logits.shape[2],
+            logits.shape[1], vocab_size, out.shape[2],
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
             SURROGATE=None if surrogate is None else SURROGATES[surrogate], ANCHOR=anchor,

@@ -1,0 +1,139 @@
+"""What the losses do with their arguments, from logits and from hidden states alike."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import objective
+from .aggregation import aggregation_weights, safe_divide
+from .batch import Batch
+from .metrics import metrics
+from .objective import Coefficients, RowStats, TokenInputs
+from .spec import PRESETS, LogitTransform, LossSpec, Surrogate, check_choice, check_number
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns; see `grpo_loss`."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logps: Tensor
+    ref_logps: Tensor | None
+    entropy: Tensor | None
+
+
+def resolve_spec(spec: LossSpec | str) -> LossSpec:
+    if isinstance(spec, str):
+        check_choice("spec", spec, tuple(PRESETS))
+        return PRESETS[spec]
+    if not isinstance(spec, LossSpec):
+        raise TypeError(f"spec must be a LossSpec or the name of a preset, got {spec!r}")
+    return spec
+
+
+def check_reference(spec: LossSpec, whole: Tensor | None, ref_logps: Tensor | None, name: str) -> None:
+    """`whole`: what gives the reference's distribution, the argument `name`."""
+    if whole is not None and ref_logps is not None:
+        raise ValueError(f"{name} and ref_logps are both given: give one")
+    if spec.exact_kl is not None and whole is None:
+        raise ValueError(f"KL({spec.exact_kl.kind!r}) runs over the vocabulary: it needs {name}")
+    if whole is None and ref_logps is None:
+        if isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref":
+            raise ValueError(f"{spec.surrogate} needs a reference: give {name} or ref_logps")
+        if spec.sampled_kl is not None:
+            raise ValueError(f"{spec.sampled_kl} needs a reference: give {name} or ref_logps")
+
+
+def logit_transform(
+    vocab_size: int,
+    temperature: float | Tensor,
+    scale: float,
+    softcap: float | None,
+    ref_scale: float | None = None,
+    ref_softcap: float | None = None,
+) -> LogitTransform:
+    """The reference's as the policy's, where it is not given."""
+    return LogitTransform(
+        vocab_size,
+        scale,
+        softcap,
+        scale if ref_scale is None else ref_scale,
+        softcap if ref_softcap is None else ref_softcap,
+        1.0 if isinstance(temperature, Tensor) else temperature,
+    )
+
+
+def token_inputs(
+    spec: LossSpec,
+    batch: Batch,
+    *,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> TokenInputs:
+    """The constants of the loss, checked and laid out by rows."""
+    row_weights = _row_weights(spec, batch, normalizer)
+    return TokenInputs(
+        mask=batch.mask,
+        advantages=batch.per_token("advantages", advantages, per_sequence=True),
+        row_weights=row_weights,
+        old_logps=batch.optional("old_logps", old_logps),
+        ref_logps=batch.optional("ref_logps", ref_logps),
+        token_weights=batch.optional("token_weights", token_weights, columns=True),
+        entropy_weights=_entropy_weights(spec, batch, row_weights, normalizer),
+    )
+
+
+def loss_output(
+    spec: LossSpec,
+    batch: Batch,
+    loss: Tensor,
+    stats: RowStats,  # constants
+    inputs: TokenInputs,
+    derivatives: Coefficients,
+    ran: Tensor | None = None,  # [B * T] bool: the rows whose statistics are known; None: all unmasked ones
+) -> LossOutput:
+    reference = objective.reference_logps(stats, inputs)
+    return LossOutput(
+        loss,
+        metrics(spec, stats, inputs, derivatives, ran),
+        batch.shaped(stats.logps),
+        None if reference is None else batch.shaped(reference),
+        None if stats.entropy is None else batch.shaped(stats.entropy),
+    )
+
+
+def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None) -> Tensor:
+    """The aggregation as a weight per row; raises ValueError where it lacks what it needs."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(
+                f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}"
+            )
+        normalizer = normalizer.detach().to(batch.mask.device)
+    elif normalizer is not None:
+        check_number("normalizer", normalizer, low=0.0)
+    if spec.aggregation == "seq-mean-token-mean" or (
+        spec.aggregation.startswith("seq-") and normalizer is None
+    ):
+        batch.require_sequences(f"aggregation {spec.aggregation!r}")
+    if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
+        raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
+    return aggregation_weights(
+        spec, batch.shaped(batch.mask), batch.sequence_ids, batch.num_sequences, normalizer, batch.dtype
+    )
+
+
+def _entropy_weights(
+    spec: LossSpec, batch: Batch, row_weights: Tensor, normalizer: float | Tensor | None
+) -> Tensor | None:
+    """The bonus is a mean over the unmasked tokens; a normalizer makes it aggregate as the loss does."""
+    if not spec.entropy_coef:
+        return None
+    if normalizer is None:
+        row_weights = safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
+    return -spec.entropy_coef * row_weights

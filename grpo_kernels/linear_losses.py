@@ -1,0 +1,166 @@
+"""The losses from hidden states: the product with the head's weight is part of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import objective
+from .arguments import (
+    LossOutput,
+    check_reference,
+    logit_transform,
+    loss_output,
+    resolve_spec,
+    token_inputs,
+)
+from .autograd import RowConfig, loss_of_statistics
+from .backend import choose_backend, log_once
+from .batch import Batch, check_vocab_size
+from .heads import check_head, check_ref_head, linear_config
+from .linear_autograd import linear_loss, linear_row_statistics
+from .losses import LossModule
+from .spec import LossSpec
+
+
+def linear_grpo_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    completion_ids: Tensor,
+    advantages: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_lm_head_weight: Tensor | None = None,
+    ref_lm_head_bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    compact: bool = True,
+    skip_inactive: bool = False,
+    spec: LossSpec | str = "grpo",
+    completion_mask: Tensor | None = None,
+    seq_lens: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    old_logps: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    ref_logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    normalizer: float | Tensor | None = None,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
+
+    Loss and gradient are made in the forward, a chunk of tokens at a time: 6 N V H operations for `N` tokens,
+    4 with a frozen head. Callable surrogates and fp16 take two passes: statistics in the forward, the logits
+    once more in the backward, 8 N V H. Masked rows cost nothing, rows without a gradient (zero advantage or
+    token weight, and neither a KL term nor an entropy bonus) 2 V H each. docs/kernels.md counts them all.
+
+    Args:
+        hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: what the head is applied to.
+            `hidden[b, t]` predicts `completion_ids[b, t]`.
+        lm_head_weight: `[V, H]`, in the dtype of `hidden`, or in any under autocast. Its gradient is summed
+            in fp32 over the chunks and rounded once; frozen, it costs none. A DTensor is gathered, and its
+            shards get the mean of all ranks' gradients, as from FSDP2.
+        completion_ids, advantages: as in `grpo_loss`, as are all options that are not named here.
+        lm_head_bias: `[V]`.
+        ref_hidden, ref_lm_head_weight, ref_lm_head_bias: the reference model's, `[B, T, H']`, `[V, H']` and
+            `[V]`; no gradient. Or `ref_logps`.
+        chunk_tokens: tokens per chunk. None: chosen by vocabulary and free memory, even for the number of
+            tokens; the logger "grpo_kernels" tells at level DEBUG.
+        logits_dtype: what a chunk of logits is held in, for bf16 factors: `torch.float32`, in which their
+            products are summed, or `torch.bfloat16` for half the traffic at 1e4 times the error.
+        compact: order the rows by what they need. The host waits once to learn their number (with two passes
+            once more in the backward). False: every row is run where it stands, and the host never waits.
+        skip_inactive: rows without a gradient are not even run forward: their `logps`, `ref_logps` and
+            `entropy` read 0, and the metrics but `active_fraction` are means over the rest.
+
+    Returns:
+        LossOutput as `grpo_loss`.
+
+    Raises:
+        ValueError, TypeError: as `grpo_loss`.
+    """
+    spec = resolve_spec(spec)
+    head = check_head(hidden, lm_head_weight, lm_head_bias)
+    width = check_vocab_size(vocab_size, head.weight.shape[0], "rows of lm_head_weight")
+    batch = Batch.of(hidden, completion_ids, completion_mask, seq_lens, width, name="hidden")
+    check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
+    ref = check_ref_head(
+        ref_hidden,
+        ref_lm_head_weight,
+        ref_lm_head_bias,
+        like=hidden,
+        vocab_size=width,
+        padded=vocab_size is not None,
+    )
+    config = linear_config(
+        hidden,
+        ref,
+        logits_dtype=logits_dtype,
+        chunk_tokens=chunk_tokens,
+        compact=compact,
+        skip_inactive=skip_inactive,
+    )
+    rows = RowConfig.of(
+        spec,
+        logit_transform(width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap),
+        choose_backend(backend, hidden),
+        reference=ref is not None,
+        entropy=return_entropy,
+    )
+    inputs = token_inputs(
+        spec,
+        batch,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        token_weights=token_weights,
+        normalizer=normalizer,
+    )
+    tensors = (head, ref, batch.targets, batch.temperatures(temperature))
+
+    active = objective.may_be_active(spec, inputs)
+    ran = active if skip_inactive else batch.mask
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+    # In fp16 the gradient would underflow before a GradScaler's factor reaches it in the backward.
+    one_pass = learns and not spec.uses_callable and config.dtype != torch.float16
+    if not torch.compiler.is_compiling():
+        path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"
+        log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")
+    if one_pass:
+        loss, dlogp, stats = linear_loss(*tensors, inputs, active, spec, config, rows)
+        derivatives = objective.coefficients(spec, inputs, dlogp)
+    else:
+        live = linear_row_statistics(*tensors, ran, config, rows)
+        loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.shape)
+    return loss_output(spec, batch, loss, stats, inputs, derivatives, ran)
+
+
+class LinearGRPOLoss(LossModule):
+    """`linear_grpo_loss` as a module: the spec and the options that stay the same are given once.
+
+    ```python
+    loss_fn = LinearGRPOLoss("dapo", temperature=0.9)
+    out = loss_fn(hidden, model.lm_head.weight, completion_ids, advantages, completion_mask=mask)
+    ```
+    """
+
+    function = staticmethod(linear_grpo_loss)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        completion_ids: Tensor,
+        advantages: Tensor,
+        **options: Any,
+    ) -> LossOutput:
+        """As `linear_grpo_loss`; options given here win over the module's."""
+        return self.call(hidden, lm_head_weight, completion_ids, advantages, **options)
