@@ -34,6 +34,15 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
     return wrapper
 
 
+def fusible(spec: LossSpec, dtype: torch.dtype) -> bool:
+    """Whether a loss and its gradient may be made in one step, in the forward.
+
+    Not in fp16, whose gradients underflow before a GradScaler's factor reaches them in the backward; nor in
+    fp64, which is for gradcheck and has no kernel for it.
+    """
+    return not spec.uses_callable and dtype in (torch.bfloat16, torch.float32)
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """What the statistics and their gradient depend on besides tensors."""

@@ -171,8 +171,9 @@ class LinearRowStatistics(torch.autograd.Function):
         coefficients = rows.coefficients(grads)
         if coefficients is None:
             return (None,) * 9
-        hidden, weight, bias, *ref, targets, temperatures = ctx.saved_tensors[:8]
-        stats = RowStats(*ctx.saved_tensors[8:])
+        # Once only: checkpoints and offloading hooks fetch all of them each time.
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        ref, (targets, temperatures), stats = saved[:3], saved[3:5], RowStats(*saved[5:])
         active = coefficients.active() & (targets != MASKED)
         plan = RowPlan.of(active, active, compact=config.compact)
         targets, temperatures, stats, coefficients = map(

@@ -16,7 +16,7 @@ from .arguments import (
     resolve_spec,
     token_inputs,
 )
-from .autograd import RowConfig, loss_of_statistics
+from .autograd import RowConfig, fusible, loss_of_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, check_vocab_size
 from .heads import check_head, check_ref_head, linear_config
@@ -58,9 +58,10 @@ def linear_grpo_loss(
     """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
 
     Loss and gradient are made in the forward, a chunk of tokens at a time: 6 N V H operations for `N` tokens,
-    4 with a frozen head. Callable surrogates and fp16 take two passes: statistics in the forward, the logits
-    once more in the backward, 8 N V H. Masked rows cost nothing, rows without a gradient (zero advantage or
-    token weight, and neither a KL term nor an entropy bonus) 2 V H each. docs/kernels.md counts them all.
+    4 with a frozen head. Callable surrogates, fp16 and fp64 take two passes: statistics in the forward, the
+    logits once more in the backward, 8 N V H. Masked rows cost nothing, rows without a gradient (zero
+    advantage or token weight, and neither a KL term nor an entropy bonus) 2 V H each. docs/kernels.md counts
+    them all.
 
     Args:
         hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: what the head is applied to.
@@ -129,8 +130,7 @@ def linear_grpo_loss(
     active = objective.may_be_active(spec, inputs)
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    # In fp16 the gradient would underflow before a GradScaler's factor reaches it in the backward.
-    one_pass = learns and not spec.uses_callable and config.dtype != torch.float16
+    one_pass = learns and fusible(spec, config.dtype)
     if not torch.compiler.is_compiling():
         path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"
         log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")

@@ -17,7 +17,7 @@ from .arguments import (
     resolve_spec,
     token_inputs,
 )
-from .autograd import RowConfig, fused_loss, loss_of_statistics, row_statistics
+from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, by_rows, check_logits, check_vocab_size, check_writable
 from .spec import LogRatio, LossSpec
@@ -119,7 +119,9 @@ def grpo_loss(
     )
     tensors = (by_rows(logits), ref_logits, batch.targets, batch.temperatures(temperature))
 
-    fused = inplace and _can_fuse(spec, logits)
+    learns = torch.is_grad_enabled() and logits.requires_grad
+    # torch.compile knows the two steps only, as operators.
+    fused = inplace and learns and fusible(spec, logits.dtype) and not torch.compiler.is_compiling()
     if not torch.compiler.is_compiling():
         path = "fused loss and gradient" if fused else "statistics, then gradient in the backward"
         log_once(f"{path}, {config.backend} backend, {logits.dtype}")
@@ -192,18 +194,3 @@ class GRPOLoss(LossModule):
     ) -> LossOutput:
         """As `grpo_loss`; options given here win over the module's."""
         return self.call(logits, completion_ids, advantages, **options)
-
-
-def _can_fuse(spec: LossSpec, logits: Tensor) -> bool:
-    """Whether loss and gradient may be made in the forward, over the logits.
-
-    Not for fp16, whose gradients underflow before a GradScaler's factor reaches them in the backward; nor for
-    fp64, which is for gradcheck. torch.compile takes the two steps as well: they are the operators it knows.
-    """
-    return (
-        torch.is_grad_enabled()
-        and logits.requires_grad
-        and not spec.uses_callable
-        and logits.dtype in (torch.bfloat16, torch.float32)
-        and not torch.compiler.is_compiling()
-    )

@@ -126,15 +126,7 @@ def assert_parity(
     case, truth, eager = expected
     got = run(grpo_loss, case, view, **options)
     assert isinstance(got.out, LossOutput)
-    double = case.logits.dtype == torch.float64
-    eps = torch.finfo(torch.float64 if double else torch.float32).eps
-    assert got.out.loss.dtype == (torch.float64 if double else torch.float32), what
-    assert got.out.loss.shape == (), what
-
-    # What an error of a few roundings in every log-probability comes to in the loss.
-    scale = float(truth.out.loss.detach().abs() + truth.grad.abs().sum())
-    assert_near(f"{what}: loss", got.out.loss, truth.out.loss, eager.out.loss, 8 * eps * scale)
-
+    assert_outputs(expected, got.out, what=what, return_entropy=options.get("return_entropy", False))
     rows = [view(result.grad) for result in (got, eager, truth)]
     assert_rows_no_worse(*rows, ids=case.completion_ids, what=what)
     outside = torch.ones_like(got.grad)
@@ -142,11 +134,25 @@ def assert_parity(
     assert bool((got.grad[outside == 1] == 0).all()), (
         f"{what}: gradient of logits that the loss was not given"
     )
+    return got
+
+
+def assert_outputs(expected: Oracle, out: LossOutput, *, what: str, return_entropy: bool = False) -> None:
+    """All that a loss returns."""
+    case, truth, eager = expected
+    double = case.logits.dtype == torch.float64
+    eps = torch.finfo(torch.float64 if double else torch.float32).eps
+    assert out.loss.dtype == (torch.float64 if double else torch.float32), what
+    assert out.loss.shape == (), what
+
+    # What an error of a few roundings in every log-probability comes to in the loss.
+    scale = float(truth.out.loss.detach().abs() + truth.grad.abs().sum())
+    assert_near(f"{what}: loss", out.loss, truth.out.loss, eager.out.loss, 8 * eps * scale)
 
     tokens = {"logps": True, "ref_logps": truth.out.ref_logps is not None}
-    tokens["entropy"] = bool(options.get("return_entropy") or case.spec.entropy_coef)
+    tokens["entropy"] = return_entropy or bool(case.spec.entropy_coef)
     for name, present in tokens.items():
-        value = getattr(got.out, name)
+        value = getattr(out, name)
         assert (value is not None) == present, f"{what}: {name}"
         if present:
             assert not value.requires_grad, f"{what}: {name}"
@@ -155,14 +161,13 @@ def assert_parity(
             assert error <= (1e-12 if double else 1e-5), f"{what}: {name} errs {error:.3g}"
             assert bool((value[exact == 0] == 0).all()), f"{what}: {name} at masked positions"
 
-    found, wanted = got.out.metrics, expected_metrics(expected, entropy=tokens["entropy"])
+    found, wanted = out.metrics, expected_metrics(expected, entropy=tokens["entropy"])
     assert found.keys() == wanted.keys(), what
     for name, exact in wanted.items():
         bar = eager.out.metrics.get(name, exact)
         assert not found[name].requires_grad, f"{what}: metrics[{name!r}]"
         epsilon = 64 * eps * (1 + float(exact.abs()))
         assert_near(f"{what}: metrics[{name!r}]", found[name], exact, bar, epsilon)
-    return got
 
 
 def assert_near(what: str, got: Tensor, truth: Tensor, eager: Tensor, epsilon: float) -> None:
