@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import objective
@@ -98,6 +99,8 @@ def loss_output(
     ran: Tensor | None = None,  # [B * T] bool: the rows whose statistics are known; None: all unmasked ones
 ) -> LossOutput:
     reference = objective.reference_logps(stats, inputs)
+    if reference is not None and ran is not None:
+        reference = torch.where(ran, reference, 0.0)
     return LossOutput(
         loss,
         metrics(spec, stats, inputs, derivatives, ran),

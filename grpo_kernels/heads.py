@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .batch import check_device, check_dtype, check_tensor
-from .linear import Head, LinearConfig
+from .linear import Head, LinearConfig, multiplies_mixed
 from .spec import check_flag, check_integer
 
 
@@ -14,6 +14,10 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
     """`hidden` `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`, as rows `[B * T, H]`."""
     names = [prefix + name for name in ("hidden", "lm_head_weight", "lm_head_bias")]
     check_tensor(names[0], hidden)
+    if is_dtensor(hidden):
+        raise ValueError(
+            f"{names[0]} is a DTensor: each rank gives its own tokens, to_local() or full_tensor()"
+        )
     check_dtype(names[0], hidden)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{names[0]} must be [B, T, H] or packed [N, H], got shape {tuple(hidden.shape)}")
@@ -38,7 +42,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
         raise ValueError(
             f"{names[1]} is {weight.dtype}, {names[0]} {hidden.dtype}: without autocast they must be alike"
         )
-    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    return Head(hidden.flatten(0, -2), weight, bias)
 
 
 def check_ref_head(
@@ -50,7 +54,7 @@ def check_ref_head(
     vocab_size: int,
     padded: bool,  # the widths may differ, the vocabulary having been named
 ) -> Head | None:
-    """The reference's head as constants, in the dtype of its product; None where it is not given."""
+    """The reference's head as constants; None where it is not given."""
     if hidden is None or weight is None:
         for name, given, other, wanted in (
             ("ref_hidden", hidden, "ref_lm_head_weight", weight),
@@ -71,7 +75,7 @@ def check_ref_head(
     rows = head.weight.shape[0]
     if rows < vocab_size or (rows > vocab_size and not padded):
         raise ValueError(f"ref_lm_head_weight has {rows} rows, the vocabulary {vocab_size} words")
-    return head.to(product_dtype(hidden), vocab_size)
+    return head
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -79,15 +83,24 @@ def gathered(x: Tensor) -> Tensor:
 
     Each rank's gradient is that of its own batch: the shards get their mean, as from FSDP2 itself.
     """
-    if not hasattr(x, "full_tensor"):
+    if not is_dtensor(x):
         return x
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import DTensor, Partial
 
-    mesh = x.device_mesh  # type: ignore[attr-defined]
+    assert isinstance(x, DTensor)
+    mesh = x.device_mesh
     whole = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)
     if whole.requires_grad:
         whole.register_hook(lambda grad: grad / mesh.size())
     return whole
+
+
+def is_dtensor(x: Tensor) -> bool:
+    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
 
 
 def autocasts(x: Tensor) -> bool:
@@ -102,6 +115,16 @@ def product_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
 
 
+def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """Of the factors of all products, and of the logits. Where 16-bit factors cannot be multiplied into fp32,
+    they are widened once and for all."""
+    dtype = product_dtype(hidden)
+    if dtype == logits_dtype or (dtype.itemsize == 2 and multiplies_mixed(hidden.device)):
+        return dtype, logits_dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide, wide
+
+
 def linear_config(
     hidden: Tensor,
     ref: Head | None,
@@ -111,12 +134,11 @@ def linear_config(
     compact: bool,
     skip_inactive: bool = False,
 ) -> LinearConfig:
-    """Checks the options of the linear form. `ref`: in the dtype of its product."""
+    """Checks the options of the linear form."""
     if logits_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {logits_dtype}")
-    dtype = product_dtype(hidden)
-    if logits_dtype == torch.bfloat16 != dtype:
-        raise ValueError(f"logits_dtype=torch.bfloat16 is for factors of bf16, got {dtype}")
+    if logits_dtype == torch.bfloat16 != product_dtype(hidden):
+        raise ValueError(f"logits_dtype=torch.bfloat16 is for factors of bf16, got {product_dtype(hidden)}")
     if chunk_tokens is not None:
         check_integer("chunk_tokens", chunk_tokens)
     check_flag("compact", compact)
@@ -125,9 +147,11 @@ def linear_config(
         raise ValueError(
             "skip_inactive=True needs compact=True: rows that are not counted cannot be left out"
         )
-
-    def held(factors: torch.dtype) -> torch.dtype:
-        return logits_dtype if factors == torch.bfloat16 else torch.promote_types(factors, torch.float32)
-
-    ref_dtype = dtype if ref is None else ref.weight.dtype
-    return LinearConfig(dtype, held(dtype), held(ref_dtype), chunk_tokens, compact, skip_inactive)
+    ref_hidden = hidden if ref is None else ref.hidden
+    return LinearConfig(
+        *held_dtypes(hidden, logits_dtype),
+        *held_dtypes(ref_hidden, logits_dtype),
+        chunk_tokens,
+        compact,
+        skip_inactive,
+    )

@@ -35,6 +35,7 @@ class LinearConfig:
 
     dtype: torch.dtype  # of the factors of all matrix products
     logits_dtype: torch.dtype  # what a chunk of logits is held in
+    ref_dtype: torch.dtype
     ref_logits_dtype: torch.dtype
     chunk_tokens: int | None  # None: chosen
     compact: bool
@@ -112,7 +113,10 @@ class Chunk(NamedTuple):
 
 
 class Chunks:
-    """The rows of a plan, a few at a time, in buffers that all chunks share."""
+    """The rows of a plan, a few at a time, in buffers that all chunks share.
+
+    To be made after everything else that the call allocates, of whose rest it takes a share.
+    """
 
     def __init__(self, head: Head, ref: Head | None, plan: RowPlan, config: LinearConfig) -> None:
         self.head, self.ref, self.plan = head, ref, plan
@@ -222,7 +226,8 @@ def choose_chunk_tokens(count: int, bytes_per_token: int, device: torch.device) 
         longest, multiple = CPU_CHUNK_BYTES // bytes_per_token, 1
     else:
         longest, multiple = int(MEMORY_SHARE * free_memory(device)) // bytes_per_token, 128
-    longest = max(multiple, min(longest, CHUNK_TOKENS))
+    # A power of two: the sums of a gradient should not be cut elsewhere for a little more free memory.
+    longest = 1 << max(multiple, min(longest, CHUNK_TOKENS)).bit_length() - 1
     chunks = max(1, math.ceil(count / longest))
     return math.ceil(count / chunks / multiple) * multiple
 

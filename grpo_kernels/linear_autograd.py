@@ -91,13 +91,13 @@ class LinearLoss(torch.autograd.Function):
         config: LinearConfig,
         rows: RowConfig,
     ) -> tuple[Tensor, ...]:
-        head = Head(hidden, weight, bias).to(config.dtype, rows.transform.vocab_size)
+        head, ref = cast(Head(hidden, weight, bias), ref, config, rows)
         targets, temperatures, inputs = map(plan.pick, (targets, temperatures, inputs))
         stats = rows.empty_stats(plan.running, arithmetic_dtype(hidden), hidden.device, for_backward=False)
         # Rows without a gradient have no loss either.
         value, dlogp = torch.zeros_like(stats.logps), torch.zeros_like(stats.logps)
-        chunks = Chunks(head, ref, plan, config)
         gradients = Gradients(head, wanted(ctx, hidden, weight, bias), plan.selected)
+        chunks = Chunks(head, ref, plan, config)
         for chunk in chunks(0, plan.active):
             place = chunk.place
             backend.fused_loss(
@@ -151,7 +151,7 @@ class LinearRowStatistics(torch.autograd.Function):
         config: LinearConfig,
         rows: RowConfig,
     ) -> tuple[Tensor, ...]:
-        head = Head(hidden, weight, bias).to(config.dtype, rows.transform.vocab_size)
+        head, ref = cast(Head(hidden, weight, bias), ref, config, rows)
         ordered = rows.empty_stats(plan.running, arithmetic_dtype(hidden), hidden.device, for_backward=True)
         chunks = Chunks(head, ref, plan, config)
         write_stats(chunks(0, plan.running), plan.pick(targets), ordered, plan.pick(temperatures), rows)
@@ -179,9 +179,10 @@ class LinearRowStatistics(torch.autograd.Function):
         targets, temperatures, stats, coefficients = map(
             plan.pick, (targets, temperatures, stats, coefficients)
         )
-        head = Head(hidden, weight, bias).to(config.dtype, rows.transform.vocab_size)
-        chunks = Chunks(head, None if ref[0] is None else Head(*ref), plan, config)
+        reference = None if ref[0] is None else Head(*ref)
+        head, reference = cast(Head(hidden, weight, bias), reference, config, rows)
         gradients = Gradients(head, wanted(ctx, hidden, weight, bias), plan.selected)
+        chunks = Chunks(head, reference, plan, config)
         for chunk in chunks(0, plan.active):
             place = chunk.place
             backend.dlogits(
@@ -201,6 +202,11 @@ class LinearRowStatistics(torch.autograd.Function):
             for x, like in zip(gradients.tensors, (hidden, weight, bias), strict=True)
         )
         return *found, *(None,) * 6
+
+
+def cast(head: Head, ref: Head | None, config: LinearConfig, rows: RowConfig) -> tuple[Head, Head | None]:
+    vocab_size = rows.transform.vocab_size
+    return head.to(config.dtype, vocab_size), None if ref is None else ref.to(config.ref_dtype, vocab_size)
 
 
 def wanted(ctx: Any, *tensors: Tensor | None) -> list[torch.Size | None]:

@@ -19,7 +19,7 @@ from .arguments import (
 from .autograd import RowConfig, fusible, loss_of_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, check_vocab_size
-from .heads import check_head, check_ref_head, linear_config
+from .heads import check_head, check_ref_head, linear_config, product_dtype
 from .linear_autograd import linear_loss, linear_row_statistics
 from .losses import LossModule
 from .spec import LossSpec
@@ -130,7 +130,7 @@ def linear_grpo_loss(
     active = objective.may_be_active(spec, inputs)
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    one_pass = learns and fusible(spec, config.dtype)
+    one_pass = learns and fusible(spec, product_dtype(hidden))
     if not torch.compiler.is_compiling():
         path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"
         log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")

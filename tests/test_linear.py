@@ -52,7 +52,7 @@ def assert_linear_parity(expected: LinearOracle, *, what: str = "", **options: o
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
-    """Chunks of 4 of 12 (packed 8) tokens; aggregations and `compact` take turns."""
+    """Chunks of 4 of 12 (packed 8) tokens; aggregations take turns, in the kernels `compact` too."""
     if surrogate == kl == "None":
         pytest.skip("nothing to minimise")
     turn = list(SURROGATES).index(surrogate) + list(KLS).index(kl) + packed
@@ -60,10 +60,9 @@ def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: 
         SURROGATES[surrogate], KLS[kl], aggregation=AGGREGATIONS[turn % len(AGGREGATIONS)], max_tokens=5
     )
     case = from_logits(branches(spec, dtype, packed, device), bias=bool(turn % 2))
-    for compact in (True, False):
-        assert_linear_parity(
-            linear_oracle(case), what=f"{compact = }", backend=backend, chunk_tokens=4, compact=compact
-        )
+    expected = linear_oracle(case)
+    for compact in (True, False) if backend == "torch" else (bool(turn // 2 % 2),):
+        assert_linear_parity(expected, what=f"{compact = }", backend=backend, chunk_tokens=4, compact=compact)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from sass import TARGETS, variants_for  # noqa: E402
 
-from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss  # noqa: E402
+from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss, linear_losses  # noqa: E402
 
 # 1 and multiples of 16, which Triton treats apart unless told not to; odd ones; and some with which the
 # elements of a sequence's logits, a stride, pass 2^31.
@@ -53,6 +53,28 @@ def launch(
     out.loss.backward()
 
 
+def launch_linear(length: int, vocab: int, *, local: bool) -> None:
+    """Tokens that begin anywhere in the batch: those without a gradient after a changing number of others.
+
+    Addresses are those of a CPU's memory: "meta" has none, and Triton looks at their alignment.
+    """
+    hidden, weight = torch.randn(1, length, 8, requires_grad=True), torch.randn(vocab, 8)
+    advantages = (torch.arange(length) < length // 3).float()[None]
+    spec = (
+        LossSpec(PPOClip())
+        if local
+        else LossSpec(lambda logps, old, ref, advantages, mask: logps * advantages)
+    )
+    out = linear_grpo_loss(
+        *(hidden, weight, torch.zeros(1, length, dtype=torch.long), advantages),
+        spec=spec,
+        old_logps=torch.randn(1, length),
+        temperature=torch.ones(1, length),
+        chunk_tokens=5,
+    )
+    out.loss.backward()
+
+
 def counted(variants: dict[str, set[str]]) -> dict[str, int]:
     return {name: len(keys) for name, keys in variants.items()}
 
@@ -76,6 +98,21 @@ def test_no_recompilation(inplace: bool, kernels: list[str], vocab: int, target:
         for length, temperature, clip_range in itertools.product(LENGTHS, TEMPERATURES, CLIP_RANGES):
             launch(length, vocab, temperature=temperature, clip_range=clip_range, inplace=inplace)
     assert counted(variants) == dict.fromkeys(kernels, count)
+
+
+@pytest.mark.parametrize("vocab", [1024, 1031])  # the chunks' rows are aligned in either
+@pytest.mark.parametrize(
+    ("local", "kernels"),
+    [(True, ["fused_loss_kernel", "row_stats_kernel"]), (False, ["row_stats_kernel", "dlogits_kernel"])],
+)
+def test_no_recompilation_of_the_linear_form(
+    local: bool, kernels: list[str], vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_losses, "choose_backend", lambda *_: "triton")
+    with variants_for(TARGETS["sm_90"]) as variants:
+        for length in (1, 2, *range(3, 60)):
+            launch_linear(length, vocab, local=local)
+    assert counted(variants) == dict.fromkeys(kernels, 1)
 
 
 def test_another_variant_is_seen() -> None:

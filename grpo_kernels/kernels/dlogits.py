@@ -15,7 +15,7 @@ from .device import (
     logit_factors,
     row_pointer,
 )
-from .launch import DTYPES, blocking, on_device_of, row_strides
+from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
 
 
 @triton.jit
@@ -132,7 +132,8 @@ def row_gradient(
     do_not_specialize=[
         "out_batch_stride", "out_time_stride", "batch_stride", "time_stride",
         "ref_batch_stride", "ref_time_stride", "T",
-    ]
+    ],
+    do_not_specialize_on_alignment=PER_ROW,
 )  # fmt: skip
 def dlogits_kernel(
     out_ptr, out_batch_stride: tl.int64, out_time_stride: tl.int64,

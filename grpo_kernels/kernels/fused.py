@@ -15,7 +15,7 @@ from .device import (
     store_optional,
 )
 from .dlogits import row_gradient, zero_columns
-from .launch import DTYPES, blocking, on_device_of, row_strides
+from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
 from .row_stats import log_prob, row_statistics, taken_logit
 
 
@@ -23,7 +23,8 @@ from .row_stats import log_prob, row_statistics, taken_logit
     do_not_specialize=[
         "out_batch_stride", "out_time_stride", "batch_stride", "time_stride",
         "ref_batch_stride", "ref_time_stride", "T",
-    ]
+    ],
+    do_not_specialize_on_alignment=PER_ROW,
 )  # fmt: skip
 def fused_loss_kernel(
     out_ptr, out_batch_stride: tl.int64, out_time_stride: tl.int64,

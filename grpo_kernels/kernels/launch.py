@@ -13,6 +13,15 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """TRITON_INTERPRET, which Triton heeds when a kernel is defined: this holds for the life of the process."""
 
+PER_ROW = (
+    *("targets_ptr", "temperature_ptr", "logps_ptr", "shift_ptr", "sum_exp_ptr", "entropy_ptr"),
+    *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr"),
+    *("dlogp_ptr", "dentropy_ptr", "dkl_ptr", "dkl_forward_ptr", "value_ptr"),
+    *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
+    "entropy_weights_ptr",
+)
+"""Of these a program takes one element: alignment is of no use, and any slice of a batch has one variant."""
+
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 

@@ -15,7 +15,7 @@ from .device import (
     softcapped,
     store_optional,
 )
-from .launch import DTYPES, blocking, on_device_of, row_strides
+from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
 
 
 @triton.jit
@@ -148,7 +148,10 @@ def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
     return (y * (k * LOG2E) - shift) * LN2 - tl.log(sum_exp)
 
 
-@triton.jit(do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"])
+@triton.jit(
+    do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"],
+    do_not_specialize_on_alignment=PER_ROW,
+)
 def row_stats_kernel(
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
