@@ -164,11 +164,27 @@ class Gradients:
     def __init__(self, head: Head, shapes: list[torch.Size | None], selected: Tensor | None) -> None:
         """`shapes`: of hidden, weight and bias; None where its gradient is not wanted."""
         self.head, self.selected = head, selected
-        new = functools.partial(torch.zeros, dtype=arithmetic_dtype(head.hidden), device=head.hidden.device)
+        self.started = False
+        new = functools.partial(torch.empty, dtype=arithmetic_dtype(head.hidden), device=head.hidden.device)
         self.tensors = [None if shape is None else new(shape) for shape in shapes]
+
+    def finish(self) -> list[Tensor | None]:
+        """The three tensors."""
+        if not self.started:
+            self.start(0)
+        return self.tensors
+
+    def start(self, vocab: int) -> None:
+        """Zeros where the first chunk does not write: of the weight's gradient, which is large, few."""
+        dhidden, dweight, dbias = self.tensors
+        for part in (dhidden, None if dweight is None else dweight[vocab:], dbias):
+            if part is not None:
+                part.zero_()
 
     def add(self, chunk: Chunk) -> None:
         dlogits, rows, vocab = chunk.dlogits[0], chunk.rows, self.head.weight.shape[0]
+        if not self.started:
+            self.start(vocab)
         dhidden, dweight, dbias = self.tensors
         if dhidden is not None:
             if isinstance(rows, slice):
@@ -181,9 +197,10 @@ class Gradients:
             if self.selected is not None:
                 # What a row without a gradient holds never matters, and 0 * NaN would.
                 hidden = torch.where(self.selected[rows].unsqueeze(-1), hidden, 0.0)
-            product(dlogits.t(), hidden, out=dweight[:vocab], add=True)
+            product(dlogits.t(), hidden, out=dweight[:vocab], add=self.started)
         if dbias is not None:
             dbias[:vocab] += dlogits.sum(0, dtype=dbias.dtype)
+        self.started = True
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:

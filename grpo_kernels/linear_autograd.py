@@ -117,7 +117,7 @@ class LinearLoss(torch.autograd.Function):
             gradients.add(chunk)
         write_stats(chunks(plan.active, plan.running), targets, stats, temperatures, rows)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.save_for_backward(*gradients.tensors)
+        ctx.save_for_backward(*gradients.finish())
         constants = [plan.spread(x) for x in (dlogp, *(getattr(stats, name) for name in rows.outputs))]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
@@ -199,7 +199,7 @@ class LinearRowStatistics(torch.autograd.Function):
             gradients.add(chunk)
         found = (
             None if x is None else x.to(like.dtype)
-            for x, like in zip(gradients.tensors, (hidden, weight, bias), strict=True)
+            for x, like in zip(gradients.finish(), (hidden, weight, bias), strict=True)
         )
         return *found, *(None,) * 6
 

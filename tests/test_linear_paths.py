@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -222,6 +224,20 @@ class TestPrecision:
             exact = expected.by_logits.truth.out.logps
             torch.testing.assert_close(got.out.logps.double(), exact, rtol=0, atol=1e-5)
             assert_gradients(got.grads, expected.eager, expected.truth, expected.terms, f"{compact = }")
+
+    def test_accuracy_tables(self, mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of docs/kernels.md, on fewer tokens."""
+        monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs" / "figures")
+        tables = importlib.import_module("linear_accuracy")
+        logps = tables.logp_errors(N=64)
+        for ours, eager in zip(logps["linear_logps"], logps["eager, bf16 throughout"], strict=True):
+            assert 50 * ours < eager
+        weights = tables.weight_gradient_errors(tokens=2, H=64, V=1000)
+        whole, rows = weights["linear_grpo_loss, 64 chunks"]
+        best = weights["fp64, rounded to bf16"]
+        summed = weights["64 chunks, summed in bf16"]
+        assert whole < 1.5 * best[0] and rows < 2 * best[1]
+        assert whole < summed[0] / 1.5 and rows < summed[1] / 1.5
 
     @local_and_not
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
