@@ -27,7 +27,17 @@ tl = pytest.importorskip("triton.language")
 
 from sass import MAX_THREADS, TARGETS, Loop, Resources, Sass, launches_for, resources  # noqa: E402
 
-from grpo_kernels import KL, ImportanceRatio, LogRatio, LossSpec, PPOClip, Reinforce, grpo_loss  # noqa: E402
+from grpo_kernels import (  # noqa: E402
+    KL,
+    ImportanceRatio,
+    LogRatio,
+    LossSpec,
+    PPOClip,
+    Reinforce,
+    grpo_loss,
+    heads,
+    linear_grpo_loss,
+)
 
 SHARED_BYTES = 48 * 1024  # a block has this much everywhere, without asking for more
 
@@ -69,6 +79,32 @@ def loss(
         **options,
     )
     out.loss.backward()
+
+
+def linear(spec: LossSpec, *, reference: bool = False, **options: Any) -> None:
+    """From hidden states in bf16, as on a GPU: fp32 logits, whose gradient is held in bf16 beside them."""
+    heads.multiplies_mixed = lambda device: True
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, weight = new(8, 512, 64), new(options.pop("vocab", 151936), 64)
+    out = linear_grpo_loss(
+        *(hidden.requires_grad_(), weight, new(8, 512, dtype=torch.int64), new(8)),
+        spec=spec,
+        old_logps=new(8, 512, dtype=torch.float32),
+        ref_hidden=hidden.detach() if reference else None,
+        ref_lm_head_weight=weight if reference else None,
+        chunk_tokens=2048,
+        compact=False,
+        backend="triton",
+        **options,
+    )
+    out.loss.backward()
+
+
+def own_surrogate(logps: Tensor, *rest: Tensor | None) -> Tensor:
+    return logps
 
 
 def cases() -> dict[str, Callable[[], None]]:
@@ -120,6 +156,14 @@ def cases() -> dict[str, Callable[[], None]]:
     }
     for name, (spec, options) in fused.items():
         found[f"bfloat16 fused {name}"] = partial(loss, spec, inplace=True, **options)
+
+    for where, surrogate in (("one pass", PPOClip()), ("two passes", own_surrogate)):
+        name = f"linear, {where}"
+        found[name] = partial(linear, LossSpec(surrogate))
+        full = LossSpec(surrogate, KL("exact"), entropy_coef=0.01)
+        found[f"{name}, exact KL, entropy"] = partial(linear, full, reference=True)
+        found[f"{name}, softcap"] = partial(linear, full, reference=True, logit_softcap=30.0)
+        found[f"{name}, odd vocabulary"] = partial(linear, LossSpec(surrogate), vocab=50257)
     return found
 
 

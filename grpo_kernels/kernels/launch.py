@@ -44,10 +44,11 @@ def blocking(
     """For a pass over `tensors`, and over the reference where it is given.
 
     A block is as large as its registers allow: smaller for two rows at once, under a softcap and in fp64. A
-    small vocabulary takes smaller ones. GROUP is 1 where rows are not aligned for 16-byte loads.
+    small vocabulary takes smaller ones. GROUP is 1 where rows are not aligned for 16-byte loads, else what
+    such a load holds of the narrowest tensor: Triton gives a thread as many neighbours of wider ones.
     """
     given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
-    itemsize = max(tensor.element_size() for tensor in given)
+    itemsize = min(tensor.element_size() for tensor in given)
     block = 4096 // (1 if ref_logits is None else 2) // (2 if capped else 1) // (4 if itemsize == 8 else 1)
     group = 16 // itemsize if all(map(rows_aligned, given)) else 1
     threads = num_warps * (32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size)
