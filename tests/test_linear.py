@@ -249,6 +249,12 @@ def test_skip_inactive(backend: str, device: str) -> None:
     assert torch.equal(got.out.logps[~idle], want.out.logps[~idle])
     for x, y in zip(got.grads, want.grads, strict=True):
         assert torch.equal(x, y)
+    given = run_linear(
+        case.with_options(ref_logps=torch.full_like(want.out.logps, -3.0)),
+        skip_inactive=True,
+        backend=backend,
+    )
+    assert given.out.ref_logps is not None and torch.equal(given.out.ref_logps != 0, mask & ~idle[:, None])
     # The metrics are means over what ran, but the fraction of active tokens is one of all.
     ran = mask & ~idle[:, None]
     log_ratio = (want.out.logps - case.options["old_logps"])[ran].mean()
