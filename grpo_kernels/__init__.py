@@ -5,12 +5,31 @@ from .arguments import LossOutput
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
-from .spec import KL, ImportanceRatio, LogRatio, LossSpec, PPOClip, Reinforce
+from .spec import (
+    CISPO,
+    DPPO,
+    DRO,
+    GMPO,
+    KL,
+    SAPO,
+    VESPO,
+    ImportanceRatio,
+    LogRatio,
+    LossSpec,
+    PPOClip,
+    Reinforce,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CISPO",
+    "DPPO",
+    "DRO",
+    "GMPO",
     "KL",
+    "SAPO",
+    "VESPO",
     "GRPOLoss",
     "ImportanceRatio",
     "LinearGRPOLoss",

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import objective
 from .aggregation import aggregation_weights, safe_divide
 from .batch import Batch
 from .metrics import metrics
 from .objective import Coefficients, RowStats, TokenInputs
+from .row_loss import reference_logps
+from .sequences import weights_of_sequences
 from .spec import PRESETS, LogitTransform, LossSpec, Surrogate, check_choice, check_number
 
 
@@ -78,13 +79,18 @@ def token_inputs(
 ) -> TokenInputs:
     """The constants of the loss, checked and laid out by rows."""
     row_weights = _row_weights(spec, batch, normalizer)
+    if spec.couples_tokens and not spec.uses_callable:
+        batch.require_sequences(f"{spec.surrogate} at level {spec.level!r}")
+    weights = batch.optional("token_weights", token_weights, columns=True)
+    if weights is not None and token_weights is not None and tuple(token_weights.shape) != batch.shape:
+        weights = weights_of_sequences(spec, weights, batch.layout)
     return TokenInputs(
         mask=batch.mask,
         advantages=batch.per_token("advantages", advantages, per_sequence=True),
         row_weights=row_weights,
         old_logps=batch.optional("old_logps", old_logps),
         ref_logps=batch.optional("ref_logps", ref_logps),
-        token_weights=batch.optional("token_weights", token_weights, columns=True),
+        token_weights=weights,
         entropy_weights=_entropy_weights(spec, batch, row_weights, normalizer),
     )
 
@@ -98,12 +104,12 @@ def loss_output(
     derivatives: Coefficients,
     ran: Tensor | None = None,  # [B * T] bool: the rows whose statistics are known; None: all unmasked ones
 ) -> LossOutput:
-    reference = objective.reference_logps(stats, inputs)
+    reference = reference_logps(stats, inputs)
     if reference is not None and ran is not None:
         reference = torch.where(ran, reference, 0.0)
     return LossOutput(
         loss,
-        metrics(spec, stats, inputs, derivatives, ran),
+        metrics(spec, stats, inputs, derivatives, batch.layout, ran),
         batch.shaped(stats.logps),
         None if reference is None else batch.shaped(reference),
         None if stats.entropy is None else batch.shaped(stats.entropy),

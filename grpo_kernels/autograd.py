@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backend, objective
+from . import backend
 from .objective import Coefficients, RowStats, TokenInputs, arithmetic_dtype
+from .row_loss import row_loss
+from .sequences import Layout
 from .spec import LogitTransform, LossSpec
 
 
@@ -40,7 +42,7 @@ def fusible(spec: LossSpec, dtype: torch.dtype) -> bool:
     Not in fp16, whose gradients underflow before a GradScaler's factor reaches them in the backward; nor in
     fp64, which is for gradcheck and has no kernel for it.
     """
-    return not spec.uses_callable and dtype in (torch.bfloat16, torch.float32)
+    return not spec.couples_tokens and dtype in (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,11 @@ def fused_loss(
 
 
 def loss_of_statistics(
-    live: RowStats, spec: LossSpec, inputs: TokenInputs, shape: tuple[int, ...]
+    live: RowStats, spec: LossSpec, inputs: TokenInputs, layout: Layout
 ) -> tuple[Tensor, RowStats, Coefficients]:
     """Any loss of differentiable statistics: 0-dim, and the constants that its metrics are made of."""
     stats = live.detach()
-    values, derivatives = objective.row_loss(spec, stats, inputs, shape)
+    values, derivatives = row_loss(spec, stats, inputs, layout)
     loss = KnownGradient.apply(values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward)
     return loss, stats, derivatives
 

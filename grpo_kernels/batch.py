@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .objective import MASKED, arithmetic_dtype
+from .sequences import Layout
 from .spec import check_integer
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -102,7 +103,8 @@ class Batch:
     shape: tuple[int, ...]  # [B, T] or [N]
     vocab_size: int
     num_sequences: int | None  # None: packed, and not told
-    sequence_ids: Tensor | None  # [N], packed: the sequence of each token, where the lengths are known
+    seq_lens: Tensor | None  # [S], packed, where they are known
+    sequence_ids: Tensor | None  # [N]: the sequence of each token, where these are
     dtype: torch.dtype  # of all arithmetic, and of every per-token tensor
     source: str  # "logits" or "hidden", for messages
 
@@ -148,13 +150,15 @@ class Batch:
         if seq_lens is not None:
             _check_seq_lens(seq_lens, source, name)
             num_sequences = seq_lens.numel()
-            sequence_ids = _sequence_ids(seq_lens.to(device), shape[0])
+            seq_lens = seq_lens.to(device)
+            sequence_ids = _sequence_ids(seq_lens, shape[0])
         return cls(
             targets.reshape(-1),
             unmasked.reshape(-1),
             shape,
             vocab_size,
             num_sequences,
+            seq_lens,
             sequence_ids,
             arithmetic_dtype(source),
             name,
@@ -163,6 +167,10 @@ class Batch:
     @property
     def packed(self) -> bool:
         return len(self.shape) == 1
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.shape, self.mask, self.seq_lens, self.sequence_ids)
 
     def require_sequences(self, what: str) -> None:
         if self.num_sequences is None:

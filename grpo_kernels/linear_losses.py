@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import objective
 from .arguments import (
     LossOutput,
     check_reference,
@@ -22,6 +21,7 @@ from .batch import Batch, check_vocab_size
 from .heads import check_head, check_ref_head, linear_config, product_dtype
 from .linear_autograd import linear_loss, linear_row_statistics
 from .losses import LossModule
+from .row_loss import coefficients, may_be_active
 from .spec import LossSpec
 
 
@@ -58,10 +58,10 @@ def linear_grpo_loss(
     """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
 
     Loss and gradient are made in the forward, a chunk of tokens at a time: 6 N V H operations for `N` tokens,
-    4 with a frozen head. Callable surrogates, fp16 and fp64 take two passes: statistics in the forward, the
-    logits once more in the backward, 8 N V H. Masked rows cost nothing, rows without a gradient (zero
-    advantage or token weight, and neither a KL term nor an entropy bonus) 2 V H each. docs/kernels.md counts
-    them all.
+    4 with a frozen head. Losses that couple tokens (callables, sequence-level ratios), fp16 and fp64 take two
+    passes: statistics in the forward, the logits once more in the backward, 8 N V H. Masked rows cost
+    nothing, rows without a gradient (zero advantage or token weight, and neither a KL term nor an entropy
+    bonus) 2 V H each. docs/kernels.md counts them all.
 
     Args:
         hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: what the head is applied to.
@@ -127,7 +127,7 @@ def linear_grpo_loss(
     )
     tensors = (head, ref, batch.targets, batch.temperatures(temperature))
 
-    active = objective.may_be_active(spec, inputs)
+    active = may_be_active(spec, inputs, batch.layout)
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     one_pass = learns and fusible(spec, product_dtype(hidden))
@@ -136,10 +136,10 @@ def linear_grpo_loss(
         log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")
     if one_pass:
         loss, dlogp, stats = linear_loss(*tensors, inputs, active, spec, config, rows)
-        derivatives = objective.coefficients(spec, inputs, dlogp)
+        derivatives = coefficients(spec, inputs, dlogp)
     else:
         live = linear_row_statistics(*tensors, ran, config, rows)
-        loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.shape)
+        loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.layout)
     return loss_output(spec, batch, loss, stats, inputs, derivatives, ran)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import objective
 from .arguments import (
     LossOutput,
     check_reference,
@@ -20,6 +19,7 @@ from .arguments import (
 from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, by_rows, check_logits, check_vocab_size, check_writable
+from .row_loss import coefficients
 from .spec import LogRatio, LossSpec
 
 
@@ -127,10 +127,10 @@ def grpo_loss(
         log_once(f"{path}, {config.backend} backend, {logits.dtype}")
     if fused:
         loss, dlogp, stats = fused_loss(*tensors, inputs, spec, config)
-        derivatives = objective.coefficients(spec, inputs, dlogp)
+        derivatives = coefficients(spec, inputs, dlogp)
     else:
         loss, stats, derivatives = loss_of_statistics(
-            row_statistics(*tensors, config), spec, inputs, batch.shape
+            row_statistics(*tensors, config), spec, inputs, batch.layout
         )
     return loss_output(spec, batch, loss, stats, inputs, derivatives)
 

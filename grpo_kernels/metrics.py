@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .objective import (
-    Coefficients,
-    RowStats,
-    TokenInputs,
-    clamped_ratio,
-    reference_logps,
-    sampled_kl,
-    unbounded,
-)
-from .spec import ImportanceRatio, LossSpec, PPOClip, Surrogate
+from .objective import SURROGATES, Coefficients, RowStats, TokenInputs, clamped_ratio, log_ratio_to, unbounded
+from .row_loss import reference_logps, sampled_kl, surrogate_terms
+from .sequences import Layout, Terms, sequence_log_ratio
+from .spec import CISPO, DPPO, GMPO, ImportanceRatio, LossSpec, PPOClip, Surrogate
 
 
 def metrics(
@@ -22,6 +18,7 @@ def metrics(
     stats: RowStats,
     inputs: TokenInputs,
     derivatives: Coefficients,
+    layout: Layout,
     ran: Tensor | None = None,  # [N] bool: the tokens whose statistics are known; None: all unmasked ones
 ) -> dict[str, Tensor]:
     """Means over the unmasked tokens that ran, 0-dim, on the device. A key that does not apply is absent.
@@ -33,19 +30,16 @@ def metrics(
     ref_logps = reference_logps(stats, inputs)
     anchor = ref_logps if surrogate is not None and surrogate.anchor == "ref" else inputs.old_logps
     if anchor is not None or (surrogate is not None and surrogate.uses_ratio):
-        ratio = clamped_ratio(stats.logps, anchor, unbounded(spec.log_ratio_clamp)).value
-        found["log_ratio"] = torch.zeros_like(ratio) if anchor is None else stats.logps - anchor
-        found["ratio"] = ratio
-        if isinstance(surrogate, PPOClip):
-            low = (ratio < 1 - surrogate.eps_low) & (inputs.advantages < 0)
-            high = (ratio > 1 + surrogate.eps_high) & (inputs.advantages > 0)
-            found["clip_fraction"] = low | high
-            found["clip_fraction_low"] = low
-            found["clip_fraction_high"] = high
-        elif isinstance(surrogate, ImportanceRatio) and surrogate.max_ratio is not None:
-            found["clip_fraction"] = (ratio > surrogate.max_ratio) & (inputs.advantages != 0)
+        log_ratio = log_ratio_to(stats.logps, anchor)
+        if spec.level != "token":
+            log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, layout)
+        ratio, _ = clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))
+        found |= {"log_ratio": log_ratio, "ratio": ratio}
+        if surrogate is not None:
+            terms = surrogate_terms(spec, stats.logps, ref_logps, inputs, layout)
+            found |= clip_fractions(surrogate, stats.logps, terms, ratio, inputs.advantages)
     if spec.sampled_kl is not None:
-        found["kl"] = sampled_kl(spec, stats.logps, inputs.old_logps, ref_logps).value
+        found["kl"] = sampled_kl(spec, stats.logps, ref_logps, inputs, layout)[0].value
     elif spec.exact_kl is not None:
         divergence = stats.kl if spec.exact_kl.kind == "exact" else stats.kl_forward
         assert divergence is not None
@@ -61,3 +55,26 @@ def metrics(
     values = torch.stack([x.to(stats.logps.dtype) for x in found.values()])
     means = torch.where(weights, values, 0.0).sum(1) / weights.sum(1).clamp(min=1)
     return dict(zip(found, means.unbind(), strict=True))
+
+
+def clip_fractions(
+    surrogate: Surrogate, logps: Tensor, terms: Terms, ratio: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
+    """Tokens whose ratio is beyond a bound, on the side to which their advantage pushes it."""
+    pushed_up, pushed_down, active = advantages > 0, advantages < 0, advantages != 0
+    if isinstance(surrogate, PPOClip):
+        low = (ratio < 1 - surrogate.eps_low) & pushed_down
+        high = (ratio > 1 + surrogate.eps_high) & pushed_up
+    elif isinstance(surrogate, CISPO):
+        low, high = (ratio < surrogate.ratio_min) & pushed_down, (ratio > surrogate.ratio_max) & pushed_up
+    elif isinstance(surrogate, ImportanceRatio) and surrogate.max_ratio is not None:
+        return {"clip_fraction": (ratio > surrogate.max_ratio) & active}
+    elif isinstance(surrogate, GMPO):
+        return {"clip_fraction": (terms.share == 0) & active}
+    elif isinstance(surrogate, DPPO):
+        statement = SURROGATES[surrogate.statement]
+        _, weight, _ = statement(logps, terms.log_ratio, advantages, math.inf, *surrogate.params)
+        return {"clip_fraction": (weight == 0) & active}
+    else:
+        return {}
+    return {"clip_fraction": low | high, "clip_fraction_low": low, "clip_fraction_high": high}

@@ -1,10 +1,9 @@
-"""The loss on per-token numbers in plain PyTorch: log-probabilities in, loss values and their derivatives
-out.
+"""The losses of a token in plain PyTorch: log-probabilities in, values and their derivatives out.
 
 Every function here works elementwise on tensors of one shape and carries its derivative explicitly, because
 the derivative decides more than autograd can know: which branch a tie takes, and that an inactive token's
 gradient is exactly zero where autograd would form 0 * inf. `kernels/device.py` states the same functions
-under the same names.
+under the same names. What is made of them stands in `row_loss.py`.
 """
 
 from __future__ import annotations
@@ -17,53 +16,66 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import ImportanceRatio, LogRatio, LossSpec, PPOClip, Reinforce, Surrogate
-
 
 class TokenLoss(NamedTuple):
     value: Tensor  # [N] loss of each token, before aggregation
     dlogp: Tensor  # [N] its derivative with respect to the token's log-probability
 
 
-def clamped_ratio(logp: Tensor, anchor: Tensor | None, clamp: float) -> TokenLoss:
-    """`exp(logp - anchor)` and its derivative; the log-ratio is held to ±clamp. No anchor: exactly 1."""
-    if anchor is None:
-        # Not 1 + 0 * logp: a taken token at -inf has ratio 1, while a NaN stays one.
-        ratio = torch.where(logp.isnan(), logp, 1.0)
-        return TokenLoss(ratio, ratio)
-    log_ratio = logp - anchor
+class Statement(NamedTuple):
+    """A loss as a function of the log-probability and the log-ratio, `[N]` each; None is zero.
+
+    At token level both move alike, and the derivatives add up; at others the log-ratio is the sequence's.
+    """
+
+    value: Tensor
+    by_logp: Tensor | None
+    by_log_ratio: Tensor | None
+
+
+def log_ratio_to(logp: Tensor, anchor: Tensor | None) -> Tensor:
+    # No anchor: not logp - logp, for a taken token at -inf has ratio 1, while a NaN stays one.
+    return torch.where(logp.isnan(), logp, 0.0) if anchor is None else logp - anchor
+
+
+def clamped_ratio(log_ratio: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    """`exp(log_ratio)`, the log-ratio held to ±clamp, and its derivative."""
     ratio = torch.exp(log_ratio.clamp(-clamp, clamp))
-    return TokenLoss(ratio, torch.where(log_ratio.abs() > clamp, 0.0, ratio))
+    return ratio, torch.where(log_ratio.abs() > clamp, 0.0, ratio)
 
 
-def log_ratio(logp: Tensor, anchor: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
-    return TokenLoss(-advantage * (logp - anchor), -advantage)
+def either(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:
+    """Numbers in the dtype of `like`: `torch.where` would make fp32 of them."""
+    return torch.full_like(like, no).masked_fill(condition, yes)
 
 
-def reinforce(logp: Tensor, anchor: Tensor | None, advantage: Tensor, clamp: float) -> TokenLoss:
-    return TokenLoss(-advantage * logp, -advantage)
+def log_ratio(logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> Statement:
+    return Statement(-advantage * log_ratio, None, -advantage)
+
+
+def reinforce(logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> Statement:
+    return Statement(-advantage * logp, -advantage, None)
 
 
 def importance_ratio(
-    logp: Tensor, anchor: Tensor | None, advantage: Tensor, clamp: float, max_ratio: float
-) -> TokenLoss:
-    ratio, dratio = clamped_ratio(logp, anchor, clamp)
-    return TokenLoss(
-        -advantage * ratio.clamp(max=max_ratio), torch.where(ratio > max_ratio, 0.0, -advantage * dratio)
-    )
+    logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, max_ratio: float
+) -> Statement:
+    ratio, dratio = clamped_ratio(log_ratio, clamp)
+    value = -advantage * ratio.clamp(max=max_ratio)
+    return Statement(value, None, torch.where(ratio > max_ratio, 0.0, -advantage * dratio))
 
 
 def ppo_clip(
     logp: Tensor,
-    anchor: Tensor | None,
+    log_ratio: Tensor,
     advantage: Tensor,
     clamp: float,
     eps_low: float,
     eps_high: float,
     delta: float,
     dual_clip: float,
-) -> TokenLoss:
-    ratio, dratio = clamped_ratio(logp, anchor, clamp)
+) -> Statement:
+    ratio, dratio = clamped_ratio(log_ratio, clamp)
     low, high = 1 - eps_low, 1 + eps_high
     unclipped = ratio.clamp(max=delta) * advantage
     clipped = ratio.clamp(low, high) * advantage
@@ -73,14 +85,86 @@ def ppo_clip(
     flat = torch.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
     bound = -dual_clip * advantage
     beyond = (advantage < 0) & (value > bound)
-    return TokenLoss(torch.where(beyond, bound, value), torch.where(flat | beyond, 0.0, -advantage * dratio))
+    slope = torch.where(flat | beyond, 0.0, -advantage * dratio)
+    return Statement(torch.where(beyond, bound, value), None, slope)
 
 
-SURROGATES: dict[type[Surrogate], Callable[..., TokenLoss]] = {
-    LogRatio: log_ratio,
-    Reinforce: reinforce,
-    ImportanceRatio: importance_ratio,
-    PPOClip: ppo_clip,
+def cispo(
+    logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, ratio_max: float, ratio_min: float
+) -> Statement:
+    ratio, _ = clamped_ratio(log_ratio, clamp)
+    weight = -advantage * ratio.clamp(ratio_min, ratio_max)
+    return Statement(weight * logp, weight, None)
+
+
+def sapo(
+    logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, tau_pos: float, tau_neg: float
+) -> Statement:
+    ratio, dratio = clamped_ratio(log_ratio, clamp)
+    tau = either(advantage > 0, tau_pos, tau_neg, like=advantage)
+    gate = torch.sigmoid(tau * (ratio - 1))
+    # sigmoid(-x) and not 1 - sigmoid(x), which has no digits left where the ratio is large.
+    steepness = gate * torch.sigmoid(-tau * (ratio - 1))
+    # Where it has vanished the ratio may be infinite.
+    slope = torch.where(steepness == 0, 0.0, -4 * steepness * advantage * dratio)
+    return Statement(-advantage * gate * 4 / tau, None, slope)
+
+
+def dro(logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, beta: float) -> Statement:
+    held = log_ratio.clamp(-clamp, clamp)
+    slope = torch.where(log_ratio.abs() > clamp, 0.0, beta * held)
+    return Statement(beta / 2 * held * held - advantage * logp, -advantage, slope)
+
+
+def dppo_tv(
+    logp: Tensor,
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clamp: float,
+    low: float,
+    high: float,
+    ratio_cap: float,
+) -> Statement:
+    change = torch.exp(logp) - torch.exp(logp - log_ratio)
+    inside = torch.where(advantage > 0, change <= high, change >= -low)
+    return within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside)
+
+
+def dppo_kl(
+    logp: Tensor,
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clamp: float,
+    low: float,
+    high: float,
+    ratio_cap: float,
+) -> Statement:
+    p, old_p = torch.exp(logp), torch.exp(logp - log_ratio)
+    divergence = -old_p * log_ratio + (1 - old_p) * torch.log((1 - old_p + 1e-8) / (1 - p + 1e-8))
+    inside = torch.where(
+        advantage > 0, (divergence <= high) | (p <= old_p), (divergence <= low) | (p >= old_p)
+    )
+    return within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside)
+
+
+def within_region(
+    logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, ratio_cap: float, inside: Tensor
+) -> Statement:
+    ratio, _ = clamped_ratio(log_ratio, clamp)
+    weight = torch.where(inside | ratio.isnan(), -advantage * ratio.clamp(max=ratio_cap), 0.0)
+    return Statement(torch.where(inside | ratio.isnan(), weight * logp, 0.0), weight, None)
+
+
+SURROGATES: dict[str, Callable[..., Statement]] = {
+    "log_ratio": log_ratio,
+    "reinforce": reinforce,
+    "importance_ratio": importance_ratio,
+    "ppo_clip": ppo_clip,
+    "cispo": cispo,
+    "sapo": sapo,
+    "dro": dro,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
 }
 
 
@@ -107,7 +191,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor], TokenLoss]] = {"k1": k1, "abs": abso
 
 def kl_estimate(
     logp: Tensor,
-    old_logp: Tensor | None,
+    log_ratio: Tensor | None,  # where ratio-corrected
     ref_logp: Tensor,
     estimator: Callable[[Tensor], TokenLoss],
     clamp: float,
@@ -115,7 +199,7 @@ def kl_estimate(
     straight_through: bool,
     ratio_corrected: bool,
     log_ratio_clamp: float,
-) -> TokenLoss:
+) -> Statement:
     x = ref_logp - logp
     value, slope = estimator(x.clamp(-clamp, clamp))
     if straight_through:
@@ -123,10 +207,11 @@ def kl_estimate(
     else:
         slope = torch.where((x.abs() > clamp) | (value.abs() > output_clamp), 0.0, slope)
     value = value.clamp(-output_clamp, output_clamp)
-    if ratio_corrected:
-        ratio, dratio = clamped_ratio(logp, old_logp, log_ratio_clamp)
-        value, slope = ratio * value, dratio * value + ratio * slope
-    return TokenLoss(value, slope)
+    if not ratio_corrected:
+        return Statement(value, slope, None)
+    assert log_ratio is not None
+    ratio, dratio = clamped_ratio(log_ratio, log_ratio_clamp)
+    return Statement(ratio * value, ratio * slope, dratio * value)
 
 
 def unbounded(bound: float | None) -> float:
@@ -197,132 +282,3 @@ class Coefficients(NamedTuple):
         """Rows that have a gradient, `[N]` bool."""
         nonzero = [x != 0 for x in self if x is not None]
         return functools.reduce(torch.logical_or, nonzero)
-
-
-def row_loss(
-    spec: LossSpec, stats: RowStats, inputs: TokenInputs, shape: tuple[int, ...]
-) -> tuple[Tensor, Coefficients]:
-    """Each row's share of the loss, weighted, and its derivatives; `shape` is `[B, T]` or `[N]`, for
-    callables.
-
-    Built-in losses are token-local: `row_loss` of some of the rows is those rows of `row_loss`.
-    """
-    ref_logps = reference_logps(stats, inputs)
-    if spec.uses_callable:
-        value, dlogp = callable_loss(spec, stats.logps, ref_logps, inputs, shape)
-    else:
-        value, dlogp = surrogate_loss(spec, stats.logps, ref_logps, inputs)
-    if spec.sampled_kl is not None:
-        weight = spec.sampled_kl.beta * inputs.row_weights
-        kl = sampled_kl(spec, stats.logps, inputs.old_logps, ref_logps)
-        value, dlogp = value + weight * kl.value, dlogp + weight * kl.dlogp
-    found = coefficients(spec, inputs, dlogp)
-    for weights, statistic in zip(found[1:], (stats.entropy, stats.kl, stats.kl_forward), strict=True):
-        if weights is not None and statistic is not None:
-            value = value + weights * statistic
-    return value, found
-
-
-def may_be_active(spec: LossSpec, inputs: TokenInputs) -> Tensor:
-    """Rows that can have a gradient, `[N]` bool: what is known before the policy is."""
-    if spec.uses_callable or spec.sampled_kl or spec.exact_kl or spec.entropy_coef:
-        return inputs.mask
-    active = inputs.mask & (inputs.advantages != 0)
-    return active if inputs.token_weights is None else active & (inputs.token_weights != 0)
-
-
-def reference_logps(stats: RowStats, inputs: TokenInputs) -> Tensor | None:
-    return inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
-
-
-def coefficients(spec: LossSpec, inputs: TokenInputs, dlogp: Tensor) -> Coefficients:
-    """`dlogp` beside the derivatives that are constants of the batch: entropy and exact KL enter linearly."""
-    found = Coefficients(dlogp, inputs.entropy_weights)
-    if spec.exact_kl is None:
-        return found
-    weight = spec.exact_kl.beta * inputs.row_weights
-    return found._replace(**{"dkl" if spec.exact_kl.kind == "exact" else "dkl_forward": weight})
-
-
-def surrogate_loss(spec: LossSpec, logps: Tensor, ref_logps: Tensor | None, inputs: TokenInputs) -> TokenLoss:
-    """A built-in surrogate, weighted, and its derivative by `logps`."""
-    surrogate = spec.surrogate
-    if surrogate is None:
-        return TokenLoss(torch.zeros_like(logps), torch.zeros_like(logps))
-    assert isinstance(surrogate, Surrogate)
-    anchor = ref_logps if surrogate.anchor == "ref" else inputs.old_logps
-    value, dlogp = SURROGATES[type(surrogate)](
-        logps, anchor, inputs.advantages, unbounded(spec.log_ratio_clamp), *surrogate.params
-    )
-    # A select, never a product: a zero advantage beside an infinite ratio would be 0 * inf = NaN.
-    inactive = inputs.advantages == 0
-    if inputs.token_weights is not None:
-        value, dlogp = value * inputs.token_weights, dlogp * inputs.token_weights
-        inactive = inactive | (inputs.token_weights == 0)
-    return TokenLoss(
-        torch.where(inactive, 0.0, value * inputs.row_weights),
-        torch.where(inactive, 0.0, dlogp * inputs.row_weights),
-    )
-
-
-def callable_loss(
-    spec: LossSpec, logps: Tensor, ref_logps: Tensor | None, inputs: TokenInputs, shape: tuple[int, ...]
-) -> TokenLoss:
-    """A user's surrogate: weighted value per row, and the derivative of their sum by autograd.
-
-    Weights go in before the derivative is taken, because such a loss may couple the tokens of a sequence.
-    """
-    weights = (
-        inputs.row_weights if inputs.token_weights is None else inputs.row_weights * inputs.token_weights
-    )
-
-    def shaped(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.view(shape)
-
-    def total(logps: Tensor) -> tuple[Tensor, Tensor]:
-        values = spec.surrogate(  # type: ignore[operator,misc]
-            logps.view(shape),
-            shaped(inputs.old_logps),
-            shaped(ref_logps),
-            shaped(inputs.advantages),
-            shaped(inputs.mask),
-        )
-        if not isinstance(values, Tensor) or values.shape != torch.Size(shape):
-            got = tuple(values.shape) if isinstance(values, Tensor) else values
-            raise ValueError(
-                f"the callable surrogate must return a tensor of shape {tuple(shape)}, got {got}"
-            )
-        value = torch.where(weights != 0, weights * values.reshape(-1), 0.0)
-        return value.sum(), value
-
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        dlogp, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
-    else:
-        # Identity hooks, because the innermost win: checkpointing and offloading must not see this small
-        # graph.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            leaf = logps.detach().requires_grad_()
-            summed, value = total(leaf)
-            dlogp = torch.zeros_like(leaf)
-            if summed.requires_grad:
-                (dlogp,) = torch.autograd.grad(summed, leaf, allow_unused=True, materialize_grads=True)
-        value = value.detach()
-    return TokenLoss(value, torch.where(inputs.mask, dlogp, 0.0))
-
-
-def sampled_kl(
-    spec: LossSpec, logps: Tensor, old_logps: Tensor | None, ref_logps: Tensor | None
-) -> TokenLoss:
-    kl = spec.sampled_kl
-    assert kl is not None and ref_logps is not None
-    return kl_estimate(
-        logps,
-        old_logps,
-        ref_logps,
-        KL_ESTIMATORS[kl.kind],
-        unbounded(kl.clamp),
-        unbounded(kl.output_clamp),
-        kl.straight_through,
-        kl.ratio_corrected,
-        unbounded(spec.log_ratio_clamp),
-    )

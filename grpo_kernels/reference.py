@@ -7,6 +7,7 @@ benchmarks and docs.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +84,20 @@ def reference_loss(
     A = tokens(advantages)
     w = None if token_weights is None else tokens(token_weights)
 
+    row = (sequences if len(shape) == 1 else sequences[:, None]).expand(shape)[mask]
+
+    def sum_of_sequence(x: Tensor) -> Tensor:
+        """At each token, over its sequence's."""
+        return x.new_zeros(int(row.max()) + 1 if len(row) else 0).index_add(0, row, x)[row]
+
+    n = sum_of_sequence(torch.ones_like(lp.detach()))
+
     def ratio_to(anchor: Tensor | None) -> Tensor:
         log_ratio = lp - (lp.detach() if anchor is None else anchor)
+        if spec.level == "sequence":
+            log_ratio = sum_of_sequence(log_ratio) / n
+        elif spec.level == "sequence-token":
+            log_ratio = lp - lp.detach() + (sum_of_sequence(log_ratio) / n).detach()
         if spec.log_ratio_clamp is not None:
             log_ratio = log_ratio.clamp(-spec.log_ratio_clamp, spec.log_ratio_clamp)
         return log_ratio.exp()
@@ -98,15 +111,21 @@ def reference_loss(
         loss = torch.zeros_like(lp)
     elif callable(spec.surrogate):
         loss = spec.surrogate(spread(lp), spread(old), spread(rp), spread(A), mask)[mask]
+    elif type(spec.surrogate).__name__ in ("VESPO", "GMPO"):
+        loss = _coupled(spec.surrogate, lp, anchor, A, w, sum_of_sequence, n)
+        w = None
+    elif type(spec.surrogate).__name__ == "DRO" and spec.level == "sequence":
+        total = sum_of_sequence(lp - (lp.detach() if anchor is None else anchor))
+        loss = -A * lp + spec.surrogate.beta / 2 * total**2 / n
     else:
         loss = _surrogate(spec.surrogate, lp, anchor, A, ratio_to)
     if anchor is not None or getattr(spec.surrogate, "uses_ratio", False):
         metrics["ratio"] = ratio_to(anchor)
         metrics["log_ratio"] = torch.zeros_like(lp) if anchor is None else lp - anchor
-        if type(spec.surrogate).__name__ == "PPOClip":
-            low = (metrics["ratio"] < 1 - spec.surrogate.eps_low) & (A < 0)
-            high = (metrics["ratio"] > 1 + spec.surrogate.eps_high) & (A > 0)
-            metrics |= {"clip_fraction": low | high, "clip_fraction_low": low, "clip_fraction_high": high}
+        if spec.level != "token":
+            metrics["log_ratio"] = sum_of_sequence(metrics["log_ratio"]) / n
+        token_log_ratio = torch.zeros_like(lp) if anchor is None else lp - anchor
+        metrics |= _clip_fractions(spec.surrogate, metrics["ratio"], token_log_ratio, lp, A)
     if w is not None:
         loss = loss * w
     exact = None if log_q is None else _divergence(log_p, log_q)
@@ -123,7 +142,6 @@ def reference_loss(
         metrics["kl_exact"] = exact
     metrics["entropy"] = entropy
 
-    row = sequences.expand(shape)[mask] if len(shape) == 1 else sequences[:, None].expand(shape)[mask]
     width = spec.max_tokens if spec.max_tokens is not None else shape[-1]
     total = _aggregate(spec.aggregation, loss, row, count, width, normalizer)
     if spec.entropy_coef:
@@ -184,7 +202,73 @@ def _surrogate(surrogate: Any, lp: Tensor, anchor: Any, A: Tensor, ratio_to: Any
         if surrogate.dual_clip is not None:
             loss = torch.where(A < 0, torch.minimum(loss, -surrogate.dual_clip * A), loss)
         return loss
+    if name == "CISPO":
+        return -ratio.clamp(surrogate.ratio_min, surrogate.ratio_max).detach() * A * lp
+    if name == "SAPO":
+        tau = _either(A > 0, surrogate.tau_pos, surrogate.tau_neg, A)
+        return -A * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+    if name == "DRO":
+        return -(A * lp - surrogate.beta / 2 * ratio.log() ** 2)
+    if name == "DPPO":
+        inside = _inside_region(surrogate, lp.detach(), lp.detach() if anchor is None else anchor, A)
+        return -A * ratio.clamp(max=surrogate.ratio_cap).detach() * lp * inside
     raise ValueError(f"the reference does not know {name}")
+
+
+def _inside_region(surrogate: Any, lp: Tensor, old_lp: Tensor, A: Tensor) -> Tensor:
+    p, old = lp.exp(), old_lp.exp()
+    if surrogate.kind == "tv":
+        return torch.where(A > 0, p - old <= surrogate.high, old - p <= surrogate.low)
+    kl = old * (old_lp - lp) + (1 - old) * ((1 - old + 1e-8) / (1 - p + 1e-8)).log()
+    raised, lowered = (kl <= surrogate.high) | (p <= old), (kl <= surrogate.low) | (p >= old)
+    return torch.where(A > 0, raised, lowered)
+
+
+def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
+
+
+def _coupled(
+    surrogate: Any, lp: Tensor, anchor: Any, A: Tensor, w: Any, sum_of_sequence: Any, n: Tensor
+) -> Tensor:
+    log_ratio = lp - (lp.detach() if anchor is None else anchor)
+    if type(surrogate).__name__ == "VESPO":
+        log_w = sum_of_sequence(log_ratio.detach().clamp(-20, 20))
+        if w is not None:
+            log_w = log_w + sum_of_sequence(w.log().clamp(math.log(1e-8), 20))
+        log_w = log_w.clamp(math.log(1e-8), 20)
+        k = _either(A >= 0, surrogate.k_pos, surrogate.k_neg, A)
+        rate = _either(A >= 0, surrogate.lambda_pos, surrogate.lambda_neg, A).clamp(min=1e-4)
+        return -(rate + k * log_w - rate * log_w.exp()).exp() * A * lp
+    bounded = torch.where(
+        A > 0,
+        log_ratio.clamp(max=surrogate.eps_high),
+        torch.where(A < 0, log_ratio.clamp(min=-surrogate.eps_low), 0 * log_ratio),
+    )
+    loss = -sum_of_sequence(A) / n * (sum_of_sequence(bounded) / n).exp()
+    return loss if w is None else loss * (sum_of_sequence((w + 1e-10).log()) / n).exp()
+
+
+def _clip_fractions(
+    surrogate: Any, ratio: Tensor, log_ratio: Tensor, lp: Tensor, A: Tensor
+) -> dict[str, Tensor]:
+    name = type(surrogate).__name__
+    bounds = {
+        "PPOClip": lambda: (1 - surrogate.eps_low, 1 + surrogate.eps_high),
+        "CISPO": lambda: (surrogate.ratio_min, surrogate.ratio_max),
+    }
+    if name in bounds:
+        lower, upper = bounds[name]()
+        low, high = (ratio < lower) & (A < 0), (ratio > upper) & (A > 0)
+        return {"clip_fraction": low | high, "clip_fraction_low": low, "clip_fraction_high": high}
+    if name == "ImportanceRatio" and surrogate.max_ratio is not None:
+        return {"clip_fraction": (ratio > surrogate.max_ratio) & (A != 0)}
+    if name == "GMPO":
+        high, low = (A > 0) & (log_ratio > surrogate.eps_high), (A < 0) & (log_ratio < -surrogate.eps_low)
+        return {"clip_fraction": high | low}
+    if name == "DPPO":
+        return {"clip_fraction": ~_inside_region(surrogate, lp, lp - log_ratio, A) & (A != 0)}
+    return {}
 
 
 def _sampled_kl(kl: Any, lp: Tensor, rp: Tensor, ratio: Tensor) -> Tensor:

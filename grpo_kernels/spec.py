@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-LEVELS = ("token",)
+LEVELS = ("token", "sequence", "sequence-token")
 AGGREGATIONS = (
     "token-mean",
     "seq-mean-token-mean",
@@ -56,12 +56,23 @@ class Surrogate:
     """Which log-probabilities the log-ratio is taken against: "old", "ref" or None."""
     uses_ratio = False
     """Whether the loss depends on the ratio itself (a REINFORCE-like loss only depends on `logp`)."""
+    levels: tuple[str, ...] = ("token",)
+    """Where its ratio may be formed."""
+    couples_tokens = False
+    """Whether a token's loss depends on other tokens of its sequence, whatever the level."""
+    rests_at_zero = True
+    """Whether a token without advantage has neither loss nor gradient."""
+
+    statement: str
+    """Its formula's name in `objective.py` and, where tokens are not coupled, `kernels/device.py`."""
 
     @property
     def params(self) -> tuple[float, ...]:
         """The numbers of this surrogate, in the order of its statements; an absent bound is infinite."""
-        values = (getattr(self, f.name) for f in fields(self) if f.name != "anchor")  # type: ignore[arg-type]
-        return tuple(math.inf if value is None else float(value) for value in values)
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        return tuple(
+            math.inf if value is None else float(value) for value in values if not isinstance(value, str)
+        )
 
 
 @dataclass(frozen=True)
@@ -69,11 +80,14 @@ class LogRatio(Surrogate):
     """`-A * (logp - ref_logp)`: the reward-weighted log-ratio to the reference. Needs a reference."""
 
     anchor = "ref"
+    statement = "log_ratio"
 
 
 @dataclass(frozen=True)
 class Reinforce(Surrogate):
     """`-A * logp`: the score-function estimator (Williams, 1992)."""
+
+    statement = "reinforce"
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,9 @@ class ImportanceRatio(Surrogate):
 
     anchor: str | None = "old"
     max_ratio: float | None = None
+    statement = "importance_ratio"
     uses_ratio = True
+    levels = LEVELS
 
     def __post_init__(self) -> None:
         check_choice("ImportanceRatio.anchor", self.anchor, ("old", "ref"))
@@ -106,13 +122,143 @@ class PPOClip(Surrogate):
     delta: float | None = None
     dual_clip: float | None = None
     anchor = "old"
+    statement = "ppo_clip"
     uses_ratio = True
+    levels = LEVELS
 
     def __post_init__(self) -> None:
         check_number("PPOClip.eps_low", self.eps_low)
         check_number("PPOClip.eps_high", self.eps_high)
         check_number("PPOClip.delta", self.delta, strict=True, optional=True)
         check_number("PPOClip.dual_clip", self.dual_clip, low=1.0, strict=True, optional=True)
+
+
+@dataclass(frozen=True)
+class CISPO(Surrogate):
+    """`-sg(clip(ratio, ratio_min, ratio_max)) * A * logp` (MiniMax-M1, arXiv:2506.13585).
+
+    The bounds are ratios themselves, not offsets from 1. Clipped tokens keep their gradient.
+    """
+
+    ratio_max: float
+    ratio_min: float = 0.0
+    anchor = "old"
+    statement = "cispo"
+    uses_ratio = True
+    levels = LEVELS
+
+    def __post_init__(self) -> None:
+        check_number("CISPO.ratio_min", self.ratio_min)
+        check_number("CISPO.ratio_max", self.ratio_max, low=self.ratio_min, strict=True)
+
+
+@dataclass(frozen=True)
+class SAPO(Surrogate):
+    """`-A * sigmoid(tau * (ratio - 1)) * 4 / tau`, tau_pos where A > 0, else tau_neg (arXiv:2511.20347)."""
+
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    anchor = "old"
+    statement = "sapo"
+    uses_ratio = True
+    levels = LEVELS
+
+    def __post_init__(self) -> None:
+        check_number("SAPO.tau_pos", self.tau_pos, strict=True)
+        check_number("SAPO.tau_neg", self.tau_neg, strict=True)
+
+
+@dataclass(frozen=True)
+class DRO(Surrogate):
+    """`-(A * logp - beta / 2 * (logp - anchor)^2)` (arXiv:2405.19107).
+
+    At `level="sequence"` the square is that of the sequence's summed log-ratio, in equal shares of its
+    tokens: Kimi k1.5 (arXiv:2501.12599), and with `anchor="ref"` OPMD. The square pulls where the advantage
+    is zero, too.
+    """
+
+    beta: float
+    anchor: str | None = "old"
+    statement = "dro"
+    levels = ("token", "sequence")
+    rests_at_zero = False
+
+    def __post_init__(self) -> None:
+        check_choice("DRO.anchor", self.anchor, ("old", "ref"))
+        check_number("DRO.beta", self.beta, strict=True)
+
+
+@dataclass(frozen=True)
+class DPPO(Surrogate):
+    """`-sg(min(ratio, ratio_cap)) * A * logp` inside a trust region of the taken token (arXiv:2602.04879).
+
+    The region bounds the divergence of old and new policy over two outcomes, the taken token or another:
+    kind "tv": the change of its probability; "kl": KL(old || new). `high` bounds steps that raise the
+    probability of a token of positive advantage, `low` those that lower that of another.
+    """
+
+    kind: str = "tv"
+    low: float = 0.2
+    high: float = 0.2
+    ratio_cap: float = 20.0
+    anchor = "old"
+    uses_ratio = True
+
+    @property
+    def statement(self) -> str:  # type: ignore[override]
+        return f"dppo_{self.kind}"
+
+    def __post_init__(self) -> None:
+        check_choice("DPPO.kind", self.kind, ("tv", "kl"))
+        check_number("DPPO.low", self.low)
+        check_number("DPPO.high", self.high)
+        check_number("DPPO.ratio_cap", self.ratio_cap, strict=True)
+
+
+@dataclass(frozen=True)
+class VESPO(Surrogate):
+    """`-sg(phi) * A * logp`, `phi = e^lambda * w^k * e^(-lambda w)`, `w` the product of a sequence's ratios.
+
+    `k_pos`, `lambda_pos` where A >= 0, else `k_neg`, `lambda_neg`. Token weights are factors of `w`: give a
+    mask as zero advantages, not as zero weights. As TRL 1.16's "vespo", bounds included: log-ratios of a
+    token to 20, log w between log 1e-8 and 20.
+    """
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+    anchor = "old"
+    statement = "reinforce"  # whose token weights become phi
+    params = ()
+    uses_ratio = True
+    couples_tokens = True
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            check_number(f"VESPO.{f.name}", getattr(self, f.name))
+
+
+@dataclass(frozen=True)
+class GMPO(Surrogate):
+    """`-A * exp(mean of the clipped log-ratios)`, a sequence's geometric mean ratio (arXiv:2507.20673).
+
+    The bounds are on the log-ratio: it counts as at most `eps_high` where A > 0, at least `-eps_low` where
+    A < 0. A is the sequence's mean advantage, token weights enter by their geometric mean, as in verl 0.9.1's
+    "geo_mean"; with the aggregation "seq-mean-token-mean" the loss is the mean over sequences.
+    """
+
+    eps_low: float = 0.4
+    eps_high: float = 0.4
+    anchor = "old"
+    statement = "importance_ratio"  # of the sequence's mean bounded log-ratio
+    params = (math.inf,)
+    uses_ratio = True
+    couples_tokens = True
+
+    def __post_init__(self) -> None:
+        check_number("GMPO.eps_low", self.eps_low)
+        check_number("GMPO.eps_high", self.eps_high)
 
 
 @dataclass(frozen=True)
@@ -158,7 +304,9 @@ class LossSpec:
         `f(logps, old_logps, ref_logps, advantages, mask) -> per-token loss` in PyTorch (all `[B, T]`, or
         `[N]` packed; what was not given is None; masked positions hold zeros). Autograd takes its derivative.
     kl: a `KL`, or None.
-    level: where the ratio is formed: "token".
+    level: where the ratio is formed: of each token ("token"); of the sequence's mean log-ratio, whose
+        gradient all its tokens share ("sequence": GSPO, arXiv:2507.18071); or that value, with the gradient
+        of each token's own ("sequence-token": GSPO-token).
     aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divides
         by `max_tokens`) or "token-sum".
     max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783); None: the padded width
@@ -189,6 +337,15 @@ class LossSpec:
         if self.surrogate is None and self.kl is None:
             raise ValueError("surrogate and kl are both None: there is nothing to minimise")
         check_choice("level", self.level, LEVELS)
+        if self.uses_callable and self.level != "token":
+            raise ValueError(
+                f"level {self.level!r} is for built-in surrogates: a callable forms its own ratio"
+            )
+        if isinstance(self.surrogate, Surrogate) and self.level not in self.surrogate.levels:
+            raise ValueError(
+                f"level {self.level!r} is not one of {type(self.surrogate).__name__}: it has "
+                f"{', '.join(map(repr, self.surrogate.levels))}"
+            )
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens)
@@ -220,6 +377,13 @@ class LossSpec:
     @property
     def uses_callable(self) -> bool:
         return self.surrogate is not None and not isinstance(self.surrogate, Surrogate)
+
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether a token's loss depends on other tokens: then it is known only when all statistics are."""
+        if self.uses_callable or self.level != "token":
+            return True
+        return isinstance(self.surrogate, Surrogate) and self.surrogate.couples_tokens
 
     @property
     def sampled_kl(self) -> KL | None:
@@ -263,4 +427,15 @@ PRESETS: dict[str, LossSpec] = {
     "bnpo": LossSpec(PPOClip()),
     "dapo": LossSpec(PPOClip(eps_low=0.2, eps_high=0.28)),
     "dr_grpo": LossSpec(PPOClip(), aggregation="seq-mean-token-sum-norm"),
+    "cispo": LossSpec(CISPO(ratio_max=5.0)),
+    "sapo": LossSpec(SAPO(), aggregation="seq-mean-token-mean"),
+    "gspo": LossSpec(PPOClip(), level="sequence", aggregation="seq-mean-token-mean"),
+    "gspo_token": LossSpec(PPOClip(), level="sequence-token", aggregation="seq-mean-token-mean"),
+    "luspo": LossSpec(PPOClip(), level="sequence", aggregation="seq-mean-token-sum"),
+    "vespo": LossSpec(VESPO()),
+    "gmpo": LossSpec(GMPO(), aggregation="seq-mean-token-mean"),
+    "dro": LossSpec(DRO(beta=0.1)),
+    "opmd": LossSpec(DRO(beta=0.1, anchor="ref"), level="sequence", aggregation="seq-mean-token-sum"),
+    "dppo_tv": LossSpec(DPPO("tv")),
+    "dppo_kl": LossSpec(DPPO("kl")),
 }

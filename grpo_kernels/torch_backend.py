@@ -12,7 +12,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .objective import MASKED, Coefficients, RowStats, TokenInputs, arithmetic_dtype, row_loss
+from .objective import MASKED, Coefficients, RowStats, TokenInputs, arithmetic_dtype
+from .row_loss import row_loss
 from .spec import LogitTransform, LossSpec
 
 # On the CPU 16 MiB of fp32, where Python's share of a chunk has become small and a last-level cache may still
@@ -372,8 +373,7 @@ def fused_loss(
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
         stats, p, q = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
-        shape = tuple(stats.logps.shape)
-        value[chunk.rows], own = row_loss(spec, stats, inputs.rows(chunk.rows), shape)
+        value[chunk.rows], own = row_loss(spec, stats, inputs.rows(chunk.rows))
         assert own.dlogp is not None
         dlogp[chunk.rows] = own.dlogp
         store(out, stats, chunk.rows)

@@ -28,7 +28,11 @@ tl = pytest.importorskip("triton.language")
 from sass import MAX_THREADS, TARGETS, Loop, Resources, Sass, launches_for, resources  # noqa: E402
 
 from grpo_kernels import (  # noqa: E402
+    CISPO,
+    DPPO,
+    DRO,
     KL,
+    SAPO,
     ImportanceRatio,
     LogRatio,
     LossSpec,
@@ -140,6 +144,11 @@ def cases() -> dict[str, Callable[[], None]]:
         "LogRatio, ref_logps": (LossSpec(LogRatio()), {"reference": "logps"}),
         "ImportanceRatio": (LossSpec(ImportanceRatio()), {"old": True}),
         "ImportanceRatio to ref": (LossSpec(ImportanceRatio("ref")), {"reference": "logits"}),
+        "CISPO": (LossSpec(CISPO(ratio_max=5.0)), {"old": True}),
+        "SAPO": (LossSpec(SAPO()), {"old": True}),
+        "DRO": (LossSpec(DRO(beta=0.1, anchor="ref")), {"reference": "logps"}),
+        "DPPO tv": (LossSpec(DPPO("tv")), {"old": True}),
+        "DPPO kl": (LossSpec(DPPO("kl")), {"old": True}),
         "KL alone": (LossSpec(None, KL("exact")), {"reference": "logits"}),
         "k1": (LossSpec(PPOClip(), KL("k1")), {"reference": "logits", "old": True}),
         "abs": (LossSpec(PPOClip(), KL("abs")), {"reference": "logits"}),

@@ -30,21 +30,24 @@ ALLOWED: dict[str, set[str]] = {
     "kernels/row_stats": {"kernels/device", "kernels/launch"},
     "kernels/dlogits": {"kernels/device", "kernels/launch"},
     "kernels/fused": {"kernels/device", "kernels/launch", "kernels/row_stats", "kernels/dlogits"},
-    "objective": {"spec"},
+    "objective": set(),
+    "sequences": {"spec", "objective"},
+    "row_loss": {"spec", "objective", "sequences"},
     "aggregation": {"spec"},
-    "metrics": {"spec", "objective"},
-    "batch": {"spec", "objective"},
+    "metrics": {"spec", "objective", "sequences", "row_loss"},
+    "batch": {"spec", "objective", "sequences"},
     "advantages": {"spec"},
-    "torch_backend": {"spec", "objective"},
+    "weights": {"spec"},
+    "torch_backend": {"spec", "objective", "row_loss"},
     "backend": {"spec", "objective", "torch_backend", *KERNELS},
-    "autograd": {"spec", "objective", "backend"},
-    "arguments": {"spec", "objective", "aggregation", "metrics", "batch"},
-    "losses": {"spec", "objective", "arguments", "batch", "backend", "autograd"},
+    "autograd": {"spec", "objective", "sequences", "row_loss", "backend"},
+    "arguments": {"spec", "objective", "sequences", "row_loss", "aggregation", "metrics", "batch"},
+    "losses": {"spec", "row_loss", "arguments", "batch", "backend", "autograd"},
     "linear": {"objective"},
     "heads": {"spec", "batch", "linear"},
     "linear_autograd": {"spec", "objective", "backend", "autograd", "linear"},
     "linear_losses": {
-        *("spec", "objective", "arguments", "batch", "backend", "autograd", "losses"),
+        *("spec", "row_loss", "arguments", "batch", "backend", "autograd", "losses"),
         *("heads", "linear_autograd"),
     },
     "logps": {
@@ -164,6 +167,7 @@ def test_public_names() -> None:
             *("grpo_loss", "log_ratio_loss", "linear_grpo_loss", "GRPOLoss", "LinearGRPOLoss", "LossOutput"),
             *("selective_logps", "linear_logps"),
             *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
+            *("CISPO", "SAPO", "DRO", "DPPO", "VESPO", "GMPO"),
             "group_advantages",
         ]
     )
@@ -228,7 +232,7 @@ def test_linear_options() -> None:
     assert {name: linear[name] for name in shared} == {name: options[name] for name in shared}
 
 
-@pytest.mark.parametrize("name", ["testing", "reference"])
+@pytest.mark.parametrize("name", ["testing", "reference", "weights"])
 def test_helpers_for_users_say_what_they_do(name: str) -> None:
     module = importlib.import_module(f"grpo_kernels.{name}")
     functions = [

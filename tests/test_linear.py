@@ -14,7 +14,17 @@ from linear_cases import (
     logits_of,
     run_linear,
 )
-from parity import AGGREGATIONS, DTYPES, KLS, SURROGATES, assert_outputs, every_branch, user_loss
+from parity import (
+    AGGREGATIONS,
+    DTYPES,
+    KLS,
+    PAIRS,
+    SEQUENCE_LEVEL,
+    SURROGATES,
+    assert_outputs,
+    every_branch,
+    user_loss,
+)
 from test_parity import EITHER, PACKED, PADDED, branches
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -49,12 +59,9 @@ def assert_linear_parity(expected: LinearOracle, *, what: str = "", **options: o
 
 @layouts
 @dtypes
-@pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate, kl", PAIRS)
 def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
     """Chunks of 4 of 12 (packed 8) tokens; aggregations take turns, in the kernels `compact` too."""
-    if surrogate == kl == "None":
-        pytest.skip("nothing to minimise")
     turn = list(SURROGATES).index(surrogate) + list(KLS).index(kl) + packed
     spec = LossSpec(
         SURROGATES[surrogate], KLS[kl], aggregation=AGGREGATIONS[turn % len(AGGREGATIONS)], max_tokens=5
@@ -63,6 +70,18 @@ def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: 
     expected = linear_oracle(case)
     for compact in (True, False) if backend == "torch" else (bool(turn // 2 % 2),):
         assert_linear_parity(expected, what=f"{compact = }", backend=backend, chunk_tokens=4, compact=compact)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", ["fp64", "bf16"])
+@pytest.mark.parametrize("loss", SEQUENCE_LEVEL)
+def test_every_level(loss: str, dtype: str, packed: bool, backend: str, device: str) -> None:
+    name, level = SEQUENCE_LEVEL[loss]
+    case = from_logits(branches(LossSpec(SURROGATES[name], level=level), dtype, packed, device))
+    for compact in (True, False):
+        assert_linear_parity(
+            linear_oracle(case), what=f"{compact = }", backend=backend, chunk_tokens=4, compact=compact
+        )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from parity import (
     AGGREGATIONS,
     DTYPES,
     KLS,
+    PAIRS,
+    SEQUENCE_LEVEL,
     SURROGATES,
     Case,
     assert_parity,
@@ -46,16 +48,13 @@ def branches(spec: LossSpec, dtype: str, packed: bool, device: str) -> Case:
 
 @layouts
 @dtypes
-@pytest.mark.parametrize("kl", KLS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate, kl", PAIRS)
 def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
     """Every surrogate x KL x layout x dtype x aggregation, its gradient made in place and not.
 
     An aggregation is a weight per row, made before any kernel runs: in the kernels the aggregations take
     turns, and so do the two ways of the gradient in fp64 and fp16, where both have the same kernels.
     """
-    if surrogate == kl == "None":
-        pytest.skip("nothing to minimise")
     aggregations, inplaces = AGGREGATIONS, (False, True)
     if backend == "triton":
         turn = list(SURROGATES).index(surrogate) + list(KLS).index(kl) + packed
@@ -66,6 +65,25 @@ def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: 
         expected = oracle(branches(spec, dtype, packed, device))
         for inplace in inplaces:
             assert_parity(expected, what=f"{aggregation}, {inplace = }", backend=backend, inplace=inplace)
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("kl", ["None", "ratio_corrected"])
+@pytest.mark.parametrize("loss", SEQUENCE_LEVEL)
+def test_every_level(loss: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
+    """Per-token advantages too, of which each token keeps its own; aggregations take turns."""
+    name, level = SEQUENCE_LEVEL[loss]
+    turn = list(SEQUENCE_LEVEL).index(loss) + packed
+    spec = LossSpec(
+        SURROGATES[name], KLS[kl], level, aggregation=AGGREGATIONS[turn % len(AGGREGATIONS)], max_tokens=5
+    )
+    case = branches(spec, dtype, packed, device)
+    uneven = case._replace(advantages=values(case, -1.5, 1.0)).with_options(
+        token_weights=values(case, 0.5, 2.0)
+    )
+    for what, each in (("per sequence", case), ("per token", uneven)):
+        assert_parity(oracle(each), what=what, backend=backend)
 
 
 def values(case: Case, low: float, high: float) -> Tensor:
@@ -241,8 +259,17 @@ def test_selective_logps(dtype: str, packed: bool, backend: str, device: str) ->
             torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-12 if dtype == "fp64" else 1e-5)
 
 
+# Whose weight is held constant: their gradient is not that of their value, by design.
+DETACHED = ("CISPO", "DPPO(tv)", "DPPO(kl)", "VESPO")
 GRADCHECKED = {
-    **{f"{name}, k3": LossSpec(surrogate, KLS["k3"]) for name, surrogate in SURROGATES.items()},
+    **{
+        f"{n}, k3": LossSpec(surrogate, KLS["k3"]) for n, surrogate in SURROGATES.items() if n not in DETACHED
+    },
+    **{
+        f"{loss}, ratio_corrected": LossSpec(SURROGATES[name], KLS["ratio_corrected"], level)
+        for loss, (name, level) in SEQUENCE_LEVEL.items()
+        if name not in DETACHED and level == "sequence"
+    },
     # Not straight_through, whose gradient is not that of its value by design.
     **{f"PPOClip, {name}": LossSpec(PPOClip(), kl) for name, kl in KLS.items() if name != "straight_through"},
     "Reinforce, exact, entropy": LossSpec(SURROGATES["Reinforce"], KL("exact"), entropy_coef=0.1),

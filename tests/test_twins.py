@@ -13,9 +13,22 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from grpo_kernels import KL, ImportanceRatio, LogRatio, PPOClip, Reinforce, objective, reference  # noqa: E402
+from grpo_kernels import (  # noqa: E402
+    CISPO,
+    DPPO,
+    DRO,
+    KL,
+    SAPO,
+    ImportanceRatio,
+    LogRatio,
+    PPOClip,
+    Reinforce,
+    objective,
+    reference,
+)
 from grpo_kernels.kernels import device as twins  # noqa: E402
-from grpo_kernels.objective import TokenLoss, unbounded  # noqa: E402
+from grpo_kernels.objective import Statement, TokenLoss, log_ratio_to, unbounded  # noqa: E402
+from grpo_kernels.sequences import COUPLINGS  # noqa: E402
 from grpo_kernels.spec import SAMPLED_KL, Surrogate  # noqa: E402
 
 INF, NAN = math.inf, math.nan
@@ -32,6 +45,17 @@ SURROGATES = [
     PPOClip(delta=4.0),
     PPOClip(delta=1.0),  # within the clip band
     PPOClip(delta=0.5),  # and below it
+    CISPO(ratio_max=1.25),
+    CISPO(ratio_max=1.25, ratio_min=0.75),
+    CISPO(ratio_max=1.0),  # met exactly by a ratio of 1
+    SAPO(),
+    SAPO(tau_pos=2.0, tau_neg=0.5),
+    DRO(beta=0.3),
+    DRO(beta=0.3, anchor="ref"),
+    DPPO("tv", low=0.01, high=0.02),
+    DPPO("tv", low=0.0, high=0.0),  # met exactly by an unmoved probability
+    DPPO("kl", low=0.002, high=0.005, ratio_cap=1.2),
+    DPPO("kl", low=0.0, high=0.0),
 ]
 KLS = [
     KL(kind, 1.0, ratio_corrected, straight_through, clamp, output_clamp)
@@ -54,7 +78,7 @@ on_policy = pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy
 
 @triton.jit
 def surrogate_kernel(
-    logp_ptr, anchor_ptr, advantage_ptr, value_ptr, dlogp_ptr, clamp, surrogate_params, n,
+    logp_ptr, anchor_ptr, advantage_ptr, value_ptr, by_logp_ptr, by_log_ratio_ptr, clamp, surrogate_params, n,
     SURROGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
@@ -63,14 +87,17 @@ def surrogate_kernel(
     if anchor_ptr is not None:
         anchor = tl.load(anchor_ptr + i, mask=inside)
     logp, advantage = tl.load(logp_ptr + i, mask=inside), tl.load(advantage_ptr + i, mask=inside)
-    value, dlogp = SURROGATE(logp, anchor, advantage, clamp, surrogate_params)
+    log_ratio = twins.log_ratio_to(logp, anchor)
+    value, by_logp, by_log_ratio = SURROGATE(logp, log_ratio, advantage, clamp, surrogate_params)
     tl.store(value_ptr + i, value, mask=inside)
-    tl.store(dlogp_ptr + i, dlogp, mask=inside)
+    tl.store(by_logp_ptr + i, by_logp, mask=inside)
+    tl.store(by_log_ratio_ptr + i, by_log_ratio, mask=inside)
 
 
 @triton.jit
 def kl_kernel(
-    logp_ptr, old_logp_ptr, ref_logp_ptr, value_ptr, dlogp_ptr, clamp, output_clamp, log_ratio_clamp, n,
+    logp_ptr, old_logp_ptr, ref_logp_ptr, value_ptr, by_logp_ptr, by_log_ratio_ptr,
+    clamp, output_clamp, log_ratio_clamp, n,
     ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -80,9 +107,9 @@ def kl_kernel(
     if old_logp_ptr is not None:
         old_logp = tl.load(old_logp_ptr + i, mask=inside)
     logp, ref_logp = tl.load(logp_ptr + i, mask=inside), tl.load(ref_logp_ptr + i, mask=inside)
-    value, dlogp = twins.kl_estimate(
+    value, by_logp, by_log_ratio = twins.kl_estimate(
         logp,
-        old_logp,
+        twins.log_ratio_to(logp, old_logp),
         ref_logp,
         ESTIMATOR,
         clamp,
@@ -92,76 +119,95 @@ def kl_kernel(
         log_ratio_clamp,
     )
     tl.store(value_ptr + i, value, mask=inside)
-    tl.store(dlogp_ptr + i, dlogp, mask=inside)
+    tl.store(by_logp_ptr + i, by_logp, mask=inside)
+    tl.store(by_log_ratio_ptr + i, by_log_ratio, mask=inside)
 
 
 def surrogate_in_triton(
     surrogate: Surrogate, logp: Tensor, anchor: Tensor | None, advantage: Tensor, clamp: float
-) -> TokenLoss:
-    value, dlogp = torch.empty_like(logp), torch.empty_like(logp)
-    statement = twins.SURROGATES[type(surrogate).__name__]
+) -> Statement:
+    found = Statement(*(torch.empty_like(logp) for _ in Statement._fields))
     n, BLOCK = logp.numel(), triton.next_power_of_2(logp.numel())
     surrogate_kernel[(1,)](
-        logp, anchor, advantage, value, dlogp, clamp, surrogate.params, n, SURROGATE=statement, BLOCK=BLOCK
-    )
-    return TokenLoss(value, dlogp)
+        logp, anchor, advantage, *found, clamp, surrogate.params, n,
+        SURROGATE=twins.SURROGATES[surrogate.statement], BLOCK=BLOCK,
+    )  # fmt: skip
+    return found
 
 
 def surrogate_in_torch(
     surrogate: Surrogate, logp: Tensor, anchor: Tensor | None, advantage: Tensor, clamp: float
-) -> TokenLoss:
-    return objective.SURROGATES[type(surrogate)](logp, anchor, advantage, clamp, *surrogate.params)
+) -> Statement:
+    statement = objective.SURROGATES[surrogate.statement]
+    return with_zeros(statement(logp, log_ratio_to(logp, anchor), advantage, clamp, *surrogate.params))
 
 
-def kl_in_triton(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> TokenLoss:
-    value, dlogp = torch.empty_like(logp), torch.empty_like(logp)
+def kl_in_triton(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> Statement:
+    found = Statement(*(torch.empty_like(logp) for _ in Statement._fields))
     kl_kernel[(1,)](
-        logp, old_logp, ref_logp, value, dlogp,
+        logp, old_logp, ref_logp, *found,
         unbounded(kl.clamp), unbounded(kl.output_clamp), clamp, logp.numel(),
         ESTIMATOR=twins.KL_ESTIMATORS[kl.kind], STRAIGHT_THROUGH=kl.straight_through,
         RATIO_CORRECTED=kl.ratio_corrected, BLOCK=triton.next_power_of_2(logp.numel()),
     )  # fmt: skip
-    return TokenLoss(value, dlogp)
+    return found
 
 
-def kl_in_torch(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> TokenLoss:
-    return objective.kl_estimate(
-        logp,
-        old_logp,
-        ref_logp,
-        objective.KL_ESTIMATORS[kl.kind],
-        unbounded(kl.clamp),
-        unbounded(kl.output_clamp),
-        kl.straight_through,
-        kl.ratio_corrected,
-        clamp,
+def kl_in_torch(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> Statement:
+    return with_zeros(
+        objective.kl_estimate(
+            logp,
+            log_ratio_to(logp, old_logp),
+            ref_logp,
+            objective.KL_ESTIMATORS[kl.kind],
+            unbounded(kl.clamp),
+            unbounded(kl.output_clamp),
+            kl.straight_through,
+            kl.ratio_corrected,
+            clamp,
+        )
     )
+
+
+def with_zeros(statement: Statement) -> Statement:
+    return Statement(*(torch.zeros_like(statement.value) if x is None else x for x in statement))
+
+
+def at_token_level(statement: Statement) -> TokenLoss:
+    """Where log-probability and log-ratio move alike."""
+    value, by_logp, by_log_ratio = with_zeros(statement)
+    assert by_logp is not None and by_log_ratio is not None
+    return TokenLoss(value, by_logp + by_log_ratio)
 
 
 def grid(*axes: tuple[float, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
     return list(torch.tensor(list(itertools.product(*axes)), dtype=dtype, device=device).T.contiguous())
 
 
-def assert_same(got: TokenLoss, expected: TokenLoss, rtol: float = 2e-6) -> None:
+def assert_same(got: Any, expected: Any, rtol: float = 2e-6) -> None:
     """To a few roundings, and exactly where zero, infinite or NaN.
 
     The derivative of a ratio-corrected KL is a difference of two terms of the size of the value, whose
     roundings it keeps.
     """
-    for name, one, other in zip(TokenLoss._fields, got, expected, strict=True):
-        scale = other.abs() + (expected.value.abs() if name == "dlogp" else 0)
+    for name, one, other in zip(expected._fields, got, expected, strict=True):
+        scale = other.abs() + (0 if name == "value" else expected.value.abs().nan_to_num(0, 0, 0))
         same = (one == other) | (one.isnan() & other.isnan())
-        near = ((one - other).abs() <= rtol * scale) & scale.isfinite() & (one != 0) & (other != 0)
+        near = ((one - other).abs() <= rtol * scale) & other.isfinite() & (one != 0) & (other != 0)
         wrong = (~(same | near)).nonzero().view(-1).tolist()
         assert not wrong, f"{name} at {wrong}: {one[wrong].tolist()}, expected {other[wrong].tolist()}"
 
 
 def test_all_three_lists_know_the_same_names() -> None:
-    """Those of spec.py, objective.py and device.py."""
-    in_torch = {cls.__name__: function.__name__ for cls, function in objective.SURROGATES.items()}
+    """Those of spec.py, objective.py and device.py. What couples tokens has its part in sequences.py."""
+    in_torch = {name: function.__name__ for name, function in objective.SURROGATES.items()}
     in_triton = {name: function.__name__ for name, function in twins.SURROGATES.items()}
-    assert {cls.__name__ for cls in Surrogate.__subclasses__()} == in_torch.keys()
-    assert in_torch == in_triton
+    assert in_torch == in_triton and all(name == function for name, function in in_torch.items())
+    assert {cls for cls in Surrogate.__subclasses__() if cls.couples_tokens} == COUPLINGS.keys()
+    stated = {surrogate.statement for surrogate in SURROGATES}
+    assert stated == in_torch.keys()
+    tested = {type(surrogate) for surrogate in SURROGATES}
+    assert tested | COUPLINGS.keys() == set(Surrogate.__subclasses__())
     in_torch = {kind: function.__name__ for kind, function in objective.KL_ESTIMATORS.items()}
     assert set(SAMPLED_KL) == in_torch.keys()
     assert in_torch == {kind: function.__name__ for kind, function in twins.KL_ESTIMATORS.items()}
@@ -203,7 +249,7 @@ def test_a_tie_counts_as_unclipped(language: Any, log_ratio: float, device: str)
     one = torch.ones(1, device=device)
 
     def of(surrogate: Surrogate, advantage: Tensor) -> TokenLoss:
-        return language(surrogate, logp, anchor, advantage, INF)
+        return at_token_level(language(surrogate, logp, anchor, advantage, INF))
 
     ratio = -of(ImportanceRatio(), one).value
     eps = abs(float(ratio) - 1)  # exact: both are within a factor of two
@@ -233,7 +279,8 @@ def test_surrogates_are_the_references(surrogate: Surrogate, on_policy: bool, cl
     value = reference._surrogate(surrogate, logp, anchor, advantage, lambda anchor: ratio)
     (dlogp,) = torch.autograd.grad(value.sum(), logp)
     got = surrogate_in_torch(surrogate, logp.detach(), anchor, advantage, clamp)
-    assert_same(got, TokenLoss(value.detach(), dlogp), rtol=1e-12)
+    # The oracle squares the logarithm of a ratio near 1.
+    assert_same(at_token_level(got), TokenLoss(value.detach(), dlogp), rtol=1e-11)
 
 
 @log_ratio_clamps
@@ -248,7 +295,7 @@ def test_kl_estimates_are_the_references(kl: KL, on_policy: bool, clamp: float) 
     value = reference._sampled_kl(kl, logp, ref, ratio)
     (dlogp,) = torch.autograd.grad(value.sum(), logp)
     got = kl_in_torch(kl, logp.detach(), old, ref, clamp)
-    assert_same(got, TokenLoss(value.detach(), dlogp), rtol=1e-12)
+    assert_same(at_token_level(got), TokenLoss(value.detach(), dlogp), rtol=1e-12)
 
 
 def clamped(log_ratio: Tensor, clamp: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Device functions shared by the kernels, and the losses as Triton states them.
 
 The surrogates and KL estimators state in Triton what `objective.py` states in PyTorch, under the same names;
-a test compares the two. Each returns `(value, derivative by logp)`.
+a test compares the two. Each returns `(value, derivative by logp, derivative by the log-ratio)`.
 """
 
 import triton
@@ -113,40 +113,43 @@ def bounded(x, low, high):
 
 
 @triton.jit
-def clamped_ratio(logp, anchor, clamp):
+def log_ratio_to(logp, anchor):
     if anchor is None:
-        # Not 1 + 0 * logp: a taken token at -inf has ratio 1, while a NaN stays one.
-        ratio = tl.where(logp == logp, 1.0, logp)
-        dratio = ratio
+        # Not logp - logp: a taken token at -inf has ratio 1, while a NaN stays one.
+        log_ratio = tl.where(logp == logp, 0.0, logp)
     else:
         log_ratio = logp - anchor
-        ratio = tl.exp(bounded(log_ratio, -clamp, clamp))
-        dratio = tl.where(tl.abs(log_ratio) > clamp, 0.0, ratio)
-    return ratio, dratio
+    return log_ratio
 
 
 @triton.jit
-def log_ratio(logp, anchor, advantage, clamp, params):
-    return -advantage * (logp - anchor), -advantage
+def clamped_ratio(log_ratio, clamp):
+    ratio = tl.exp(bounded(log_ratio, -clamp, clamp))
+    return ratio, tl.where(tl.abs(log_ratio) > clamp, 0.0, ratio)
 
 
 @triton.jit
-def reinforce(logp, anchor, advantage, clamp, params):
-    return -advantage * logp, -advantage
+def log_ratio(logp, log_ratio, advantage, clamp, params):
+    return -advantage * log_ratio, 0.0 * advantage, -advantage
 
 
 @triton.jit
-def importance_ratio(logp, anchor, advantage, clamp, params):
+def reinforce(logp, log_ratio, advantage, clamp, params):
+    return -advantage * logp, -advantage, 0.0 * advantage
+
+
+@triton.jit
+def importance_ratio(logp, log_ratio, advantage, clamp, params):
     max_ratio = params[0]
-    ratio, dratio = clamped_ratio(logp, anchor, clamp)
+    ratio, dratio = clamped_ratio(log_ratio, clamp)
     value = -advantage * tl.where(ratio > max_ratio, max_ratio, ratio)
-    return value, tl.where(ratio > max_ratio, 0.0, -advantage * dratio)
+    return value, tl.zeros_like(value), tl.where(ratio > max_ratio, 0.0, -advantage * dratio)
 
 
 @triton.jit
-def ppo_clip(logp, anchor, advantage, clamp, params):
+def ppo_clip(logp, log_ratio, advantage, clamp, params):
     eps_low, eps_high, delta, dual_clip = params
-    ratio, dratio = clamped_ratio(logp, anchor, clamp)
+    ratio, dratio = clamped_ratio(log_ratio, clamp)
     low, high = 1 - eps_low, 1 + eps_high
     unclipped = tl.where(ratio > delta, delta, ratio) * advantage
     clipped = bounded(ratio, low, high) * advantage
@@ -155,14 +158,83 @@ def ppo_clip(logp, anchor, advantage, clamp, params):
     flat = tl.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
     bound = -dual_clip * advantage
     beyond = (advantage < 0) & (value > bound)
-    return tl.where(beyond, bound, value), tl.where(flat | beyond, 0.0, -advantage * dratio)
+    slope = tl.where(flat | beyond, 0.0, -advantage * dratio)
+    return tl.where(beyond, bound, value), tl.zeros_like(slope), slope
+
+
+@triton.jit
+def cispo(logp, log_ratio, advantage, clamp, params):
+    ratio_max, ratio_min = params
+    ratio, _ = clamped_ratio(log_ratio, clamp)
+    weight = -advantage * bounded(ratio, ratio_min, ratio_max)
+    return weight * logp, weight, tl.zeros_like(weight)
+
+
+@triton.jit
+def sigmoid(x):
+    # The exponential of a negative number only: it cannot overflow.
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def sapo(logp, log_ratio, advantage, clamp, params):
+    tau_pos, tau_neg = params
+    ratio, dratio = clamped_ratio(log_ratio, clamp)
+    tau = tl.where(advantage > 0, tau_pos, tau_neg)
+    gate = sigmoid(tau * (ratio - 1))
+    # sigmoid(-x) and not 1 - sigmoid(x), which has no digits left where the ratio is large.
+    steepness = gate * sigmoid(-tau * (ratio - 1))
+    # Where it has vanished the ratio may be infinite.
+    slope = tl.where(steepness == 0, 0.0, -4 * steepness * advantage * dratio)
+    return -advantage * gate * 4 / tau, tl.zeros_like(slope), slope
+
+
+@triton.jit
+def dro(logp, log_ratio, advantage, clamp, params):
+    beta = params[0]
+    held = bounded(log_ratio, -clamp, clamp)
+    slope = tl.where(tl.abs(log_ratio) > clamp, 0.0, beta * held)
+    return beta / 2 * held * held - advantage * logp, -advantage, slope
+
+
+@triton.jit
+def dppo_tv(logp, log_ratio, advantage, clamp, params):
+    low, high, ratio_cap = params
+    change = tl.exp(logp) - tl.exp(logp - log_ratio)
+    inside = tl.where(advantage > 0, change <= high, change >= -low)
+    return within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside)
+
+
+@triton.jit
+def dppo_kl(logp, log_ratio, advantage, clamp, params):
+    low, high, ratio_cap = params
+    p, old_p = tl.exp(logp), tl.exp(logp - log_ratio)
+    divergence = -old_p * log_ratio + (1 - old_p) * tl.log((1 - old_p + 1e-8) / (1 - p + 1e-8))
+    raised = (divergence <= high) | (p <= old_p)
+    lowered = (divergence <= low) | (p >= old_p)
+    inside = tl.where(advantage > 0, raised, lowered)
+    return within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside)
+
+
+@triton.jit
+def within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside):
+    ratio, _ = clamped_ratio(log_ratio, clamp)
+    inside |= ratio != ratio
+    weight = tl.where(inside, -advantage * tl.where(ratio > ratio_cap, ratio_cap, ratio), 0.0)
+    return tl.where(inside, weight * logp, 0.0), weight, tl.zeros_like(weight)
 
 
 SURROGATES = {
-    "LogRatio": log_ratio,
-    "Reinforce": reinforce,
-    "ImportanceRatio": importance_ratio,
-    "PPOClip": ppo_clip,
+    "log_ratio": log_ratio,
+    "reinforce": reinforce,
+    "importance_ratio": importance_ratio,
+    "ppo_clip": ppo_clip,
+    "cispo": cispo,
+    "sapo": sapo,
+    "dro": dro,
+    "dppo_tv": dppo_tv,
+    "dppo_kl": dppo_kl,
 }
 
 
@@ -193,7 +265,7 @@ KL_ESTIMATORS = {"k1": k1, "abs": absolute, "k2": k2, "k3": k3}
 @triton.jit
 def kl_estimate(
     logp,
-    old_logp,
+    log_ratio,
     ref_logp,
     ESTIMATOR: tl.constexpr,
     clamp,
@@ -209,8 +281,10 @@ def kl_estimate(
     else:
         slope = tl.where((tl.abs(x) > clamp) | (tl.abs(value) > output_clamp), 0.0, slope)
     value = bounded(value, -output_clamp, output_clamp)
+    by_log_ratio = tl.zeros_like(value)
     if RATIO_CORRECTED:
-        ratio, dratio = clamped_ratio(logp, old_logp, log_ratio_clamp)
-        slope = dratio * value + ratio * slope
+        ratio, dratio = clamped_ratio(log_ratio, log_ratio_clamp)
+        by_log_ratio = dratio * value
+        slope = ratio * slope
         value = ratio * value
-    return value, slope
+    return value, slope, by_log_ratio

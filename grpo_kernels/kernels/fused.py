@@ -10,6 +10,7 @@ from .device import (
     SURROGATES,
     kl_estimate,
     load_optional,
+    log_ratio_to,
     logit_factors,
     row_pointer,
     store_optional,
@@ -38,7 +39,7 @@ def fused_loss_kernel(
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     # Not `params`: Triton's generated binder uses that name itself.
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
@@ -85,10 +86,14 @@ def fused_loss_kernel(
     if SURROGATE is not None:
         advantage = tl.load(advantages_ptr + row)
         if ANCHOR == "ref":
-            value, dlogp = SURROGATE(logp, ref_logp, advantage, log_ratio_clamp, surrogate_params)
+            log_ratio = log_ratio_to(logp, ref_logp)
         else:
-            value, dlogp = SURROGATE(logp, old_logp, advantage, log_ratio_clamp, surrogate_params)
-        inactive = advantage == 0
+            log_ratio = log_ratio_to(logp, old_logp)
+        value, by_logp, by_log_ratio = SURROGATE(
+            logp, log_ratio, advantage, log_ratio_clamp, surrogate_params
+        )
+        dlogp = by_logp + by_log_ratio
+        inactive = RESTS_AT_ZERO & (advantage == 0)
         if token_weights_ptr is not None:
             token_weight = tl.load(token_weights_ptr + row)
             value *= token_weight
@@ -99,12 +104,12 @@ def fused_loss_kernel(
         dlogp = tl.where(inactive, 0.0, dlogp * row_weight)
     dkl, dkl_forward = tl.full((), 0.0, DTYPE), tl.full((), 0.0, DTYPE)
     if KL_KIND == "sampled":
-        kl_value, slope = kl_estimate(
-            logp, old_logp, ref_logp, ESTIMATOR, kl_clamp, kl_output_clamp, STRAIGHT_THROUGH, RATIO_CORRECTED,
-            log_ratio_clamp,
+        kl_value, slope, by_log_ratio = kl_estimate(
+            logp, log_ratio_to(logp, old_logp), ref_logp, ESTIMATOR, kl_clamp, kl_output_clamp,
+            STRAIGHT_THROUGH, RATIO_CORRECTED, log_ratio_clamp,
         )  # fmt: skip
         value += kl_beta * row_weight * kl_value
-        dlogp += kl_beta * row_weight * slope
+        dlogp += kl_beta * row_weight * (slope + by_log_ratio)
     if KL_KIND == "exact":
         dkl = kl_beta * row_weight
         value += dkl * kl
@@ -158,6 +163,7 @@ def fused_loss(
     *,
     surrogate: str | None,
     anchor: str | None,
+    rests_at_zero: bool,
     params: tuple[float, ...],
     log_ratio_clamp: float,
     kl_kind: str | None,
@@ -190,7 +196,8 @@ def fused_loss(
             logits.shape[1], vocab_size, out.shape[2],
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-            SURROGATE=None if surrogate is None else SURROGATES[surrogate], ANCHOR=anchor,
+            SURROGATE=None if surrogate is None else SURROGATES[surrogate],
+            ANCHOR=anchor, RESTS_AT_ZERO=rests_at_zero,
             KL_KIND="sampled" if estimator is not None else kl_kind, ESTIMATOR=estimator,
             STRAIGHT_THROUGH=straight_through, RATIO_CORRECTED=ratio_corrected,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[value.dtype],
