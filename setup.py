@@ -36,29 +36,29 @@ PLOTS = [
     'matplotlib==3.10.9; python_version < "3.11"',
 ]
 
+# TRL 1.16 and transformers 5.23 need Python 3.11.
+TRAINER = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]
+
 TEST = [
     *BASE,
     *PYTEST,
     "pytest-xdist==3.8.0",
     'hypothesis==6.170.15; python_version >= "3.11"',
     'hypothesis==6.168.5; python_version < "3.11"',
+    *(f'{peer}; python_version >= "3.11"' for peer in (*TRAINER, "liger-kernel==0.8.5")),  # compared with
 ]
 BENCH = [*BASE, *PYTEST, *PLOTS, "pytest-benchmark==5.3.1", "psutil==7.2.2"]
-# TRL 1.16 and transformers 5.23 need Python 3.11.
 TRL = [
     *BASE,
     *PLOTS,
-    "trl==1.16.0",
-    "transformers==5.23.0",
-    "accelerate==1.15.0",
-    "datasets==5.2.0",
+    *TRAINER,
     "tqdm==4.70.1",
     "rich==15.0.0",
     "psutil==7.2.2",
 ]
 # verl pins libraries of its own that contradict the `trl` extra (and has no release for Python 3.13): give it
-# an environment to itself.
-VERL = ["verl==0.9.1"]
+# an environment to itself. It asks for no torch and would take any.
+VERL = [*BASE, *PYTEST, "verl==0.9.1"]
 DEV = [*TEST, *BENCH, "ruff==0.17.6", "mypy==2.4.1"]
 
 setup(

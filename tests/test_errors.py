@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import (
+    CISPO,
+    DPPO,
+    DRO,
+    GMPO,
     KL,
+    SAPO,
+    VESPO,
     GRPOLoss,
     ImportanceRatio,
     LogRatio,
@@ -26,6 +32,7 @@ from grpo_kernels import (
     log_ratio_loss,
     selective_logps,
 )
+from grpo_kernels.spec import PRESETS
 
 B, T, V = 2, 3, 7  # a padded batch
 N, S = 5, 2  # a packed one
@@ -253,6 +260,14 @@ class TestCompanions:
             ),
             case(
                 packed,
+                spec(level="sequence"),
+                "PPOClip(",
+                "at level 'sequence' on a packed batch",
+                "seq_lens",
+            ),
+            case(packed, {"spec": "vespo"}, "VESPO(", "on a packed batch needs seq_lens"),
+            case(
+                packed,
                 {"advantages": zeros(S)},
                 "advantages must have shape (5,)",
                 "with seq_lens",
@@ -415,6 +430,27 @@ class TestConstruction:
                 lambda: ImportanceRatio(max_ratio=0),
                 ["ImportanceRatio.max_ratio must be finite and > 0, got 0"],
             ),
+            (lambda: CISPO(ratio_max=0), ["CISPO.ratio_max must be finite and > 0, got 0"]),
+            (lambda: CISPO(1.0, ratio_min=2), ["CISPO.ratio_max must be finite and > 2, got 1.0"]),
+            (lambda: SAPO(tau_pos=0), ["SAPO.tau_pos must be finite and > 0, got 0"]),
+            (lambda: SAPO(tau_neg=math.nan), ["SAPO.tau_neg must be finite and > 0, got nan"]),
+            (lambda: DRO(beta=0), ["DRO.beta must be finite and > 0, got 0"]),
+            (lambda: DRO(0.1, anchor="new"), ["DRO.anchor must be one of 'old', 'ref', got 'new'"]),
+            (lambda: DPPO("js"), ["DPPO.kind must be one of 'tv', 'kl', got 'js'"]),
+            (lambda: DPPO(low=-1), ["DPPO.low must be finite and >= 0, got -1"]),
+            (lambda: DPPO(ratio_cap=0), ["DPPO.ratio_cap must be finite and > 0, got 0"]),
+            (lambda: VESPO(k_neg=-1), ["VESPO.k_neg must be finite and >= 0, got -1"]),
+            (lambda: GMPO(eps_high=math.inf), ["GMPO.eps_high must be finite and >= 0, got inf"]),
+            (
+                lambda: LossSpec(Reinforce(), level="sequence"),
+                ["level 'sequence' is not one of Reinforce: it has 'token'"],
+            ),
+            (lambda: LossSpec(VESPO(), level="sequence"), ["level 'sequence' is not one of VESPO"]),
+            (
+                lambda: LossSpec(DRO(0.1), level="sequence-token"),
+                ["level 'sequence-token' is not one of DRO", "it has 'token', 'sequence'"],
+            ),
+            (lambda: LossSpec(max, level="sequence"), ["level 'sequence'", "a callable forms its own ratio"]),
             (lambda: LossSpec.preset("gppo"), ["preset must be one of", "'grpo'", "got 'gppo'"]),
             (lambda: LossSpec.preset("grpo", eps=1), ["preset 'grpo' has no option eps"]),
             (lambda: LossSpec.preset("reinforce", eps_low=0.1), ["preset 'reinforce' has no option eps_low"]),
@@ -435,6 +471,7 @@ class TestConstruction:
         "make, parts",
         ids=lambda x: x[0] if isinstance(x, list) else "",
         argvalues=[
+            (lambda: CISPO(ratio_max=None), ["CISPO.ratio_max must be a number, got None"]),
             (lambda: LossSpec(PPOClip), ["surrogate must be an instance: PPOClip(), not the class"]),
             (lambda: LossSpec(3), ["surrogate must be a surrogate, a callable or None, got 3"]),
             (lambda: LossSpec(KL()), ["surrogate must be", "KL(kind='k3'"]),
@@ -451,6 +488,16 @@ class TestConstruction:
     )
     def test_type(self, make: Callable[[], Any], parts: list[str]) -> None:
         check(make, {}, TypeError, *parts)
+
+    def test_every_preset(self) -> None:
+        """Those that the documentation names; each can be built anew, and its numbers replaced."""
+        names = (
+            "log_ratio importance_ratio grpo bnpo dapo dr_grpo cispo sapo gspo gspo_token luspo vespo gmpo "
+        )
+        names += "reinforce dro dppo_tv dppo_kl opmd"
+        assert PRESETS.keys() == set(names.split())
+        assert all(LossSpec.preset(name) == spec for name, spec in PRESETS.items())
+        assert LossSpec.preset("gspo", eps_low=3e-4, eps_high=4e-4).surrogate == PPOClip(3e-4, 4e-4)
 
     @pytest.mark.parametrize(
         "described", [LossSpec(), KL(), PPOClip(), LogRatio()], ids=lambda x: type(x).__name__

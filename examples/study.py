@@ -1,0 +1,162 @@
+"""What keeps a policy near its reference? The demo's task under five losses, three seeds each.
+
+    make study
+
+Reward, entropy and the exact KL to the reference over training. Writes docs/study.png and docs/study.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # single-threaded processes side by side: the model is tiny
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import functools
+import multiprocessing
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import transformers
+from addition import MAX_WARMUP_STEPS, WARMUP_ACCURACY, positive, silence_libraries
+from addition_task import accuracy, build_model, build_tokenizer, split_sums, warm_up
+from addition_trainer import reinforce
+from tqdm import tqdm
+
+from grpo_kernels import DRO, KL, ImportanceRatio, LogRatio, LossSpec, PPOClip, grpo_loss
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+GRPO = "seq-mean-token-mean"
+LOSSES: dict[str, LossSpec] = {
+    "log_ratio": LossSpec(LogRatio(), aggregation=GRPO),
+    "importance_ratio, to the reference": LossSpec(ImportanceRatio(anchor="ref"), aggregation=GRPO),
+    "grpo": LossSpec(PPOClip(), aggregation=GRPO),
+    "grpo + KL('exact', 0.1)": LossSpec(PPOClip(), KL("exact", beta=0.1), aggregation=GRPO),
+    "dro, to the reference (0.5)": LossSpec(DRO(beta=0.5, anchor="ref"), aggregation=GRPO),
+}
+SEEDS = (0, 1, 2)
+CURVES = {
+    "reward": "Reward",
+    "entropy": "Entropy, nats per token",
+    "kl_exact": "Exact KL to the reference, nats per token",
+}
+COLOURS = ("#D55E00", "#CC79A7", "#000000", "#56B4E9", "#009E73")
+LAST = 20  # steps that the table takes means over
+
+
+class Result(NamedTuple):
+    loss: str
+    seed: int
+    before: float  # held-out accuracy, greedy
+    after: float
+    history: list[dict[str, float]]
+
+    def final(self, key: str) -> float:
+        return mean(logs[key] for logs in self.history[-LAST:] if key in logs)
+
+
+def run(job: tuple[str, int, int]) -> Result:
+    """One training in this process."""
+    loss, seed, steps = job
+    torch.set_num_threads(1)
+    silence_libraries()
+    transformers.set_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    held_out, labelled, unlabelled = split_sums(seed)
+    warm_up(
+        model,
+        tokenizer,
+        labelled,
+        probe=unlabelled[:256],
+        target_accuracy=WARMUP_ACCURACY,
+        max_steps=MAX_WARMUP_STEPS,
+        on_step=lambda reached: None,
+    )
+    before = accuracy(model, tokenizer, held_out)
+    history = reinforce(
+        model,
+        tokenizer,
+        unlabelled,
+        loss_fn=functools.partial(grpo_loss, return_entropy=True),
+        spec=LOSSES[loss],
+        steps=steps,
+        seed=seed,
+        on_step=lambda logs: None,
+    )
+    return Result(loss, seed, before, accuracy(model, tokenizer, held_out), history)
+
+
+def draw(path: Path, results: Sequence[Result]) -> None:
+    """A panel per curve: the mean of the seeds, and a line for each of them."""
+    figure, panels = plt.subplots(1, len(CURVES), figsize=(14, 4.4), layout="constrained")
+    for axes, (key, title) in zip(panels, CURVES.items(), strict=True):
+        for colour, loss in zip(COLOURS, LOSSES, strict=True):
+            runs = [[logs.get(key) for logs in r.history] for r in results if r.loss == loss]
+            for values in runs:
+                points = [(step, y) for step, y in enumerate(values, start=1) if y is not None]
+                axes.plot(*zip(*points, strict=True), color=colour, lw=0.6, alpha=0.4)
+            columns = enumerate(zip(*runs, strict=True), start=1)
+            means = [(step, mean(column)) for step, column in columns if None not in column]
+            axes.plot(*zip(*means, strict=True), color=colour, lw=1.8, label=loss)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def table(results: Sequence[Result], steps: int) -> str:
+    lines = [
+        "# Five losses on the demo's task",
+        "",
+        f"`make study`: {steps} optimizer steps of the demo (examples/addition.py), {len(SEEDS)} seeds.",
+        f"Held-out accuracy in greedy decoding; sampled reward, entropy and exact KL: means of the last {LAST}",
+        "steps. The mean of the seeds, and their range.",
+        f"torch {torch.__version__.split('+')[0]}, on a CPU.",
+        "",
+        "![Reward, entropy and exact KL to the reference over training](study.png)",
+        "",
+        "| loss | accuracy before | after | reward | entropy | exact KL to the reference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for loss in LOSSES:
+        runs = [r for r in results if r.loss == loss]
+        columns = [
+            [r.before for r in runs],
+            [r.after for r in runs],
+            *([r.final(key) for r in runs] for key in CURVES),
+        ]
+        cells = [f"{mean(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in columns]
+        lines.append(f"| {loss} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=positive, default=200, help="optimizer steps of each run")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="where figure and table go")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="runs at a time")
+    arguments = parser.parse_args()
+    jobs = [(loss, seed, arguments.steps) for seed in SEEDS for loss in LOSSES]
+    # A fork after PyTorch has started its threads may hang.
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        results = list(tqdm(pool.imap(run, jobs), total=len(jobs), unit="run"))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    draw(arguments.output / "study.png", results)
+    text = table(results, arguments.steps)
+    (arguments.output / "study.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
