@@ -110,7 +110,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         axes.set(title=title, xlabel="optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    panels[0].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=5, loc="outside lower center")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -120,8 +120,8 @@ def table(results: Sequence[Result], steps: int) -> str:
         "# Five losses on the demo's task",
         "",
         f"`make study`: {steps} optimizer steps of the demo (examples/addition.py), {len(SEEDS)} seeds.",
-        f"Held-out accuracy in greedy decoding; sampled reward, entropy and exact KL: means of the last {LAST}",
-        "steps. The mean of the seeds, and their range.",
+        "Held-out accuracy in greedy decoding; sampled reward, entropy and exact KL: means of the",
+        f"last {LAST} steps. The mean of the seeds, and their range.",
         f"torch {torch.__version__.split('+')[0]}, on a CPU.",
         "",
         "![Reward, entropy and exact KL to the reference over training](study.png)",
