@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sequences import Layout
 from .spec import LossSpec
 
 
@@ -17,14 +18,13 @@ def safe_divide(numerator: Tensor, denominator: Tensor | float) -> Tensor:
 
 def aggregation_weights(
     spec: LossSpec,
-    mask: Tensor,  # [B, T], or [N] packed; bool
-    sequence_ids: Tensor | None,  # [N], packed: the sequence each token belongs to
+    layout: Layout,
     num_sequences: int | None,
     normalizer: Tensor | float | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Weight of every token, `[N]`, such that the aggregated loss is `sum(weights * token losses)`."""
-    weights = mask.to(dtype)
+    weights = layout.mask.to(dtype)
     if spec.aggregation == "token-mean":
         denominator = weights.sum() if normalizer is None else normalizer
     elif spec.aggregation == "token-sum":
@@ -32,16 +32,7 @@ def aggregation_weights(
     else:
         denominator = normalizer if normalizer is not None else float(num_sequences or 0)
     if spec.aggregation == "seq-mean-token-mean":
-        weights = safe_divide(weights, sequence_lengths(weights, sequence_ids, num_sequences))
+        weights = weights / layout.lengths(weights)
     elif spec.aggregation == "seq-mean-token-sum-norm":
-        denominator = denominator * (mask.shape[-1] if spec.max_tokens is None else spec.max_tokens)
-    return safe_divide(weights, denominator).reshape(-1)
-
-
-def sequence_lengths(weights: Tensor, sequence_ids: Tensor | None, num_sequences: int | None) -> Tensor:
-    """Unmasked tokens of the sequence of each token, shaped to divide `weights`."""
-    if sequence_ids is None:
-        return weights.sum(-1, keepdim=True)
-    assert num_sequences is not None
-    lengths = weights.new_zeros(num_sequences).index_add(0, sequence_ids, weights)
-    return lengths[sequence_ids]
+        denominator = denominator * (layout.shape[-1] if spec.max_tokens is None else spec.max_tokens)
+    return safe_divide(weights, denominator)

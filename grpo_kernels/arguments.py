@@ -80,7 +80,8 @@ def token_inputs(
     """The constants of the loss, checked and laid out by rows."""
     row_weights = _row_weights(spec, batch, normalizer)
     if spec.couples_tokens and not spec.uses_callable:
-        batch.require_sequences(f"{spec.surrogate} at level {spec.level!r}")
+        name = "a KL" if spec.surrogate is None else type(spec.surrogate).__name__
+        batch.require_sequences(f"{name} at level {spec.level!r}")
     weights = batch.optional("token_weights", token_weights, columns=True)
     if weights is not None and token_weights is not None and tuple(token_weights.shape) != batch.shape:
         weights = weights_of_sequences(spec, weights, batch.layout)
@@ -132,9 +133,7 @@ def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None
         batch.require_sequences(f"aggregation {spec.aggregation!r}")
     if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
         raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
-    return aggregation_weights(
-        spec, batch.shaped(batch.mask), batch.sequence_ids, batch.num_sequences, normalizer, batch.dtype
-    )
+    return aggregation_weights(spec, batch.layout, batch.num_sequences, normalizer, batch.dtype)
 
 
 def _entropy_weights(

@@ -150,8 +150,7 @@ class Batch:
         if seq_lens is not None:
             _check_seq_lens(seq_lens, source, name)
             num_sequences = seq_lens.numel()
-            seq_lens = seq_lens.to(device)
-            sequence_ids = _sequence_ids(seq_lens, shape[0])
+            seq_lens, sequence_ids = _sequences(seq_lens.to(device, torch.int64), shape[0])
         return cls(
             targets.reshape(-1),
             unmasked.reshape(-1),
@@ -233,11 +232,15 @@ class Batch:
         return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
 
 
-def _sequence_ids(seq_lens: Tensor, tokens: int) -> Tensor:
+def _sequences(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Lengths that lie within `tokens` whatever they were, and the sequence of each token.
+
+    On a GPU nobody has looked at them, and what sums over them trusts them.
+    """
+    ends = seq_lens.cumsum(0).clamp(0, tokens).cummax(0).values
     positions = torch.arange(tokens, device=seq_lens.device)
-    return torch.searchsorted(seq_lens.cumsum(0), positions, right=True).clamp(
-        max=max(0, seq_lens.numel() - 1)
-    )
+    ids = torch.searchsorted(ends, positions, right=True).clamp(max=max(0, seq_lens.numel() - 1))
+    return ends.diff(prepend=ends.new_zeros(1)), ids
 
 
 def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:

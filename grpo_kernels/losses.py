@@ -64,7 +64,8 @@ def grpo_loss(
         ref_logits: the reference model's logits, as `logits`; no gradient.
         ref_logps: `[B, T]` or `[N]`, nats: its log-probabilities instead. Not both.
         old_logps: `[B, T]` or `[N]`, nats: the behaviour policy's. None: on-policy, the ratio is exactly 1.
-        token_weights: `[B, T]`, `[B, 1]` or `[N]`: constant factor on the surrogate, before the KL term.
+        token_weights: `[B, T]`, `[B, 1]` or `[N]`: constant factor on the surrogate, before the KL term; of
+            VESPO and GMPO, on the sequence's ratio (see there).
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
         ref_logit_scale, ref_logit_softcap: the reference's; None: as the policy's.

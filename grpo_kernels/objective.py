@@ -93,8 +93,7 @@ def cispo(
     logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, ratio_max: float, ratio_min: float
 ) -> Statement:
     ratio, _ = clamped_ratio(log_ratio, clamp)
-    weight = -advantage * ratio.clamp(ratio_min, ratio_max)
-    return Statement(weight * logp, weight, None)
+    return weighted_logp(logp, -advantage * ratio.clamp(ratio_min, ratio_max))
 
 
 def sapo(
@@ -113,7 +112,8 @@ def sapo(
 def dro(logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, beta: float) -> Statement:
     held = log_ratio.clamp(-clamp, clamp)
     slope = torch.where(log_ratio.abs() > clamp, 0.0, beta * held)
-    return Statement(beta / 2 * held * held - advantage * logp, -advantage, slope)
+    value, by_logp, _ = weighted_logp(logp, -advantage)
+    return Statement(beta / 2 * held * held + value, by_logp, slope)
 
 
 def dppo_tv(
@@ -140,7 +140,10 @@ def dppo_kl(
     ratio_cap: float,
 ) -> Statement:
     p, old_p = torch.exp(logp), torch.exp(logp - log_ratio)
-    divergence = -old_p * log_ratio + (1 - old_p) * torch.log((1 - old_p + 1e-8) / (1 - p + 1e-8))
+    # Rounding may have left a probability above 1; and 0 * inf is not the 0 that is meant.
+    others, old_others = (1 - p).clamp(min=0), (1 - old_p).clamp(min=0)
+    divergence = old_others * torch.log((old_others + 1e-8) / (others + 1e-8))
+    divergence = divergence - torch.where(old_p == 0, 0.0, old_p * log_ratio)
     inside = torch.where(
         advantage > 0, (divergence <= high) | (p <= old_p), (divergence <= low) | (p >= old_p)
     )
@@ -152,7 +155,12 @@ def within_region(
 ) -> Statement:
     ratio, _ = clamped_ratio(log_ratio, clamp)
     weight = torch.where(inside | ratio.isnan(), -advantage * ratio.clamp(max=ratio_cap), 0.0)
-    return Statement(torch.where(inside | ratio.isnan(), weight * logp, 0.0), weight, None)
+    return weighted_logp(logp, weight)
+
+
+def weighted_logp(logp: Tensor, weight: Tensor) -> Statement:
+    # A weight of 0 beside a taken token at -inf would be 0 * inf.
+    return Statement(torch.where(weight == 0, 0.0, weight * logp), weight, None)
 
 
 SURROGATES: dict[str, Callable[..., Statement]] = {

@@ -219,7 +219,10 @@ def _inside_region(surrogate: Any, lp: Tensor, old_lp: Tensor, A: Tensor) -> Ten
     p, old = lp.exp(), old_lp.exp()
     if surrogate.kind == "tv":
         return torch.where(A > 0, p - old <= surrogate.high, old - p <= surrogate.low)
-    kl = old * (old_lp - lp) + (1 - old) * ((1 - old + 1e-8) / (1 - p + 1e-8)).log()
+    rest, old_rest = (1 - p).clamp(min=0), (1 - old).clamp(min=0)
+    kl = (
+        torch.where(old == 0, 0.0, old * (old_lp - lp)) + old_rest * ((old_rest + 1e-8) / (rest + 1e-8)).log()
+    )
     raised, lowered = (kl <= surrogate.high) | (p <= old), (kl <= surrogate.low) | (p >= old)
     return torch.where(A > 0, raised, lowered)
 

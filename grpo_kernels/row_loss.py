@@ -38,8 +38,8 @@ def row_loss(
     if spec.sampled_kl is not None:
         statement, share = sampled_kl(spec, stats.logps, ref_logps, inputs, layout)
         weight = spec.sampled_kl.beta * inputs.row_weights
-        weighted = Statement(*(None if x is None else weight * x for x in statement))  # type: ignore[arg-type]
-        kl = collected(weighted, share, layout)
+        parts = (None if x is None else torch.where(inputs.mask, weight * x, 0.0) for x in statement)
+        kl = collected(Statement(*parts), share, layout)  # type: ignore[arg-type]
         value, dlogp = value + kl.value, dlogp + kl.dlogp
     found = coefficients(spec, inputs, dlogp)
     for weights, statistic in zip(found[1:], (stats.entropy, stats.kl, stats.kl_forward), strict=True):
@@ -103,7 +103,9 @@ def surrogate_loss(
         logps, log_ratio, advantages, unbounded(spec.log_ratio_clamp), *surrogate.params
     )
     # A select, never a product: a zero advantage beside an infinite ratio would be 0 * inf = NaN.
-    inactive = advantages == 0 if surrogate.rests_at_zero else ~inputs.mask
+    inactive = ~inputs.mask
+    if surrogate.rests_at_zero:
+        inactive = inactive | (advantages == 0)
     weights = inputs.row_weights
     if token_weights is not None:
         weights = weights * token_weights
@@ -120,7 +122,8 @@ def collected(statement: Statement, share: Tensor | None, layout: Layout | None)
     value, by_logp, by_log_ratio = statement
     if by_log_ratio is not None and share is not None:
         assert layout is not None
-        by_log_ratio = torch.where(layout.mask, layout.total(by_log_ratio) * share, 0.0)
+        moves = layout.mask & (share != 0)
+        by_log_ratio = torch.where(moves, layout.total(by_log_ratio) * share, 0.0)
     if by_logp is None or by_log_ratio is None:
         dlogp = by_logp if by_log_ratio is None else by_log_ratio
         assert dlogp is not None

@@ -22,13 +22,14 @@ class Layout(NamedTuple):
     sequence_ids: Tensor | None = None  # [N], packed: the sequence of each token
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the unmasked tokens of each token's sequence, `[N]`."""
-        x = torch.where(self.mask, x, 0.0)
+        """The sum over the unmasked tokens of each token's sequence, `[N]`; in fp64, where there is one."""
+        wide = torch.where(self.mask, x, 0.0).to(x.dtype if x.device.type == "mps" else torch.float64)
         if self.seq_lens is None or self.sequence_ids is None:
-            return x.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
-        # Not index_add, which on a GPU adds in any order.
-        sums = torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True)
-        return sums[self.sequence_ids]
+            sums = wide.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
+        else:
+            # Not index_add, which on a GPU adds in any order.
+            sums = torch.segment_reduce(wide, "sum", lengths=self.seq_lens, unsafe=True)[self.sequence_ids]
+        return sums.to(x.dtype)
 
     def lengths(self, like: Tensor) -> Tensor:
         """Unmasked tokens of each token's sequence, `[N]`, at least 1."""
@@ -75,7 +76,8 @@ def geometric_mean(spec: LossSpec, terms: Terms, layout: Layout) -> Terms:
     flat = (log_ratio > high) | (log_ratio < low) | (advantages == 0)
     bounded = torch.where(advantages == 0, 0.0, torch.minimum(torch.maximum(log_ratio, low), high))
     if weights is not None:
-        weights = torch.exp(layout.total(torch.log(weights + 1e-10)) / count)
+        mean = torch.exp(layout.total(torch.log(weights + 1e-10)) / count)
+        weights = torch.where(layout.total(weights) == 0, 0.0, mean)
     return Terms(
         layout.total(bounded) / count,
         layout.total(advantages) / count,

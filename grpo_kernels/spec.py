@@ -137,7 +137,7 @@ class PPOClip(Surrogate):
 class CISPO(Surrogate):
     """`-sg(clip(ratio, ratio_min, ratio_max)) * A * logp` (MiniMax-M1, arXiv:2506.13585).
 
-    The bounds are ratios themselves, not offsets from 1. Clipped tokens keep their gradient.
+    The bounds are ratios themselves, not offsets from 1: 1.28, not 0.28. Clipped tokens keep their gradient.
     """
 
     ratio_max: float
@@ -221,7 +221,7 @@ class VESPO(Surrogate):
 
     `k_pos`, `lambda_pos` where A >= 0, else `k_neg`, `lambda_neg`. Token weights are factors of `w`: give a
     mask as zero advantages, not as zero weights. As TRL 1.16's "vespo", bounds included: log-ratios of a
-    token to 20, log w between log 1e-8 and 20.
+    token to 20, log w between log 1e-8 and 20, lambda from 1e-4.
     """
 
     k_pos: float = 2.0
@@ -245,7 +245,8 @@ class GMPO(Surrogate):
 
     The bounds are on the log-ratio: it counts as at most `eps_high` where A > 0, at least `-eps_low` where
     A < 0. A is the sequence's mean advantage, token weights enter by their geometric mean, as in verl 0.9.1's
-    "geo_mean"; with the aggregation "seq-mean-token-mean" the loss is the mean over sequences.
+    "geo_mean": a token is taken out by the mask, not by a weight of 0. With the aggregation
+    "seq-mean-token-mean" the loss is the mean over sequences.
     """
 
     eps_low: float = 0.4
@@ -269,7 +270,8 @@ class KL:
         divergence"), or over the whole vocabulary "exact" `KL(policy || reference)` and "exact_forward"
         `KL(reference || policy)`, which need the reference's logits.
     beta: weight of the penalty; at 0 no reference is read.
-    ratio_corrected: multiply by `exp(logp - old_logp)`, with gradient through both.
+    ratio_corrected: multiply by `exp(logp - old_logp)`, at sequence level by the sequence's ratio, with
+        gradient through both.
     straight_through: the value of `kind` with the gradient of "k2".
     clamp, output_clamp: bound `x` and the estimate in absolute value; no gradient where a bound bites.
     """
@@ -305,14 +307,15 @@ class LossSpec:
         `[N]` packed; what was not given is None; masked positions hold zeros). Autograd takes its derivative.
     kl: a `KL`, or None.
     level: where the ratio is formed: of each token ("token"); of the sequence's mean log-ratio, whose
-        gradient all its tokens share ("sequence": GSPO, arXiv:2507.18071); or that value, with the gradient
-        of each token's own ("sequence-token": GSPO-token).
+        gradient all its tokens share ("sequence": GSPO, arXiv:2507.18071; of DRO its sum); or that value,
+        with the gradient of each token's own ("sequence-token": GSPO-token).
     aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divides
         by `max_tokens`) or "token-sum".
     max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783); None: the padded width
         `T`.
     entropy_coef: weight of the entropy bonus.
-    log_ratio_clamp: bound on the absolute log-ratio before it is exponentiated; no gradient where it bites.
+    log_ratio_clamp: bound on the absolute log-ratio before it is exponentiated (DRO: squared); no gradient
+        through the ratio where it bites.
 
     Raises ValueError for a bad value and TypeError for a wrong type, at construction.
     """
@@ -343,9 +346,11 @@ class LossSpec:
             )
         if isinstance(self.surrogate, Surrogate) and self.level not in self.surrogate.levels:
             raise ValueError(
-                f"level {self.level!r} is not one of {type(self.surrogate).__name__}: it has "
-                f"{', '.join(map(repr, self.surrogate.levels))}"
+                f"{type(self.surrogate).__name__} takes level "
+                f"{' or '.join(map(repr, self.surrogate.levels))}, got {self.level!r}"
             )
+        if isinstance(self.surrogate, DRO) and self.level == "sequence" and self.log_ratio_clamp is not None:
+            raise ValueError("log_ratio_clamp does not apply to DRO at level 'sequence', which squares a sum")
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens)

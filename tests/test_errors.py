@@ -261,11 +261,10 @@ class TestCompanions:
             case(
                 packed,
                 spec(level="sequence"),
-                "PPOClip(",
-                "at level 'sequence' on a packed batch",
+                "PPOClip at level 'sequence' on a packed batch",
                 "seq_lens",
             ),
-            case(packed, {"spec": "vespo"}, "VESPO(", "on a packed batch needs seq_lens"),
+            case(packed, {"spec": "vespo"}, "VESPO at level 'token' on a packed batch needs seq_lens"),
             case(
                 packed,
                 {"advantages": zeros(S)},
@@ -443,12 +442,16 @@ class TestConstruction:
             (lambda: GMPO(eps_high=math.inf), ["GMPO.eps_high must be finite and >= 0, got inf"]),
             (
                 lambda: LossSpec(Reinforce(), level="sequence"),
-                ["level 'sequence' is not one of Reinforce: it has 'token'"],
+                ["Reinforce takes level 'token', got 'sequence'"],
             ),
-            (lambda: LossSpec(VESPO(), level="sequence"), ["level 'sequence' is not one of VESPO"]),
+            (lambda: LossSpec(VESPO(), level="sequence"), ["VESPO takes level 'token', got 'sequence'"]),
             (
                 lambda: LossSpec(DRO(0.1), level="sequence-token"),
-                ["level 'sequence-token' is not one of DRO", "it has 'token', 'sequence'"],
+                ["DRO takes level 'token' or 'sequence', got 'sequence-token'"],
+            ),
+            (
+                lambda: LossSpec(DRO(0.1), level="sequence", log_ratio_clamp=1.0),
+                ["log_ratio_clamp does not apply to DRO at level 'sequence'"],
             ),
             (lambda: LossSpec(max, level="sequence"), ["level 'sequence'", "a callable forms its own ratio"]),
             (lambda: LossSpec.preset("gppo"), ["preset must be one of", "'grpo'", "got 'gppo'"]),

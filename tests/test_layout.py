@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "objective": set(),
     "sequences": {"spec", "objective"},
     "row_loss": {"spec", "objective", "sequences"},
-    "aggregation": {"spec"},
+    "aggregation": {"spec", "sequences"},
     "metrics": {"spec", "objective", "sequences", "row_loss"},
     "batch": {"spec", "objective", "sequences"},
     "advantages": {"spec"},

@@ -1,4 +1,4 @@
-"""Draws coefficients.png: the derivative of every loss on the taken token's log-probability.
+"""Draws coefficients.png: the derivative of some losses by the taken token's log-probability.
 
 Nothing here restates a formula of the package: each curve is its own backward. A row of two logits in which
 the taken token has a known probability p gives dL/dlogp from dL/dlogits, since dlogits_y = dL/dlogp (1 - p).
@@ -21,7 +21,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from grpo_kernels import KL, ImportanceRatio, LogRatio, LossSpec, PPOClip, Reinforce, grpo_loss
+from grpo_kernels import DRO, KL, ImportanceRatio, LogRatio, LossSpec, PPOClip, Reinforce, grpo_loss
 
 BETA = 1.0
 TAKEN_PROBABILITY = 0.1
@@ -37,12 +37,6 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
-
-
-def squared_log_ratio(
-    logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, mask: Tensor
-) -> Tensor:
-    return -advantages * logps + BETA / 2 * (logps - ref_logps) ** 2
 
 
 def coefficients(spec: LossSpec, advantage: float = 0.0, on_policy: bool = False) -> Tensor:
@@ -80,7 +74,7 @@ def draw_surrogates(axes: Axes, advantage: float) -> None:
         ("ImportanceRatio, max_ratio 2", ImportanceRatio(max_ratio=2.0), BLUE, "-.", 2.0),
         ("PPOClip 0.2, 0.28", PPOClip(0.2, 0.28), VERMILION, "-", 2.2),
         ("PPOClip, dual_clip 3", PPOClip(0.2, 0.28, dual_clip=3.0), VERMILION, ":", 2.2),
-        ("squared log-ratio (a callable)", squared_log_ratio, GREEN, "-", 2.2),
+        ("DRO: squared log-ratio", DRO(BETA, anchor="ref"), GREEN, "-", 2.2),
     ]
     for label, surrogate, color, style, width in curves:
         draw(axes, coefficients(token_sum(surrogate), advantage), label, color, style, width)

@@ -130,12 +130,12 @@ def clamped_ratio(log_ratio, clamp):
 
 @triton.jit
 def log_ratio(logp, log_ratio, advantage, clamp, params):
-    return -advantage * log_ratio, 0.0 * advantage, -advantage
+    return -advantage * log_ratio, tl.zeros_like(log_ratio), -advantage
 
 
 @triton.jit
 def reinforce(logp, log_ratio, advantage, clamp, params):
-    return -advantage * logp, -advantage, 0.0 * advantage
+    return -advantage * logp, -advantage, tl.zeros_like(logp)
 
 
 @triton.jit
@@ -166,8 +166,7 @@ def ppo_clip(logp, log_ratio, advantage, clamp, params):
 def cispo(logp, log_ratio, advantage, clamp, params):
     ratio_max, ratio_min = params
     ratio, _ = clamped_ratio(log_ratio, clamp)
-    weight = -advantage * bounded(ratio, ratio_min, ratio_max)
-    return weight * logp, weight, tl.zeros_like(weight)
+    return weighted_logp(logp, -advantage * bounded(ratio, ratio_min, ratio_max))
 
 
 @triton.jit
@@ -195,7 +194,8 @@ def dro(logp, log_ratio, advantage, clamp, params):
     beta = params[0]
     held = bounded(log_ratio, -clamp, clamp)
     slope = tl.where(tl.abs(log_ratio) > clamp, 0.0, beta * held)
-    return beta / 2 * held * held - advantage * logp, -advantage, slope
+    value, by_logp, _ = weighted_logp(logp, -advantage)
+    return beta / 2 * held * held + value, by_logp, slope
 
 
 @triton.jit
@@ -210,7 +210,10 @@ def dppo_tv(logp, log_ratio, advantage, clamp, params):
 def dppo_kl(logp, log_ratio, advantage, clamp, params):
     low, high, ratio_cap = params
     p, old_p = tl.exp(logp), tl.exp(logp - log_ratio)
-    divergence = -old_p * log_ratio + (1 - old_p) * tl.log((1 - old_p + 1e-8) / (1 - p + 1e-8))
+    # Rounding may have left a probability above 1; and 0 * inf is not the 0 that is meant.
+    others, old_others = tl.where(p > 1, 0.0, 1 - p), tl.where(old_p > 1, 0.0, 1 - old_p)
+    divergence = old_others * tl.log((old_others + 1e-8) / (others + 1e-8))
+    divergence -= tl.where(old_p == 0, 0.0, old_p * log_ratio)
     raised = (divergence <= high) | (p <= old_p)
     lowered = (divergence <= low) | (p >= old_p)
     inside = tl.where(advantage > 0, raised, lowered)
@@ -222,7 +225,13 @@ def within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside):
     ratio, _ = clamped_ratio(log_ratio, clamp)
     inside |= ratio != ratio
     weight = tl.where(inside, -advantage * tl.where(ratio > ratio_cap, ratio_cap, ratio), 0.0)
-    return tl.where(inside, weight * logp, 0.0), weight, tl.zeros_like(weight)
+    return weighted_logp(logp, weight)
+
+
+@triton.jit
+def weighted_logp(logp, weight):
+    # A weight of 0 beside a taken token at -inf would be 0 * inf.
+    return tl.where(weight == 0, 0.0, weight * logp), weight, tl.zeros_like(weight)
 
 
 SURROGATES = {
