@@ -912,7 +912,7 @@ def test_vespo_at_sequence_level(trainer: Any) -> None:
     """TRL warns that the level is without meaning for VESPO, whose weights are a sequence's anyway, yet lets
     it choose the ratio that corrects the KL term. We refuse it."""
     settings = Settings.of("vespo", "sequence", "KL, corrected")
-    with pytest.raises(ValueError, match="level 'sequence'"):
+    with pytest.raises(ValueError, match="VESPO takes level 'token'"):
         LossSpec(settings.surrogate(), level="sequence")
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
