@@ -26,7 +26,7 @@ import datasets
 import torch
 import transformers
 from addition_report import Logs, Run, draw, show_accuracy, show_cost, show_steps
-from addition_task import accuracy, build_model, build_tokenizer, split_sums, warm_up
+from addition_task import MAX_WARMUP_STEPS, accuracy, build_model, build_tokenizer, split_sums, warm_up
 from addition_trainer import LossFunction, reinforce
 from rich.console import Console
 from tqdm import tqdm
@@ -35,8 +35,6 @@ from grpo_kernels import LossSpec, grpo_loss
 from grpo_kernels.reference import reference_loss
 
 COMPARED_STEPS = 20
-WARMUP_ACCURACY = 0.5
-MAX_WARMUP_STEPS = 1000
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,15 +95,7 @@ def main() -> None:
             bar.set_postfix(accuracy=f"{reached:.2f}", refresh=False)
             bar.update()
 
-        warm_up(
-            model,
-            tokenizer,
-            labelled,
-            probe=unlabelled[:256],
-            target_accuracy=WARMUP_ACCURACY,
-            max_steps=MAX_WARMUP_STEPS,
-            on_step=show_probe,
-        )
+        warm_up(model, tokenizer, labelled, probe=unlabelled[:256], on_step=show_probe)
         bar.total = bar.n  # it ends when it is good enough
     before = accuracy(model, tokenizer, held_out)
 

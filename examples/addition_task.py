@@ -14,6 +14,7 @@ OPERANDS = 100  # both operands lie in 0..99, so 10,000 different sums exist
 MAX_ANSWER_TOKENS = 4  # up to three digits and the end token
 PAD, EOS = "<pad>", "<eos>"
 IGNORED_LABEL = -100
+MAX_WARMUP_STEPS = 1000
 
 Sum = tuple[int, int]
 
@@ -96,9 +97,9 @@ def warm_up(
     sums: list[Sum],
     *,
     probe: list[Sum],
-    target_accuracy: float,
-    max_steps: int,
-    on_step: Callable[[float], None],
+    on_step: Callable[[float], None] = lambda reached: None,
+    target_accuracy: float = 0.5,
+    max_steps: int = MAX_WARMUP_STEPS,
     batch_size: int = 64,
     probe_every: int = 10,
 ) -> None:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 import transformers
-from addition import MAX_WARMUP_STEPS, WARMUP_ACCURACY, positive, silence_libraries
+from addition import positive, silence_libraries
 from addition_task import accuracy, build_model, build_tokenizer, split_sums, warm_up
 from addition_trainer import reinforce
 from tqdm import tqdm
@@ -72,15 +72,7 @@ def run(job: tuple[str, int, int]) -> Result:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     held_out, labelled, unlabelled = split_sums(seed)
-    warm_up(
-        model,
-        tokenizer,
-        labelled,
-        probe=unlabelled[:256],
-        target_accuracy=WARMUP_ACCURACY,
-        max_steps=MAX_WARMUP_STEPS,
-        on_step=lambda reached: None,
-    )
+    warm_up(model, tokenizer, labelled, probe=unlabelled[:256])
     before = accuracy(model, tokenizer, held_out)
     history = reinforce(
         model,

@@ -5,20 +5,8 @@ from .arguments import LossOutput
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
-from .spec import (
-    CISPO,
-    DPPO,
-    DRO,
-    GMPO,
-    KL,
-    SAPO,
-    VESPO,
-    ImportanceRatio,
-    LogRatio,
-    LossSpec,
-    PPOClip,
-    Reinforce,
-)
+from .spec import KL, LossSpec
+from .surrogates import CISPO, DPPO, DRO, GMPO, SAPO, VESPO, ImportanceRatio, LogRatio, PPOClip, Reinforce
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import check_choice, check_integer, check_number
+from .checks import check_choice, check_integer, check_number
 
 
 def group_advantages(

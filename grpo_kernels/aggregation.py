@@ -21,10 +21,9 @@ def aggregation_weights(
     layout: Layout,
     num_sequences: int | None,
     normalizer: Tensor | float | None,
-    dtype: torch.dtype,
 ) -> Tensor:
     """Weight of every token, `[N]`, such that the aggregated loss is `sum(weights * token losses)`."""
-    weights = layout.mask.to(dtype)
+    weights = layout.mask.to(layout.dtype)
     if spec.aggregation == "token-mean":
         denominator = weights.sum() if normalizer is None else normalizer
     elif spec.aggregation == "token-sum":
@@ -32,7 +31,7 @@ def aggregation_weights(
     else:
         denominator = normalizer if normalizer is not None else float(num_sequences or 0)
     if spec.aggregation == "seq-mean-token-mean":
-        weights = weights / layout.lengths(weights)
+        weights = weights / layout.lengths
     elif spec.aggregation == "seq-mean-token-sum-norm":
         denominator = denominator * (layout.shape[-1] if spec.max_tokens is None else spec.max_tokens)
     return safe_divide(weights, denominator)

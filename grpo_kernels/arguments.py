@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .aggregation import aggregation_weights, safe_divide
 from .batch import Batch
+from .checks import check_choice, check_number
 from .metrics import metrics
 from .objective import Coefficients, RowStats, TokenInputs
 from .row_loss import reference_logps
 from .sequences import weights_of_sequences
-from .spec import PRESETS, LogitTransform, LossSpec, Surrogate, check_choice, check_number
+from .spec import PRESETS, LogitTransform, LossSpec
+from .surrogates import Surrogate
 
 
 class LossOutput(NamedTuple):
@@ -133,7 +135,7 @@ def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None
         batch.require_sequences(f"aggregation {spec.aggregation!r}")
     if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
         raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
-    return aggregation_weights(spec, batch.layout, batch.num_sequences, normalizer, batch.dtype)
+    return aggregation_weights(spec, batch.layout, batch.num_sequences, normalizer)
 
 
 def _entropy_weights(

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
+from .checks import check_choice
 from .objective import Coefficients, RowStats, TokenInputs, unbounded
-from .spec import LogitTransform, LossSpec, Surrogate, check_choice
+from .spec import LogitTransform, LossSpec
+from .surrogates import Surrogate
 
 logger = logging.getLogger("grpo_kernels")
 

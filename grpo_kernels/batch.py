@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_integer
 from .objective import MASKED, arithmetic_dtype
 from .sequences import Layout
-from .spec import check_integer
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -99,13 +99,9 @@ class Batch:
     """What is known of each token, whose row of logits or hidden states stands elsewhere."""
 
     targets: Tensor  # [B * T] int64: MASKED, an id of the vocabulary, or vocab_size where the id is outside
-    mask: Tensor  # [B * T] bool
-    shape: tuple[int, ...]  # [B, T] or [N]
+    layout: Layout
     vocab_size: int
     num_sequences: int | None  # None: packed, and not told
-    seq_lens: Tensor | None  # [S], packed, where they are known
-    sequence_ids: Tensor | None  # [N]: the sequence of each token, where these are
-    dtype: torch.dtype  # of all arithmetic, and of every per-token tensor
     source: str  # "logits" or "hidden", for messages
 
     @classmethod
@@ -146,30 +142,33 @@ class Batch:
             _check_ids(ids_name, ids, unmasked & ~valid, vocab_size)
         targets = torch.where(unmasked, torch.where(valid, ids, vocab_size), MASKED)
         num_sequences = shape[0] if len(shape) == 2 else None
-        sequence_ids = None
+        layout = Layout(shape, unmasked.reshape(-1), arithmetic_dtype(source))
         if seq_lens is not None:
             _check_seq_lens(seq_lens, source, name)
             num_sequences = seq_lens.numel()
-            seq_lens, sequence_ids = _sequences(seq_lens.to(device, torch.int64), shape[0])
-        return cls(
-            targets.reshape(-1),
-            unmasked.reshape(-1),
-            shape,
-            vocab_size,
-            num_sequences,
-            seq_lens,
-            sequence_ids,
-            arithmetic_dtype(source),
-            name,
-        )
+            layout.seq_lens, layout.sequence_ids = sequences_within(
+                seq_lens.to(device, torch.int64), shape[0]
+            )
+        return cls(targets.reshape(-1), layout, vocab_size, num_sequences, name)
 
     @property
     def packed(self) -> bool:
         return len(self.shape) == 1
 
     @property
-    def layout(self) -> Layout:
-        return Layout(self.shape, self.mask, self.seq_lens, self.sequence_ids)
+    def shape(self) -> tuple[int, ...]:
+        """`[B, T]` or `[N]`."""
+        return self.layout.shape
+
+    @property
+    def mask(self) -> Tensor:
+        """`[B * T]` bool."""
+        return self.layout.mask
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all arithmetic, and of every per-token tensor."""
+        return self.layout.dtype
 
     def require_sequences(self, what: str) -> None:
         if self.num_sequences is None:
@@ -208,14 +207,14 @@ class Batch:
             expected = " or ".join(map(str, allowed))
             hint = (
                 " (or one per sequence, with seq_lens)"
-                if self.packed and per_sequence and self.sequence_ids is None
+                if self.packed and per_sequence and self.layout.sequence_ids is None
                 else ""
             )
             raise ValueError(f"{name} must have shape {expected}{hint}, got {got}")
         if got == self.shape:
             value = value.reshape(-1)
         elif self.packed:
-            value = value[self.sequence_ids]
+            value = value[self.layout.sequence_ids]
         else:
             value = value.reshape(-1, 1).expand(self.shape).reshape(-1)
         return torch.where(self.mask, value.to(self.dtype), masked)
@@ -232,7 +231,7 @@ class Batch:
         return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
 
 
-def _sequences(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def sequences_within(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Lengths that lie within `tokens` whatever they were, and the sequence of each token.
 
     On a GPU nobody has looked at them, and what sums over them trusts them.
@@ -263,7 +262,7 @@ def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
 
 
 def _check_ids(name: str, ids: Tensor, outside: Tensor, vocab_size: int) -> None:
-    """The debug check; it makes the host wait."""
+    # The host waits: this runs under GRPO_KERNELS_DEBUG only.
     if bool(outside.any()):
         position = tuple(outside.nonzero()[0].tolist())
         raise ValueError(f"{name}{list(position)} is {int(ids[position])}, outside [0, {vocab_size})")

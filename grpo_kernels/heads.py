@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .batch import check_device, check_dtype, check_tensor
+from .checks import check_flag, check_integer
 from .linear import Head, LinearConfig, multiplies_mixed
-from .spec import check_flag, check_integer
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> Head:
@@ -153,5 +153,4 @@ def linear_config(
         *held_dtypes(ref_hidden, logits_dtype),
         chunk_tokens,
         compact,
-        skip_inactive,
     )

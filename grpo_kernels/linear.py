@@ -39,7 +39,6 @@ class LinearConfig:
     ref_logits_dtype: torch.dtype
     chunk_tokens: int | None  # None: chosen
     compact: bool
-    skip_inactive: bool
 
 
 class RowPlan(NamedTuple):
@@ -52,21 +51,19 @@ class RowPlan(NamedTuple):
     selected: Tensor | None = None  # [total] bool: the rows with a gradient, where they were not counted
 
     @classmethod
-    def of(cls, present: Tensor, active: Tensor, *, compact: bool, skip_inactive: bool = False) -> RowPlan:
-        """`present` `[N]` bool: the rows to run; `active`: those of them that have a gradient.
+    def of(cls, needed: Tensor, active: Tensor, *, compact: bool) -> RowPlan:
+        """`needed` `[N]` bool: the rows to run; `active`: those of them that have a gradient.
 
-        `compact` makes the host wait for their number; else all rows are run as if they had one.
+        Unless `compact`, all rows are run as if they had one.
         """
-        total = present.numel()
+        total = needed.numel()
         if not compact:
             return cls(total, total, total, selected=active)
-        with_gradient, running = torch.stack([active.sum(), present.sum()]).tolist()
-        if skip_inactive:
-            running = with_gradient
+        # The one wait of the host: how many rows to multiply. compact=False does without.
+        with_gradient, running = torch.stack([active.sum(), needed.sum()]).tolist()
         if running == total and with_gradient in (0, total):
             return cls(total, running, with_gradient)
-        need = present.to(torch.int8) + active.to(torch.int8)
-        order = need.sort(descending=True, stable=True).indices[:running]
+        order = (needed.to(torch.int8) + active).sort(descending=True, stable=True).indices[:running]
         return cls(total, running, with_gradient, order)
 
     def pick(self, x: Any) -> Any:
@@ -204,7 +201,7 @@ class Gradients:
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
-    """`out = a @ b`, or `out += a @ b`, exact to `out`'s dtype whatever that of the factors."""
+    """`out = a @ b`, or `out += a @ b`; never rounded to less than the dtype of `out` on the way."""
     options: dict[str, Any] = {}
     if a.dtype != out.dtype:
         if multiplies_mixed(a.device):

@@ -44,13 +44,14 @@ def linear_loss(
     targets: Tensor,  # [N]
     temperatures: Tensor | None,  # [N]
     inputs: TokenInputs,
-    active: Tensor,  # [N] bool: unmasked rows that may have a gradient
+    needed: Tensor,  # [N] bool: the rows to run
+    active: Tensor,  # [N] bool: those of them that may have a gradient
     spec: LossSpec,
     config: LinearConfig,
     rows: RowConfig,
 ) -> tuple[Tensor, Tensor, RowStats]:
     """A token-local loss: its value, 0-dim and differentiable, `dlogp` `[N]`, and constant statistics."""
-    plan = RowPlan.of(inputs.mask, active, compact=config.compact, skip_inactive=config.skip_inactive)
+    plan = RowPlan.of(needed, active, compact=config.compact)
     loss, dlogp, *found = LinearLoss.apply(
         *head, ref, targets, temperatures, inputs, spec, plan, config, rows
     )

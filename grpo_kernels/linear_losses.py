@@ -135,7 +135,7 @@ def linear_grpo_loss(
         path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"
         log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")
     if one_pass:
-        loss, dlogp, stats = linear_loss(*tensors, inputs, active, spec, config, rows)
+        loss, dlogp, stats = linear_loss(*tensors, inputs, ran, active, spec, config, rows)
         derivatives = coefficients(spec, inputs, dlogp)
     else:
         live = linear_row_statistics(*tensors, ran, config, rows)

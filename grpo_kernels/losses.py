@@ -20,7 +20,8 @@ from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_st
 from .backend import choose_backend, log_once
 from .batch import Batch, by_rows, check_logits, check_vocab_size, check_writable
 from .row_loss import coefficients
-from .spec import LogRatio, LossSpec
+from .spec import LossSpec
+from .surrogates import LogRatio
 
 
 def grpo_loss(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .objective import SURROGATES, Coefficients, RowStats, TokenInputs, clamped_ratio, log_ratio_to, unbounded
-from .row_loss import reference_logps, sampled_kl, surrogate_terms
-from .sequences import Layout, Terms, sequence_log_ratio
-from .spec import CISPO, DPPO, GMPO, ImportanceRatio, LossSpec, PPOClip, Surrogate
+from .row_loss import reference_logps, sampled_kl
+from .sequences import Layout, sequence_log_ratio
+from .spec import LossSpec
+from .surrogates import CISPO, DPPO, GMPO, ImportanceRatio, PPOClip, Surrogate
 
 
 def metrics(
@@ -36,8 +37,7 @@ def metrics(
         ratio, _ = clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))
         found |= {"log_ratio": log_ratio, "ratio": ratio}
         if surrogate is not None:
-            terms = surrogate_terms(spec, stats.logps, ref_logps, inputs, layout)
-            found |= clip_fractions(surrogate, stats.logps, terms, ratio, inputs.advantages)
+            found |= clip_fractions(surrogate, stats.logps, log_ratio, ratio, inputs.advantages)
     if spec.sampled_kl is not None:
         found["kl"] = sampled_kl(spec, stats.logps, ref_logps, inputs, layout)[0].value
     elif spec.exact_kl is not None:
@@ -58,7 +58,7 @@ def metrics(
 
 
 def clip_fractions(
-    surrogate: Surrogate, logps: Tensor, terms: Terms, ratio: Tensor, advantages: Tensor
+    surrogate: Surrogate, logps: Tensor, log_ratio: Tensor, ratio: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
     """Tokens whose ratio is beyond a bound, on the side to which their advantage pushes it."""
     pushed_up, pushed_down, active = advantages > 0, advantages < 0, advantages != 0
@@ -70,10 +70,11 @@ def clip_fractions(
     elif isinstance(surrogate, ImportanceRatio) and surrogate.max_ratio is not None:
         return {"clip_fraction": (ratio > surrogate.max_ratio) & active}
     elif isinstance(surrogate, GMPO):
-        return {"clip_fraction": (terms.share == 0) & active}
+        high, low = log_ratio > surrogate.eps_high, log_ratio < -surrogate.eps_low
+        return {"clip_fraction": (high & pushed_up) | (low & pushed_down)}
     elif isinstance(surrogate, DPPO):
         statement = SURROGATES[surrogate.statement]
-        _, weight, _ = statement(logps, terms.log_ratio, advantages, math.inf, *surrogate.params)
+        _, weight, _ = statement(logps, log_ratio, advantages, math.inf, *surrogate.params)
         return {"clip_fraction": (weight == 0) & active}
     else:
         return {}

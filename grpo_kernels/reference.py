@@ -169,6 +169,7 @@ def _sequence_numbers(shape: torch.Size, seq_lens: Tensor | None, device: torch.
         return torch.arange(shape[0], device=device)
     if seq_lens is None:
         return torch.zeros(shape, dtype=torch.long, device=device)
+    # Slow on purpose: nobody trains with this.
     return torch.tensor(
         [s for s, n in enumerate(seq_lens.tolist()) for _ in range(n)], dtype=torch.long, device=device
     )

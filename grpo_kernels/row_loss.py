@@ -18,7 +18,8 @@ from .objective import (
     unbounded,
 )
 from .sequences import COUPLINGS, Layout, Terms, couple, sequence_log_ratio
-from .spec import LossSpec, Surrogate
+from .spec import LossSpec
+from .surrogates import Surrogate
 
 
 def row_loss(
@@ -59,7 +60,7 @@ def may_be_active(spec: LossSpec, inputs: TokenInputs, layout: Layout) -> Tensor
     if inputs.token_weights is not None and type(surrogate) not in COUPLINGS:
         active = active & (inputs.token_weights != 0)
     if spec.couples_tokens:
-        active = inputs.mask & (layout.total(active.to(inputs.advantages.dtype)) > 0)
+        active = inputs.mask & (layout.total(active.to(layout.dtype)) > 0)
     return active
 
 
@@ -76,20 +77,6 @@ def coefficients(spec: LossSpec, inputs: TokenInputs, dlogp: Tensor) -> Coeffici
     return found._replace(**{"dkl" if spec.exact_kl.kind == "exact" else "dkl_forward": weight})
 
 
-def surrogate_terms(
-    spec: LossSpec, logps: Tensor, ref_logps: Tensor | None, inputs: TokenInputs, layout: Layout | None
-) -> Terms:
-    """What a built-in surrogate is a function of."""
-    surrogate = spec.surrogate
-    assert isinstance(surrogate, Surrogate)
-    anchor = ref_logps if surrogate.anchor == "ref" else inputs.old_logps
-    terms = Terms(log_ratio_to(logps, anchor), inputs.advantages, inputs.token_weights)
-    if not spec.couples_tokens:
-        return terms
-    assert layout is not None
-    return couple(spec, terms, layout)
-
-
 def surrogate_loss(
     spec: LossSpec, logps: Tensor, ref_logps: Tensor | None, inputs: TokenInputs, layout: Layout | None
 ) -> TokenLoss:
@@ -98,7 +85,12 @@ def surrogate_loss(
     if surrogate is None:
         return TokenLoss(torch.zeros_like(logps), torch.zeros_like(logps))
     assert isinstance(surrogate, Surrogate)
-    log_ratio, advantages, token_weights, share = surrogate_terms(spec, logps, ref_logps, inputs, layout)
+    anchor = ref_logps if surrogate.anchor == "ref" else inputs.old_logps
+    terms = Terms(log_ratio_to(logps, anchor), inputs.advantages, inputs.token_weights)
+    if spec.couples_tokens:
+        assert layout is not None
+        terms = couple(spec, terms, layout)
+    log_ratio, advantages, token_weights, share = terms
     statement = SURROGATES[surrogate.statement](
         logps, log_ratio, advantages, unbounded(spec.log_ratio_clamp), *surrogate.params
     )

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .objective import either, unbounded
-from .spec import DRO, GMPO, VESPO, LossSpec
+from .spec import LossSpec
+from .surrogates import DRO, GMPO, VESPO
 
 
-class Layout(NamedTuple):
+@dataclass
+class Layout:
     """Which tokens make a sequence."""
 
     shape: tuple[int, ...]  # [B, T], or [N] packed
     mask: Tensor  # [N] bool
+    dtype: torch.dtype  # of the arithmetic
     seq_lens: Tensor | None = None  # [S], packed
     sequence_ids: Tensor | None = None  # [N], packed: the sequence of each token
+    _lengths: Tensor | None = field(default=None, init=False, repr=False)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum over the unmasked tokens of each token's sequence, `[N]`; in fp64, where there is one."""
@@ -31,9 +36,12 @@ class Layout(NamedTuple):
             sums = torch.segment_reduce(wide, "sum", lengths=self.seq_lens, unsafe=True)[self.sequence_ids]
         return sums.to(x.dtype)
 
-    def lengths(self, like: Tensor) -> Tensor:
+    @property
+    def lengths(self) -> Tensor:
         """Unmasked tokens of each token's sequence, `[N]`, at least 1."""
-        return self.total(torch.ones_like(like)).clamp(min=1)
+        if self._lengths is None:  # counted once; torch.compile does not know functools.cached_property
+            self._lengths = self.total(self.mask.to(self.dtype)).clamp(min=1)
+        return self._lengths
 
 
 class Terms(NamedTuple):
@@ -54,15 +62,15 @@ def couple(spec: LossSpec, terms: Terms, layout: Layout) -> Terms:
     log_ratio, share = sequence_log_ratio(spec.level, terms.log_ratio, layout)
     if isinstance(spec.surrogate, DRO):
         # It squares the sum, of which each token carries an equal part.
-        root = layout.lengths(log_ratio).sqrt()
+        root = layout.lengths.sqrt()
         log_ratio, share = log_ratio * root, 1 / root
     return terms._replace(log_ratio=log_ratio, share=share)
 
 
 def sequence_log_ratio(level: str, log_ratio: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
     """The mean log-ratio of each token's sequence, and its derivative by the token's own."""
-    count = layout.lengths(log_ratio)
-    return layout.total(log_ratio) / count, None if level == "sequence-token" else 1 / count
+    share = None if level == "sequence-token" else 1 / layout.lengths
+    return layout.total(log_ratio) / layout.lengths, share
 
 
 def geometric_mean(spec: LossSpec, terms: Terms, layout: Layout) -> Terms:
@@ -70,7 +78,7 @@ def geometric_mean(spec: LossSpec, terms: Terms, layout: Layout) -> Terms:
     surrogate = spec.surrogate
     assert isinstance(surrogate, GMPO)
     log_ratio, advantages, weights, _ = terms
-    count = layout.lengths(log_ratio)
+    count = layout.lengths
     high = either(advantages > 0, surrogate.eps_high, math.inf, like=advantages)
     low = either(advantages < 0, -surrogate.eps_low, -math.inf, like=advantages)
     flat = (log_ratio > high) | (log_ratio < low) | (advantages == 0)
@@ -94,7 +102,7 @@ def weights_of_sequences(spec: LossSpec, weights: Tensor, layout: Layout) -> Ten
     """`[N]`, one weight for all tokens of a sequence: a factor of VESPO's ratio once, not once per token."""
     if not isinstance(spec.surrogate, VESPO):
         return weights
-    return torch.exp(torch.log(weights).clamp(LOWEST, HIGHEST) / layout.lengths(weights))
+    return torch.exp(torch.log(weights).clamp(LOWEST, HIGHEST) / layout.lengths)
 
 
 def variational(spec: LossSpec, terms: Terms, layout: Layout) -> Terms:

@@ -6,91 +6,16 @@ the fused kernels: the logits are read once per pass, and nothing of the logits'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .objective import MASKED, Coefficients, RowStats, TokenInputs, arithmetic_dtype
+from .row_chunks import RowChunk, Rows, Scratch, row_chunks
 from .row_loss import row_loss
 from .spec import LogitTransform, LossSpec
-
-# On the CPU 16 MiB of fp32, where Python's share of a chunk has become small and a last-level cache may still
-# hold it; elsewhere enough to be worth the launches.
-CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 25
-
-Rows: TypeAlias = Tensor | slice
-
-
-class Chunk(NamedTuple):
-    """Rows of the flattened batch, and the same rows as `local` rows of a 2-D view."""
-
-    rows: Rows
-    local: Rows
-    sequence: int | None  # which logits[b] the local rows belong to; None: the whole batch is one 2-D view
-
-    def read(self, logits: Tensor) -> Tensor:
-        rows = self.view(logits)
-        return rows[self.local] if isinstance(self.local, slice) else rows.index_select(0, self.local)
-
-    def direct(self, out: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
-        """The rows of `out` that the gradient can be computed in; None where it has to be copied there."""
-        if isinstance(self.local, slice) and out.dtype == dtype and out.device.type == "cpu":
-            return self.view(out)[self.local, :width]
-        return None
-
-    def write(self, out: Tensor, values: Tensor, needed: Tensor) -> None:
-        """Rows of `out` take `values`; columns beyond them are the vocabulary's padding and become zero."""
-        target, width = self.view(out), values.shape[1]
-        if needed.device.type != "cpu":
-            # No row was left out beforehand, and what is not needed may be NaN.
-            values = torch.where(needed[self.rows].unsqueeze(-1), values, 0.0)
-        if isinstance(self.local, slice):
-            if values.data_ptr() != target[self.local].data_ptr():
-                target[self.local, :width] = values
-            target[self.local, width:] = 0
-        else:
-            target[:, :width].index_copy_(0, self.local, values.to(out.dtype))
-            target[:, width:].index_fill_(0, self.local, 0.0)
-
-    def pick(self, picked: Tensor) -> Chunk:
-        """Some rows of the chunk, by their place in it."""
-
-        def of(rows: Rows) -> Tensor:
-            return rows[picked] if isinstance(rows, Tensor) else picked + rows.start
-
-        return Chunk(of(self.rows), of(self.local), self.sequence)
-
-    def view(self, logits: Tensor) -> Tensor:
-        if self.sequence is not None:
-            return logits[self.sequence]
-        return logits.as_strided((logits.shape[0] * logits.shape[1], logits.shape[2]), logits.stride()[1:])
-
-
-def is_flat(logits: Tensor) -> bool:
-    """Whether all rows of `[B, T, V]` lie at one stride, so that they are rows of one 2-D view."""
-    batch, time, _ = logits.shape
-    return batch == 1 or time == 0 or logits.stride(0) == time * logits.stride(1)
-
-
-def chunks(needed: Tensor, *tensors: Tensor) -> Iterator[Chunk]:
-    """The rows that `needed` `[B * T]` marks; off the CPU all of them: choosing would make the host wait."""
-    batch, time, vocab = tensors[0].shape
-    flat = all(is_flat(tensor) for tensor in tensors)
-    rows = max(1, (CPU_CHUNK_ELEMENTS if needed.device.type == "cpu" else CHUNK_ELEMENTS) // max(1, vocab))
-    span = batch * time if flat else time
-    for sequence in range(1 if flat else batch):
-        start = sequence * span
-        here = needed[start : start + span]
-        if needed.device.type != "cpu" or bool(here.all()):
-            for begin in range(0, span, rows):
-                end = min(begin + rows, span)
-                local = slice(begin, end)
-                yield Chunk(slice(start + begin, start + end), local, None if flat else sequence)
-        else:
-            for part in here.nonzero().view(-1).split(rows) if here.any() else ():
-                yield Chunk(part + start, part, None if flat else sequence)
 
 
 class Exponentials(NamedTuple):
@@ -103,20 +28,6 @@ class Exponentials(NamedTuple):
     def pick(self, picked: Tensor) -> Exponentials:
         slope = self.slope[picked] if isinstance(self.slope, Tensor) else self.slope
         return Exponentials(None if self.d is None else self.d[picked], self.e[picked], slope)
-
-
-class Scratch:
-    """Buffers that all chunks of a pass share: fresh memory costs more than the arithmetic done in it."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-
-    def like(self, name: str, x: Tensor) -> Tensor:
-        """A buffer of the shape `[n, V]` and dtype of `x`, with whatever the last chunk left in it."""
-        found = self.buffers.get(name)
-        if found is None or found.shape[0] < x.shape[0]:
-            found = self.buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return found[: x.shape[0]]
 
 
 def exponentials(
@@ -295,7 +206,7 @@ def row_stats(
         and transform.scale == transform.temperature
     )
     scratch = Scratch()
-    for chunk in chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
+    for chunk in row_chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         if plain:
             found, done = plain_statistics(z, targets[chunk.rows], scratch)
@@ -324,7 +235,7 @@ def dlogits(
     needed = coefficients.active() & (targets != MASKED)
     keep_d = coefficients.dentropy is not None or coefficients.dkl is not None
     scratch = Scratch()
-    for chunk in chunks(needed, *(x for x in (out, logits, ref_logits) if x is not None)):
+    for chunk in row_chunks(needed, *(x for x in (out, logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         own = stats.rows(chunk.rows)
         t = temperature_of(chunk, temperature, transform)
@@ -369,7 +280,7 @@ def fused_loss(
     present = targets != MASKED
     written = present.clone()
     scratch = Scratch()
-    for chunk in chunks(present, *(x for x in (dlogits, logits, ref_logits) if x is not None)):
+    for chunk in row_chunks(present, *(x for x in (dlogits, logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
         t = temperature_of(chunk, temperature, transform)
         stats, p, q = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
@@ -380,7 +291,7 @@ def fused_loss(
         active = own.active() & present[chunk.rows]
         written[chunk.rows] = active
         if active.device.type == "cpu" and not bool(active.all()):
-            picked = active.nonzero().view(-1)
+            picked = active.nonzero().view(-1)  # on the CPU: nothing waits
             chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
             q = None if q is None else q.pick(picked)
         chunk.write(
@@ -393,14 +304,14 @@ def fused_loss(
 
 
 def read(
-    chunk: Chunk, logits: Tensor, ref_logits: Tensor | None, transform: LogitTransform
+    chunk: RowChunk, logits: Tensor, ref_logits: Tensor | None, transform: LogitTransform
 ) -> tuple[Tensor, Tensor | None]:
     """The chunk's rows of both models, without the vocabulary's padding."""
     width = transform.vocab_size
     return chunk.read(logits)[:, :width], None if ref_logits is None else chunk.read(ref_logits)[:, :width]
 
 
-def temperature_of(chunk: Chunk, temperature: Tensor | None, transform: LogitTransform) -> Tensor | float:
+def temperature_of(chunk: RowChunk, temperature: Tensor | None, transform: LogitTransform) -> Tensor | float:
     return transform.temperature if temperature is None else temperature[chunk.rows].unsqueeze(-1)
 
 
@@ -420,7 +331,7 @@ def clear_masked(out: Iterable[Tensor | None], targets: Tensor) -> None:
 def zero_rows(out: Tensor, written: Tensor) -> None:
     """Rows of `out` that no chunk has written become zero. Off the CPU every row is in a chunk."""
     if written.device.type == "cpu" and not bool(written.all()):
-        for chunk in chunks(~written, out):
+        for chunk in row_chunks(~written, out):
             view = chunk.view(out)
             if isinstance(chunk.local, slice):
                 view[chunk.local] = 0

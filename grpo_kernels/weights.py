@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .spec import check_choice, check_number
+from .checks import check_choice, check_number
 
 
 def importance_weights(

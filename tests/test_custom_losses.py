@@ -230,7 +230,7 @@ sys.path.insert(0, os.getcwd())
 import torch
 import grpo_kernels
 from grpo_kernels import LossSpec, grpo_loss
-from grpo_kernels.spec import TanhRatio
+from grpo_kernels.surrogates import TanhRatio
 from grpo_kernels.testing import make_batch
 
 assert grpo_kernels.__file__.startswith(os.getcwd())

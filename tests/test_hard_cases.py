@@ -29,9 +29,9 @@ from grpo_kernels import (
     grpo_loss,
     selective_logps,
 )
-from grpo_kernels.batch import _sequences
+from grpo_kernels.batch import sequences_within
 from grpo_kernels.reference import reference_loss
-from grpo_kernels.spec import Surrogate
+from grpo_kernels.surrogates import Surrogate
 from grpo_kernels.testing import assert_no_worse_than_eager, make_batch, relative_error
 
 Options = dict[str, Any]  # of grpo_loss
@@ -471,7 +471,7 @@ class TestCase12Large:
 def set_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """How much the torch backend computes at a time, on the CPU and elsewhere."""
     for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
-        monkeypatch.setattr(f"grpo_kernels.torch_backend.{name}", elements)
+        monkeypatch.setattr(f"grpo_kernels.row_chunks.{name}", elements)
 
 
 class Allocations(TorchDispatchMode):
@@ -874,7 +874,7 @@ class TestSequences:
     @pytest.mark.parametrize("lengths", [[2, 300], [3, -2, 4], [-1, 6], [0, 0], [5], []], ids=str)
     def test_lengths_that_nobody_checked(self, lengths: list[int]) -> None:
         """On a GPU, and in a graph: what sums over sequences must stay within the batch."""
-        held, ids = _sequences(torch.tensor(lengths, dtype=torch.long), 5)
+        held, ids = sequences_within(torch.tensor(lengths, dtype=torch.long), 5)
         assert (held >= 0).all() and held.sum() <= 5 and ids.shape == (5,) and (ids >= 0).all()
         assert len(lengths) == 0 or (ids < len(lengths)).all()
 

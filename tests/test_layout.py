@@ -21,7 +21,9 @@ KERNELS = {f"kernels/{name}" for name in ("launch", "row_stats", "dlogits", "fus
 # What each module may import of the package, anywhere in it. Imports point one way: each module stands below
 # those it imports. `reference` is alone, for it is to share no mistake with what it judges.
 ALLOWED: dict[str, set[str]] = {
-    "spec": set(),
+    "checks": set(),
+    "surrogates": {"checks"},
+    "spec": {"checks", "surrogates"},
     "reference": set(),
     "testing": set(),
     "kernels/__init__": set(),
@@ -31,20 +33,24 @@ ALLOWED: dict[str, set[str]] = {
     "kernels/dlogits": {"kernels/device", "kernels/launch"},
     "kernels/fused": {"kernels/device", "kernels/launch", "kernels/row_stats", "kernels/dlogits"},
     "objective": set(),
-    "sequences": {"spec", "objective"},
-    "row_loss": {"spec", "objective", "sequences"},
+    "sequences": {"spec", "surrogates", "objective"},
+    "row_loss": {"spec", "surrogates", "objective", "sequences"},
     "aggregation": {"spec", "sequences"},
-    "metrics": {"spec", "objective", "sequences", "row_loss"},
-    "batch": {"spec", "objective", "sequences"},
-    "advantages": {"spec"},
-    "weights": {"spec"},
-    "torch_backend": {"spec", "objective", "row_loss"},
-    "backend": {"spec", "objective", "torch_backend", *KERNELS},
+    "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss"},
+    "batch": {"checks", "objective", "sequences"},
+    "advantages": {"checks"},
+    "weights": {"checks"},
+    "row_chunks": set(),
+    "torch_backend": {"spec", "objective", "row_loss", "row_chunks"},
+    "backend": {"checks", "spec", "surrogates", "objective", "torch_backend", *KERNELS},
     "autograd": {"spec", "objective", "sequences", "row_loss", "backend"},
-    "arguments": {"spec", "objective", "sequences", "row_loss", "aggregation", "metrics", "batch"},
-    "losses": {"spec", "row_loss", "arguments", "batch", "backend", "autograd"},
+    "arguments": {
+        *("checks", "surrogates", "spec", "objective", "sequences", "row_loss", "aggregation"),
+        *("metrics", "batch"),
+    },
+    "losses": {"surrogates", "spec", "row_loss", "arguments", "batch", "backend", "autograd"},
     "linear": {"objective"},
-    "heads": {"spec", "batch", "linear"},
+    "heads": {"checks", "batch", "linear"},
     "linear_autograd": {"spec", "objective", "backend", "autograd", "linear"},
     "linear_losses": {
         *("spec", "row_loss", "arguments", "batch", "backend", "autograd", "losses"),
@@ -53,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "logps": {
         *("objective", "arguments", "batch", "backend", "autograd", "heads", "linear_autograd"),
     },
-    "__init__": {"spec", "advantages", "arguments", "losses", "linear_losses", "logps"},
+    "__init__": {"surrogates", "spec", "advantages", "arguments", "losses", "linear_losses", "logps"},
 }
 INSIDE_FUNCTIONS = {"testing": {"psutil"}}  # where a helper that few want needs more than torch
 

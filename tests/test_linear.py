@@ -24,7 +24,7 @@ from parity import (
     assert_outputs,
     user_loss,
 )
-from test_parity import EITHER, PACKED, PADDED, branches, tiny
+from test_parity import EITHER, PACKED, PADDED, branches, every_option, tiny
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -83,11 +83,7 @@ def test_every_level(loss: str, dtype: str, packed: bool, backend: str, device: 
         )
 
 
-@pytest.mark.parametrize(
-    "packed, option",
-    [(False, name) for name in EITHER | PADDED] + [(True, name) for name in EITHER | PACKED],
-    ids=[f"{name}-padded" for name in EITHER | PADDED] + [f"{name}-packed" for name in EITHER | PACKED],
-)
+@every_option
 def test_every_option(option: str, packed: bool, backend: str, device: str) -> None:
     """On a loss whose gradient has every term."""
     spec = LossSpec(ImportanceRatio(), KLS["exact"], entropy_coef=0.05, max_tokens=5)

@@ -179,11 +179,14 @@ PACKED: dict[str, Callable[[Case], Case]] = {
 }
 
 
-@pytest.mark.parametrize(
+every_option = pytest.mark.parametrize(
     "packed, option",
     [(False, name) for name in EITHER | PADDED] + [(True, name) for name in EITHER | PACKED],
     ids=[f"{name}-padded" for name in EITHER | PADDED] + [f"{name}-packed" for name in EITHER | PACKED],
 )
+
+
+@every_option
 def test_every_option(option: str, packed: bool, backend: str, device: str) -> None:
     """On a loss whose gradient has every term; in place, fp32 and bf16 take the fused kernel."""
     spec = LossSpec(ImportanceRatio(), KLS["exact"], entropy_coef=0.05, max_tokens=5)

@@ -29,7 +29,8 @@ from grpo_kernels import (  # noqa: E402
 from grpo_kernels.kernels import device as twins  # noqa: E402
 from grpo_kernels.objective import Statement, TokenLoss, log_ratio_to, unbounded  # noqa: E402
 from grpo_kernels.sequences import COUPLINGS  # noqa: E402
-from grpo_kernels.spec import SAMPLED_KL, Surrogate  # noqa: E402
+from grpo_kernels.spec import SAMPLED_KL  # noqa: E402
+from grpo_kernels.surrogates import Surrogate  # noqa: E402
 
 INF, NAN = math.inf, math.nan
 SURROGATES = [
@@ -199,7 +200,7 @@ def assert_same(got: Any, expected: Any, rtol: float = 2e-6) -> None:
 
 
 def test_all_three_lists_know_the_same_names() -> None:
-    """Those of spec.py, objective.py and device.py. What couples tokens has its part in sequences.py."""
+    """Those of surrogates.py, objective.py and device.py. What couples tokens, sequences.py knows."""
     in_torch = {name: function.__name__ for name, function in objective.SURROGATES.items()}
     in_triton = {name: function.__name__ for name, function in twins.SURROGATES.items()}
     assert in_torch == in_triton and all(name == function for name, function in in_torch.items())
