@@ -108,7 +108,7 @@ class Batch:
     def of(
         cls,
         source: Tensor,  # [B, T, ...] or [N, ...], checked: logits or hidden states
-        ids: Tensor,
+        ids: Tensor | None,  # None: the log-probabilities of the taken tokens are at hand
         mask: Tensor | None,
         seq_lens: Tensor | None,
         vocab_size: int,
@@ -118,6 +118,8 @@ class Batch:
         mask_name: str = "completion_mask",
     ) -> Batch:
         shape, device = tuple(source.shape[:-1]), source.device
+        if ids is None:
+            ids = torch.zeros(shape, dtype=torch.int64, device=device)
         check_tensor(ids_name, ids)
         check_device(ids_name, ids, device, name)
         if ids.dtype not in (torch.int32, torch.int64):
