@@ -2,6 +2,7 @@
 
 from .advantages import group_advantages
 from .arguments import LossOutput
+from .distributed import VocabShard
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
@@ -26,6 +27,7 @@ __all__ = [
     "LossSpec",
     "PPOClip",
     "Reinforce",
+    "VocabShard",
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",

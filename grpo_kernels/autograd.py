@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import backend
+from .distributed import VocabShard, merge
 from .objective import Coefficients, RowStats, TokenInputs, arithmetic_dtype
 from .row_loss import row_loss
 from .sequences import Layout
 from .spec import LogitTransform, LossSpec
+
+T = TypeVar("T")
 
 
 def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
@@ -32,6 +35,20 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
             return found
         error = torch._C._functions.DelayedError("the losses of grpo_kernels are differentiable once", 1)
         return tuple(None if x is None else error(x.detach().requires_grad_()) for x in found)
+
+    return wrapper
+
+
+def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
+    """`torch.compile` breaks its graph here: the ranks speak to each other.
+
+    `torch.compiler.disable` would import the compiler, and Triton with it, beside this package.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> T:
+        call = torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+        return call(*args)
 
     return wrapper
 
@@ -54,8 +71,10 @@ class RowConfig:
     reference: bool = False  # logits of a reference are there
     entropy: bool = False
     kl_forward: bool = False
+    top1: bool = False
     kl_gradient: bool = False  # the exact KL is part of the loss: the backward reads the reference's logits
     inplace: bool = False
+    shard: VocabShard | None = None  # the logits are a part of the vocabulary
 
     @classmethod
     def of(
@@ -67,6 +86,7 @@ class RowConfig:
         reference: bool,
         entropy: bool,
         inplace: bool = False,
+        shard: VocabShard | None = None,
     ) -> RowConfig:
         """What a loss needs of its rows."""
         return cls(
@@ -77,6 +97,7 @@ class RowConfig:
             kl_forward=spec.exact_kl is not None and spec.exact_kl.kind == "exact_forward",
             kl_gradient=spec.exact_kl is not None,
             inplace=inplace,
+            shard=shard,
         )
 
     @property
@@ -89,12 +110,14 @@ class RowConfig:
             names += ["ref_logps", "kl"]
         if self.kl_forward:
             names += ["kl_forward"]
+        if self.top1:
+            names += ["top1"]
         return names
 
     @property
     def constants(self) -> tuple[str, ...]:
         """The outputs that are not differentiated."""
-        return ("ref_logps",) if self.kl_gradient else ("ref_logps", "kl", "kl_forward")
+        return ("ref_logps", "top1") if self.kl_gradient else ("ref_logps", "kl", "kl_forward", "top1")
 
     def empty_stats(
         self, rows: int, dtype: torch.dtype, device: torch.device, *, for_backward: bool
@@ -105,6 +128,13 @@ class RowConfig:
             names += ["shift", "sum_exp"]
             names += ["ref_shift", "ref_sum_exp"] if self.reference else []
         return RowStats(**{name: torch.empty(rows, dtype=dtype, device=device) for name in names})
+
+    def merged(self, stats: RowStats, targets: Tensor, temperatures: Tensor | None) -> RowStats:
+        """Of the whole vocabulary, where these are a part's."""
+        if self.shard is None:
+            return stats
+        nats = backend.nats_per_shift(self.transform, temperatures, self.backend)
+        return merge(stats, targets, self.transform.vocab_size, nats, self.shard)
 
     def coefficients(self, grads: tuple[Tensor | None, ...]) -> Coefficients | None:
         """The gradients by `outputs`, as the kernels take them; None where there is nothing to do."""
@@ -123,7 +153,8 @@ def row_statistics(
     config: RowConfig,
 ) -> RowStats:
     """Statistics of every row. Log-probability, entropy and exact KL are differentiable by the logits."""
-    found = RowStatistics.apply(logits, ref_logits, targets, temperatures, config)
+    apply = RowStatistics.apply if config.shard is None else outside_graphs(RowStatistics.apply)
+    found = apply(logits, ref_logits, targets, temperatures, config)
     return RowStats(**dict(zip(config.outputs, found, strict=True)))
 
 
@@ -167,6 +198,7 @@ class RowStatistics(torch.autograd.Function):
             targets.numel(), arithmetic_dtype(logits), logits.device, for_backward=True
         )
         backend.row_stats(logits, targets, stats, ref_logits, temperatures, config.transform, config.backend)
+        stats = config.merged(stats, targets, temperatures)
         ctx.config = config
         ctx.save_for_backward(
             logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats

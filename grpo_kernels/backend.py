@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, astuple
 
@@ -67,6 +68,18 @@ def row_stats(
         torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
     )
     call(logits, targets, *out, ref_logits, temperatures, *astuple(transform), backend)
+
+
+def nats_per_shift(
+    transform: LogitTransform, temperatures: Tensor | None, backend: str
+) -> tuple[Tensor | float, Tensor | float]:
+    """What 1 is worth in the units of `RowStats.shift` and `ref_shift`."""
+    if backend == "triton":  # whose kernels exponentiate by exp2
+        return math.log(2), math.log(2)
+    scale = 1.0 if transform.softcap is not None else transform.scale
+    ref_scale = 1.0 if transform.ref_softcap is not None else transform.ref_scale
+    temperature = transform.temperature if temperatures is None else temperatures
+    return scale / temperature, ref_scale / temperature
 
 
 def dlogits(
@@ -170,6 +183,7 @@ def _row_stats(
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     kl_forward: Tensor | None,
+    top1: Tensor | None,
     ref_logits: Tensor | None,
     temperatures: Tensor | None,
     vocab_size: int,
@@ -180,10 +194,15 @@ def _row_stats(
     temperature: float,
     backend: str,
 ) -> None:
+    out = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1)
     if targets.numel() == 0:
         return
+    if vocab_size == 0:  # an empty part of a vocabulary that is split over ranks
+        for name, x in zip(out._fields, out, strict=True):
+            if x is not None:
+                x.fill_(torch.finfo(x.dtype).min if name.endswith("shift") else 0.0)
+        return
     transform = LogitTransform(vocab_size, scale, softcap, ref_scale, ref_softcap, temperature)
-    out = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward)
     if backend == "torch":
         torch_backend.row_stats(logits, targets, out, ref_logits, temperatures, transform)
         return
@@ -207,6 +226,7 @@ def _dlogits(
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     kl_forward: Tensor | None,
+    top1: Tensor | None,
     dlogp: Tensor | None,
     dentropy: Tensor | None,
     dkl: Tensor | None,
@@ -223,8 +243,11 @@ def _dlogits(
 ) -> None:
     if targets.numel() == 0:
         return
+    if vocab_size == 0:
+        out.zero_()
+        return
     transform = LogitTransform(vocab_size, scale, softcap, ref_scale, ref_softcap, temperature)
-    stats = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward)
+    stats = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1)
     coefficients = Coefficients(dlogp, dentropy, dkl, dkl_forward)
     if backend == "torch":
         torch_backend.dlogits(out, logits, targets, stats, coefficients, ref_logits, temperatures, transform)

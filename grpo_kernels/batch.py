@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import check_integer
+from .distributed import VocabShard
 from .objective import MASKED, arithmetic_dtype
 from .sequences import Layout
 
@@ -35,19 +37,41 @@ def check_dtype(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
 
 
-def check_vocab_size(vocab_size: int | None, width: int, what: str) -> int:
-    """The vocabulary's size: all of `width`, unless given."""
-    if vocab_size is None:
-        vocab_size = width
-    else:
-        check_integer("vocab_size", vocab_size)
-    if not 1 <= vocab_size <= width:
-        raise ValueError(f"vocab_size must be between 1 and the {width} {what}, got {vocab_size}")
-    return vocab_size
+class Vocabulary(NamedTuple):
+    """Which words the columns of logits, or the rows of a head, stand for."""
+
+    width: int  # columns that are no padding
+    start: int = 0  # the word of the first, where the vocabulary is split over ranks
+    size: int | None = None  # of the whole vocabulary, where that is known
+
+    @classmethod
+    def of(
+        cls, vocab_size: int | None, columns: int, what: str, shard: VocabShard | None = None
+    ) -> Vocabulary:
+        if vocab_size is not None:
+            check_integer("vocab_size", vocab_size)
+        if shard is not None:
+            return cls._of_shard(vocab_size, columns, what, shard)
+        size = columns if vocab_size is None else vocab_size
+        if not 1 <= size <= columns:
+            raise ValueError(f"vocab_size must be between 1 and the {columns} {what}, got {size}")
+        return cls(size, 0, size)
+
+    @classmethod
+    def _of_shard(cls, vocab_size: int | None, columns: int, what: str, shard: VocabShard) -> Vocabulary:
+        if not isinstance(shard, VocabShard):
+            raise TypeError(f"shard must be a VocabShard or None, got {shard!r}")
+        if shard.stop - shard.start != columns:
+            raise ValueError(f"shard is {shard.start}:{shard.stop}, but there are {columns} {what}")
+        stop = shard.stop if vocab_size is None else min(shard.stop, vocab_size)
+        if debug_enabled():
+            size = shard.vocab_size()
+            vocab_size = size if vocab_size is None else min(size, vocab_size)
+        return cls(max(0, stop - shard.start), shard.start, vocab_size)
 
 
 def check_logits(
-    name: str, logits: Tensor, *, like: Tensor | None = None, vocab_size: int = 1, padded: bool = False
+    name: str, logits: Tensor, *, like: Tensor | None = None, width: int = 0, padded: bool = False
 ) -> None:
     """`like` is the policy's logits; `padded`: the widths may differ, the vocabulary having been named."""
     check_tensor(name, logits)
@@ -63,8 +87,8 @@ def check_logits(
             )
         if (logits.dtype == torch.float64) != (like.dtype == torch.float64):
             raise ValueError(f"{name} is {logits.dtype}, logits {like.dtype}: fp64 goes with fp64 only")
-    if logits.shape[-1] < vocab_size:
-        raise ValueError(f"{name} has {logits.shape[-1]} columns, fewer than vocab_size {vocab_size}")
+    if logits.shape[-1] < width:
+        raise ValueError(f"{name} has {logits.shape[-1]} columns, fewer than the {width} of the vocabulary")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {logits.stride()}")
 
@@ -98,9 +122,8 @@ def check_writable(logits: Tensor) -> None:
 class Batch:
     """What is known of each token, whose row of logits or hidden states stands elsewhere."""
 
-    targets: Tensor  # [B * T] int64: MASKED, an id of the vocabulary, or vocab_size where the id is outside
+    targets: Tensor  # [B * T] int64: MASKED, the column of the taken token, or the width where none is it
     layout: Layout
-    vocab_size: int
     num_sequences: int | None  # None: packed, and not told
     source: str  # "logits" or "hidden", for messages
 
@@ -111,7 +134,7 @@ class Batch:
         ids: Tensor | None,  # None: the log-probabilities of the taken tokens are at hand
         mask: Tensor | None,
         seq_lens: Tensor | None,
-        vocab_size: int,
+        vocab: Vocabulary,
         *,
         name: str = "logits",
         ids_name: str = "completion_ids",
@@ -139,10 +162,11 @@ class Batch:
                 raise ValueError(f"{mask_name} must be real, got {mask.dtype}")
             unmasked = mask != 0
         ids = ids.to(torch.int64)
-        valid = (ids >= 0) & (ids < vocab_size)
         if not torch.compiler.is_compiling() and debug_enabled():
-            _check_ids(ids_name, ids, unmasked & ~valid, vocab_size)
-        targets = torch.where(unmasked, torch.where(valid, ids, vocab_size), MASKED)
+            _check_ids(ids_name, ids, unmasked, vocab.size)
+        columns = ids - vocab.start
+        here = (columns >= 0) & (columns < vocab.width)
+        targets = torch.where(unmasked, torch.where(here, columns, vocab.width), MASKED)
         num_sequences = shape[0] if len(shape) == 2 else None
         layout = Layout(shape, unmasked.reshape(-1), arithmetic_dtype(source))
         if seq_lens is not None:
@@ -151,7 +175,7 @@ class Batch:
             layout.seq_lens, layout.sequence_ids = sequences_within(
                 seq_lens.to(device, torch.int64), shape[0]
             )
-        return cls(targets.reshape(-1), layout, vocab_size, num_sequences, name)
+        return cls(targets.reshape(-1), layout, num_sequences, name)
 
     @property
     def packed(self) -> bool:
@@ -263,8 +287,10 @@ def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
             )
 
 
-def _check_ids(name: str, ids: Tensor, outside: Tensor, vocab_size: int) -> None:
+def _check_ids(name: str, ids: Tensor, unmasked: Tensor, vocab_size: int | None) -> None:
     # The host waits: this runs under GRPO_KERNELS_DEBUG only.
+    assert vocab_size is not None
+    outside = unmasked & ((ids < 0) | (ids >= vocab_size))
     if bool(outside.any()):
         position = tuple(outside.nonzero()[0].tolist())
         raise ValueError(f"{name}{list(position)} is {int(ids[position])}, outside [0, {vocab_size})")

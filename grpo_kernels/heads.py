@@ -51,7 +51,7 @@ def check_ref_head(
     bias: Tensor | None,
     *,
     like: Tensor,  # the policy's hidden states
-    vocab_size: int,
+    width: int,
     padded: bool,  # the widths may differ, the vocabulary having been named
 ) -> Head | None:
     """The reference's head as constants; None where it is not given."""
@@ -73,8 +73,8 @@ def check_ref_head(
     if (hidden.dtype == torch.float64) != (like.dtype == torch.float64):
         raise ValueError(f"ref_hidden is {hidden.dtype}, hidden {like.dtype}: fp64 goes with fp64 only")
     rows = head.weight.shape[0]
-    if rows < vocab_size or (rows > vocab_size and not padded):
-        raise ValueError(f"ref_lm_head_weight has {rows} rows, the vocabulary {vocab_size} words")
+    if rows < width or (rows > width and not padded):
+        raise ValueError(f"ref_lm_head_weight has {rows} rows, the vocabulary {width} words")
     return head
 
 

@@ -72,9 +72,16 @@ class RowPlan(NamedTuple):
             return x
         return x[self.order] if isinstance(x, Tensor) else x.rows(self.order)
 
-    def spread(self, x: Tensor) -> Tensor:
+    def empty_like(self, x: Tensor) -> Tensor:
+        """`[running]`, to be filled in the plan's order, for an `x` `[N]`; where that is the same, `x`."""
+        return x if self.order is None else x.new_empty(self.running)
+
+    def spread(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The plan's order back to `[N]`, with 0 for rows that are not run."""
-        return x if self.order is None else x.new_zeros(self.total).index_copy_(0, self.order, x)
+        if self.order is None:
+            return x
+        out = x.new_empty(self.total) if out is None else out
+        return out.zero_().index_copy_(0, self.order, x)
 
 
 class Head(NamedTuple):
@@ -155,21 +162,35 @@ class Chunks:
             yield Chunk(place, rows, hidden, logits.unsqueeze(0), ref_logits, self.dlogits[:n].unsqueeze(0))
 
 
+class HeadGradients(NamedTuple):
+    """fp32 (fp64); None where it is not wanted."""
+
+    dhidden: Tensor | None = None  # [N, H]
+    dweight: Tensor | None = None  # [V, H]
+    dbias: Tensor | None = None  # [V]
+
+    @classmethod
+    def empty(cls, head: Head, needed: tuple[bool, ...]) -> HeadGradients:
+        dtype = arithmetic_dtype(head.hidden)
+        return cls(
+            *(
+                torch.empty(x.shape, dtype=dtype, device=x.device) if x is not None and need else None
+                for x, need in zip(head, needed, strict=True)
+            )
+        )
+
+
 class Gradients:
     """By hidden states, weight and bias, of the chunks so far: summed in fp32 (fp64)."""
 
-    def __init__(self, head: Head, shapes: list[torch.Size | None], selected: Tensor | None) -> None:
-        """`shapes`: of hidden, weight and bias; None where its gradient is not wanted."""
-        self.head, self.selected = head, selected
+    def __init__(self, head: Head, out: HeadGradients, selected: Tensor | None) -> None:
+        """`out` is filled."""
+        self.head, self.tensors, self.selected = head, out, selected
         self.started = False
-        new = functools.partial(torch.empty, dtype=arithmetic_dtype(head.hidden), device=head.hidden.device)
-        self.tensors = [None if shape is None else new(shape) for shape in shapes]
 
-    def finish(self) -> list[Tensor | None]:
-        """The three tensors."""
+    def finish(self) -> None:
         if not self.started:
             self.start(0)
-        return self.tensors
 
     def start(self, vocab: int) -> None:
         """Zeros where the first chunk does not write: of the weight's gradient, which is large, few."""

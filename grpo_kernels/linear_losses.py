@@ -17,10 +17,12 @@ from .arguments import (
 )
 from .autograd import RowConfig, fusible, loss_of_statistics
 from .backend import choose_backend, log_once
-from .batch import Batch, check_vocab_size
+from .batch import Batch, Vocabulary
+from .distributed import VocabShard
 from .heads import check_head, check_ref_head, linear_config, product_dtype
 from .linear_autograd import linear_loss, linear_row_statistics
 from .losses import LossModule
+from .objective import MASKED
 from .row_loss import coefficients, may_be_active
 from .spec import LossSpec
 
@@ -53,6 +55,7 @@ def linear_grpo_loss(
     vocab_size: int | None = None,
     normalizer: float | Tensor | None = None,
     return_entropy: bool = False,
+    shard: VocabShard | None = None,
     backend: str = "auto",
 ) -> LossOutput:
     """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
@@ -81,6 +84,10 @@ def linear_grpo_loss(
             once more in the backward). False: every row is run where it stands, and the host never waits.
         skip_inactive: rows without a gradient are not even run forward: their `logps`, `ref_logps` and
             `entropy` read 0, and the metrics but `active_fraction` are means over the rest.
+        shard: the heads hold these rows of a vocabulary that is split over ranks, each of which has the same
+            hidden states (tensor parallelism with its sequences gathered). Loss, outputs and the gradient by
+            `hidden`, summed over the ranks, are then the same on all of them; each has the gradients of its
+            own rows. Takes two passes. A DTensor is taken for its local part (`VocabShard.of(weight)`).
 
     Returns:
         LossOutput as `grpo_loss`.
@@ -90,15 +97,15 @@ def linear_grpo_loss(
     """
     spec = resolve_spec(spec)
     head = check_head(hidden, lm_head_weight, lm_head_bias)
-    width = check_vocab_size(vocab_size, head.weight.shape[0], "rows of lm_head_weight")
-    batch = Batch.of(hidden, completion_ids, completion_mask, seq_lens, width, name="hidden")
+    vocab = Vocabulary.of(vocab_size, head.weight.shape[0], "rows of lm_head_weight", shard)
+    batch = Batch.of(hidden, completion_ids, completion_mask, seq_lens, vocab, name="hidden")
     check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
     ref = check_ref_head(
         ref_hidden,
         ref_lm_head_weight,
         ref_lm_head_bias,
         like=hidden,
-        vocab_size=width,
+        width=vocab.width,
         padded=vocab_size is not None,
     )
     config = linear_config(
@@ -111,10 +118,13 @@ def linear_grpo_loss(
     )
     rows = RowConfig.of(
         spec,
-        logit_transform(width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap),
+        logit_transform(
+            vocab.width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
+        ),
         choose_backend(backend, hidden),
         reference=ref is not None,
         entropy=return_entropy,
+        shard=shard,
     )
     inputs = token_inputs(
         spec,
@@ -125,20 +135,24 @@ def linear_grpo_loss(
         token_weights=token_weights,
         normalizer=normalizer,
     )
-    tensors = (head, ref, batch.targets, batch.temperatures(temperature))
+    temperatures = batch.temperatures(temperature)
 
     active = may_be_active(spec, inputs, batch.layout)
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    one_pass = learns and fusible(spec, product_dtype(hidden))
+    one_pass = learns and fusible(spec, product_dtype(hidden)) and shard is None
+    one_pass = one_pass and not torch.compiler.is_compiling()  # which knows the two passes only, as operators
     if not torch.compiler.is_compiling():
         path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"
         log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")
     if one_pass:
-        loss, dlogp, stats = linear_loss(*tensors, inputs, ran, active, spec, config, rows)
+        loss, dlogp, stats = linear_loss(
+            head, ref, batch.targets, temperatures, inputs, ran, active, spec, config, rows
+        )
         derivatives = coefficients(spec, inputs, dlogp)
     else:
-        live = linear_row_statistics(*tensors, ran, config, rows)
+        targets = torch.where(ran, batch.targets, MASKED)
+        live = linear_row_statistics(head, ref, targets, temperatures, config, rows)
         loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.layout)
     return loss_output(spec, batch, loss, stats, inputs, derivatives, ran)
 

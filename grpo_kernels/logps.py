@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .arguments import logit_transform
 from .autograd import RowConfig, row_statistics
 from .backend import choose_backend
-from .batch import Batch, by_rows, check_logits, check_vocab_size
+from .batch import Batch, Vocabulary, by_rows, check_logits
+from .distributed import VocabShard
 from .heads import check_head, linear_config
 from .linear_autograd import linear_row_statistics
 from .objective import RowStats
@@ -24,6 +27,7 @@ def selective_logps(
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     return_entropy: bool = False,
+    shard: VocabShard | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of the taken tokens, differentiable; with `return_entropy`, the entropies too.
@@ -41,12 +45,13 @@ def selective_logps(
         ValueError, TypeError: as `grpo_loss`.
     """
     check_logits("logits", logits)
-    width = check_vocab_size(vocab_size, logits.shape[-1], "columns of logits")
-    batch = Batch.of(logits, ids, mask, None, width, ids_name="ids", mask_name="mask")
-    transform = logit_transform(width, temperature, logit_scale, logit_softcap)
-    config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy)
+    vocab = Vocabulary.of(vocab_size, logits.shape[-1], "columns of logits", shard)
+    batch = Batch.of(logits, ids, mask, None, vocab, ids_name="ids", mask_name="mask")
+    transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
+    config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy, shard=shard)
     stats = row_statistics(by_rows(logits), None, batch.targets, batch.temperatures(temperature), config)
-    return _logps(batch, stats)
+    found = TokenStatistics.of(stats, batch)
+    return found.logps if found.entropy is None else (found.logps, found.entropy)
 
 
 def linear_logps(
@@ -64,6 +69,7 @@ def linear_logps(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
+    shard: VocabShard | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_logps` of `hidden @ lm_head_weight.T + lm_head_bias`, never holding all logits at once.
@@ -75,6 +81,7 @@ def linear_logps(
         hidden: `[B, T, H]` or `[N, H]`, as in `linear_grpo_loss`, as are the options.
         lm_head_weight: `[V, H]`.
         ids: `[B, T]` or `[N]`, int32 or int64.
+        shard: `lm_head_weight` and `lm_head_bias` hold these rows; see `linear_grpo_loss`.
         mask: `[B, T]` or `[N]`; where 0 the row is not run: log-probability, entropy and gradient are 0.
 
     Returns:
@@ -83,21 +90,68 @@ def linear_logps(
     Raises:
         ValueError, TypeError: as `grpo_loss`.
     """
+    found = linear_token_statistics(
+        hidden,
+        lm_head_weight,
+        ids,
+        lm_head_bias=lm_head_bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        vocab_size=vocab_size,
+        mask=mask,
+        entropy=return_entropy,
+        chunk_tokens=chunk_tokens,
+        logits_dtype=logits_dtype,
+        compact=compact,
+        shard=shard,
+        backend=backend,
+    )
+    return found.logps if found.entropy is None else (found.logps, found.entropy)
+
+
+class TokenStatistics(NamedTuple):
+    """`[B, T]` or `[N]` each, 0 (False) where masked; None where it was not asked for."""
+
+    logps: Tensor  # nats, differentiable
+    entropy: Tensor | None  # nats, differentiable
+    top1: Tensor | None  # bool: no token is likelier than the taken one
+
+    @classmethod
+    def of(cls, stats: RowStats, batch: Batch) -> TokenStatistics:
+        entropy = None if stats.entropy is None else batch.shaped(stats.entropy)
+        top1 = None if stats.top1 is None else batch.shaped(stats.top1 != 0)
+        return cls(batch.shaped(stats.logps), entropy, top1)
+
+
+def linear_token_statistics(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ids: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    top1: bool = False,
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
+    compact: bool = True,
+    shard: VocabShard | None = None,
+    backend: str = "auto",
+) -> TokenStatistics:
+    """All that `linear_logps` can tell of each token in one pass; arguments and errors as there."""
     head = check_head(hidden, lm_head_weight, lm_head_bias)
-    width = check_vocab_size(vocab_size, head.weight.shape[0], "rows of lm_head_weight")
-    batch = Batch.of(hidden, ids, mask, None, width, name="hidden", ids_name="ids", mask_name="mask")
+    vocab = Vocabulary.of(vocab_size, head.weight.shape[0], "rows of lm_head_weight", shard)
+    batch = Batch.of(hidden, ids, mask, None, vocab, name="hidden", ids_name="ids", mask_name="mask")
     config = linear_config(
         hidden, None, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, compact=compact
     )
-    transform = logit_transform(width, temperature, logit_scale, logit_softcap)
-    rows = RowConfig(transform, choose_backend(backend, hidden), entropy=return_entropy)
+    transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
+    rows = RowConfig(transform, choose_backend(backend, hidden), entropy=entropy, top1=top1, shard=shard)
     temperatures = batch.temperatures(temperature)
-    return _logps(
-        batch, linear_row_statistics(head, None, batch.targets, temperatures, batch.mask, config, rows)
-    )
-
-
-def _logps(batch: Batch, stats: RowStats) -> Tensor | tuple[Tensor, Tensor]:
-    if stats.entropy is None:
-        return batch.shaped(stats.logps)
-    return batch.shaped(stats.logps), batch.shaped(stats.entropy)
+    stats = linear_row_statistics(head, None, batch.targets, temperatures, config, rows)
+    return TokenStatistics.of(stats, batch)

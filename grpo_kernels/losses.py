@@ -18,7 +18,8 @@ from .arguments import (
 )
 from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
 from .backend import choose_backend, log_once
-from .batch import Batch, by_rows, check_logits, check_vocab_size, check_writable
+from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
+from .distributed import VocabShard
 from .row_loss import coefficients
 from .spec import LossSpec
 from .surrogates import LogRatio
@@ -45,6 +46,7 @@ def grpo_loss(
     normalizer: float | Tensor | None = None,
     return_entropy: bool = False,
     inplace: bool = False,
+    shard: VocabShard | None = None,
     backend: str = "auto",
 ) -> LossOutput:
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
@@ -78,6 +80,9 @@ def grpo_loss(
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
             afterwards.
+        shard: logits (and `ref_logits`) hold these columns of a vocabulary that is split over ranks; ids are
+            those of the whole vocabulary, as is `vocab_size`. All ranks get the same loss and outputs, each
+            the gradient of its own columns.
         backend: "triton", "torch", or "auto": triton on GPU tensors, torch elsewhere.
 
     Returns:
@@ -93,22 +98,25 @@ def grpo_loss(
     """
     spec = resolve_spec(spec)
     check_logits("logits", logits)
-    width = check_vocab_size(vocab_size, logits.shape[-1], "columns of logits")
-    batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, width)
+    vocab = Vocabulary.of(vocab_size, logits.shape[-1], "columns of logits", shard)
+    batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab)
     check_reference(spec, ref_logits, ref_logps, "ref_logits")
     if ref_logits is not None:
         padded = vocab_size is not None
-        check_logits("ref_logits", ref_logits, like=logits, vocab_size=width, padded=padded)
+        check_logits("ref_logits", ref_logits, like=logits, width=vocab.width, padded=padded)
         ref_logits = by_rows(ref_logits.detach())
     if inplace:
         check_writable(logits)
     config = RowConfig.of(
         spec,
-        logit_transform(width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap),
+        logit_transform(
+            vocab.width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
+        ),
         choose_backend(backend, logits),
         reference=ref_logits is not None,
         entropy=return_entropy,
         inplace=inplace,
+        shard=shard,
     )
     inputs = token_inputs(
         spec,
@@ -124,6 +132,7 @@ def grpo_loss(
     learns = torch.is_grad_enabled() and logits.requires_grad
     # torch.compile knows the two steps only, as operators.
     fused = inplace and learns and fusible(spec, logits.dtype) and not torch.compiler.is_compiling()
+    fused = fused and shard is None
     if not torch.compiler.is_compiling():
         path = "fused loss and gradient" if fused else "statistics, then gradient in the backward"
         log_once(f"{path}, {config.backend} backend, {logits.dtype}")

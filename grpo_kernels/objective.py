@@ -252,6 +252,7 @@ class RowStats(NamedTuple):
     ref_sum_exp: Tensor | None = None
     kl: Tensor | None = None  # KL(policy || reference)
     kl_forward: Tensor | None = None  # KL(reference || policy)
+    top1: Tensor | None = None  # 1 where no token is likelier than the taken one, else 0
 
     def detach(self) -> RowStats:
         return RowStats(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .arguments import LossOutput, check_reference, loss_output, resolve_spec, token_inputs
 from .autograd import loss_of_statistics
-from .batch import Batch, check_dtype, check_tensor
+from .batch import Batch, Vocabulary, check_dtype, check_tensor
 from .objective import RowStats
 from .spec import LossSpec
 
@@ -47,7 +47,7 @@ def policy_loss(
     check_dtype("logps", logps)
     if logps.dim() not in (1, 2):
         raise ValueError(f"logps must be [B, T] or packed [N], got shape {tuple(logps.shape)}")
-    batch = Batch.of(logps.unsqueeze(-1), None, completion_mask, seq_lens, 1, name="logps")
+    batch = Batch.of(logps.unsqueeze(-1), None, completion_mask, seq_lens, Vocabulary(1, 0, 1), name="logps")
     check_reference(spec, None, ref_logps, "ref_logits")
     if spec.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {spec.entropy_coef}: it needs entropy")

@@ -52,7 +52,8 @@ def exponentials(
         k = 1.0 / temperature
         slope = k * scale * (1 - (y / softcap) ** 2)
     if row_max is None:
-        row_max = y.amax(-1)
+        # Finite, so that a part of the vocabulary with nothing but -inf sums to 0 and not to NaN.
+        row_max = y.amax(-1).clamp(min=torch.finfo(y.dtype).min)
     d = torch.sub(y, row_max.unsqueeze(-1), out=None if scratch is None else scratch.like(f"{name} d", y))
     if isinstance(k, Tensor) or k != 1.0:
         d *= k
@@ -81,12 +82,13 @@ def statistics(
 ) -> tuple[RowStats, Exponentials, Exponentials | None]:
     """Statistics of a chunk of rows, and the exponentials they were made of."""
 
-    def log_prob(z: Tensor, row_max: Tensor, log_sum: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def taken(z: Tensor, row_max: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """`d` of the taken token; NaN for an id outside the vocabulary."""
         valid = (targets >= 0) & (targets < transform.vocab_size)
-        taken = z.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1))
-        d = exponentials(taken, row_max, scale, softcap, temperature, keep_d=True)[0].d
+        column = z.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1))
+        d = exponentials(column, row_max, scale, softcap, temperature, keep_d=True)[0].d
         assert d is not None
-        return torch.where(valid, d.squeeze(-1) - log_sum, torch.nan)
+        return torch.where(valid, d.squeeze(-1), torch.nan)
 
     keep_d = want.entropy is not None or ref_z is not None
     p, row_max = exponentials(
@@ -94,7 +96,10 @@ def statistics(
     )
     sum_exp = row_sum(p.e)
     log_sum = sum_exp.log()
-    found = RowStats(log_prob(z, row_max, log_sum, transform.scale, transform.softcap), row_max, sum_exp)
+    d = taken(z, row_max, transform.scale, transform.softcap)
+    found = RowStats(d - log_sum, row_max, sum_exp)
+    if want.top1 is not None:
+        found = found._replace(top1=(d >= 0).to(d.dtype))
     if want.entropy is not None:
         assert p.d is not None
         expected = row_sum(torch.where(p.e > 0, p.e * p.d, p.e)) / sum_exp
@@ -110,7 +115,7 @@ def statistics(
         difference = p.d - q.d
         expected = row_sum(torch.where(p.e > 0, p.e * difference, p.e)) / sum_exp
         found = found._replace(
-            ref_logps=log_prob(ref_z, ref_max, ref_log_sum, transform.ref_scale, transform.ref_softcap),
+            ref_logps=taken(ref_z, ref_max, transform.ref_scale, transform.ref_softcap) - ref_log_sum,
             ref_shift=ref_max,
             ref_sum_exp=ref_sum,
             kl=(expected - log_sum + ref_log_sum).clamp(min=0),
@@ -201,6 +206,7 @@ def row_stats(
         logits.device.type == "cpu"
         and ref_logits is None
         and out.entropy is None
+        and out.top1 is None
         and temperature is None
         and transform.softcap is None
         and transform.scale == transform.temperature

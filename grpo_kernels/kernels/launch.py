@@ -15,7 +15,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 PER_ROW = (
     *("targets_ptr", "temperature_ptr", "logps_ptr", "shift_ptr", "sum_exp_ptr", "entropy_ptr"),
-    *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr"),
+    *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr", "top1_ptr"),
     *("dlogp_ptr", "dentropy_ptr", "dkl_ptr", "dkl_forward_ptr", "value_ptr"),
     *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
     "entropy_weights_ptr",

@@ -157,7 +157,7 @@ def row_stats_kernel(
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr,
-    ref_logps_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr,
+    ref_logps_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr, top1_ptr,
     T, V, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
@@ -176,6 +176,7 @@ def row_stats_kernel(
         store_optional(ref_sum_exp_ptr, row, zero)
         store_optional(kl_ptr, row, zero)
         store_optional(kl_forward_ptr, row, zero)
+        store_optional(top1_ptr, row, zero)
         return
     scale, softcap, k = logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED, DTYPE)
     ref_scale, ref_softcap, ref_k = logit_factors(
@@ -194,6 +195,10 @@ def row_stats_kernel(
     store_optional(shift_ptr, row, shift)
     store_optional(sum_exp_ptr, row, sum_exp)
     store_optional(entropy_ptr, row, entropy)
+    if top1_ptr is not None:
+        # Multiplied and rounded as the maximum was.
+        y = softcapped(z, scale, softcap, CAPPED)
+        tl.store(top1_ptr + row, (y * (k * LOG2E) >= shift).to(DTYPE))
     if ref_ptr is not None:
         ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
         store_optional(ref_logps_ptr, row, ref_logp)
@@ -215,6 +220,7 @@ def row_stats(
     ref_sum_exp: Tensor | None,
     kl: Tensor | None,
     kl_forward: Tensor | None,
+    top1: Tensor | None,
     *,
     ref_logits: Tensor | None = None,  # as logits
     temperatures: Tensor | None = None,  # [B * T]; else temperature holds for all
@@ -234,7 +240,7 @@ def row_stats(
             ref_logits, *row_strides(ref_logits),
             targets, temperatures,
             logps, shift, sum_exp, entropy,
-            ref_logps, ref_shift, ref_sum_exp, kl, kl_forward,
+            ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1,
             logits.shape[1], vocab_size, temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
             **shape._asdict(),

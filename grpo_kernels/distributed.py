@@ -1,0 +1,141 @@
+"""A vocabulary split over ranks: who holds which columns, and how the parts' statistics merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checks import check_integer
+from .objective import MASKED, RowStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's columns `start:stop` of a vocabulary that is split over the ranks of `group`.
+
+    Logits, or the head's weight and bias, hold these columns; hidden states and whatever is per token are the
+    same on all ranks, which all call the loss, and its backward, together. The parts may be of different
+    length, or empty, and stand in any order; together they are the vocabulary.
+
+    group: a `torch.distributed` process group; None: all ranks.
+
+    Raises ValueError for bounds that do not fit, TypeError for a wrong type.
+    """
+
+    start: int
+    stop: int
+    group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("VocabShard.start", self.start, low=0)
+        check_integer("VocabShard.stop", self.stop, low=self.start)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> VocabShard:
+        """That of a DTensor, `Shard(0)` on a mesh of one dimension, as tensor parallelism leaves a head."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        if not isinstance(weight, DTensor) or tuple(weight.placements) != (Shard(0),):
+            raise ValueError(
+                "weight must be a DTensor with placements (Shard(0),), got "
+                f"{getattr(weight, 'placements', type(weight).__name__)}"
+            )
+        size, mesh = weight.shape[0], weight.device_mesh
+        longest = -(-size // mesh.size())  # as torch.chunk
+        start = min(size, mesh.get_local_rank() * longest)
+        return cls(start, min(size, start + longest), mesh.get_group())
+
+    def vocab_size(self) -> int:
+        """Of all parts together. Raises ValueError where they do not join. The host waits."""
+        parts = sorted(
+            (int(start), int(stop)) for start, stop in self.gather(torch.tensor([self.start, self.stop]))
+        )
+        end = 0
+        for start, stop in parts:
+            if start != end:
+                raise ValueError(f"the parts of the vocabulary must join, got {parts}")
+            end = stop
+        return end
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`x` of every rank, stacked."""
+        ranks = torch.distributed.get_world_size(self.group)
+        found = [torch.empty_like(x) for _ in range(ranks)]
+        torch.distributed.all_gather(found, x.contiguous(), group=self.group)
+        return torch.stack(found)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in the place of `x`."""
+        torch.distributed.all_reduce(x, group=self.group)
+        return x
+
+
+def merge(
+    own: RowStats,  # of this part's columns
+    targets: Tensor,  # [N]: MASKED, the column of the taken token, or `width` where it is another part's
+    width: int,
+    nats: tuple[Tensor | float, Tensor | float],  # what 1 is worth in the units of shift and ref_shift
+    shard: VocabShard,
+) -> RowStats:
+    """The statistics of the whole vocabulary, from one gathering of the parts'.
+
+    With P_i the probability of part i: H = sum P_i (H_i - log P_i), and for the reference's Q_i
+    KL(p || q) = sum P_i (KL_i + log P_i - log Q_i). A part without probability counts nothing.
+    """
+    dtype = own.logps.dtype
+    names = [name for name, x in zip(own._fields, own, strict=True) if x is not None]
+    here = (targets >= 0) & (targets < width)
+    local = torch.stack([*(x for x in own if x is not None), here.to(dtype)])
+    # Few numbers per token: what they are made of in fp64 costs nothing, and no digits.
+    wide = dtype if local.device.type == "mps" else torch.float64
+    *values, holds = shard.gather(local).to(wide).unbind(1)
+    parts = RowStats(**dict(zip(names, values, strict=True)))
+    assert parts.shift is not None and parts.sum_exp is not None
+    held = holds != 0
+
+    def of_holder(x: Tensor) -> Tensor:
+        """The value of the part that holds the taken token; NaN where none does, or several."""
+        return torch.where(held.sum(0) == 1, torch.where(held, x, 0.0).sum(0), torch.nan)
+
+    def merged(shift: Tensor, sum_exp: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift and sum of the row, and log P of each part."""
+        row_shift = shift.amax(0)
+        moved = (shift - row_shift) * unit
+        total = (sum_exp * moved.exp()).sum(0)
+        return row_shift, total, sum_exp.log() + moved - total.log()
+
+    def logps_of_holder(logps: Tensor, log_part: Tensor) -> Tensor:
+        return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))
+
+    def expected(log_part: Tensor, each: Tensor) -> Tensor:
+        return torch.where(log_part == -torch.inf, 0.0, log_part.exp() * each).sum(0).clamp(min=0)
+
+    def divergence(each: Tensor, log_part: Tensor, log_other: Tensor) -> Tensor:
+        infinite = log_other == -torch.inf  # and `each` may be a NaN
+        return expected(log_part, torch.where(infinite, torch.inf, each + log_part - log_other))
+
+    shift, sum_exp, log_part = merged(parts.shift, parts.sum_exp, nats[0])
+    found = RowStats(logps_of_holder(parts.logps, log_part), shift, sum_exp)
+    if parts.entropy is not None:
+        found = found._replace(entropy=expected(log_part, parts.entropy - log_part))
+    if parts.ref_logps is not None:
+        assert parts.ref_shift is not None and parts.ref_sum_exp is not None and parts.kl is not None
+        ref_shift, ref_sum_exp, log_ref = merged(parts.ref_shift, parts.ref_sum_exp, nats[1])
+        found = found._replace(
+            ref_logps=logps_of_holder(parts.ref_logps, log_ref),
+            ref_shift=ref_shift,
+            ref_sum_exp=ref_sum_exp,
+            kl=divergence(parts.kl, log_part, log_ref),
+        )
+        if parts.kl_forward is not None:
+            found = found._replace(kl_forward=divergence(parts.kl_forward, log_ref, log_part))
+    if parts.top1 is not None:
+        found = found._replace(top1=of_holder(parts.top1 * (parts.shift == shift)))
+    masked = targets == MASKED
+    return RowStats(*(None if x is None else torch.where(masked, 0.0, x).to(dtype) for x in found))  # type: ignore[arg-type]

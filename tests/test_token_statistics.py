@@ -1,0 +1,30 @@
+"""What `linear_logps` can tell besides: whether the taken token was the likeliest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_kernels.logps import linear_logps, linear_token_statistics
+
+B, T, V, H = 3, 5, 2053, 16  # V: two full blocks of a kernel and a partial tail
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top1_is_argmax(backend: str, softcap: float | None, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator)
+    likeliest = (hidden @ weight.t()).argmax(-1)
+    taken = torch.rand(B, T, generator=generator) < 0.5
+    ids = torch.where(taken, likeliest, torch.randint(V, (B, T), generator=generator))
+    mask = torch.rand(B, T, generator=generator) < 0.8
+    options = {"mask": mask, "temperature": temperature, "logit_softcap": softcap, "backend": backend}
+    found = linear_token_statistics(hidden, weight, ids, entropy=True, top1=True, **options)
+    assert found.top1 is not None and found.top1.dtype == torch.bool
+    assert torch.equal(found.top1, (ids == likeliest) & mask)
+    assert 0 < found.top1.sum() < mask.sum()
+    logps, entropy = linear_logps(hidden, weight, ids, return_entropy=True, **options)
+    assert torch.equal(found.logps, logps) and torch.equal(found.entropy, entropy)
