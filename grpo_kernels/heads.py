@@ -7,11 +7,20 @@ from torch import Tensor
 
 from .batch import check_device, check_dtype, check_tensor
 from .checks import check_flag, check_integer
+from .distributed import VocabShard
 from .linear import Head, LinearConfig, multiplies_mixed
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> Head:
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    prefix: str = "",
+    shard: VocabShard | None = None,
+) -> Head:
     """`hidden` `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`, as rows `[B * T, H]`."""
+    plain = gathered if shard is None else local_part
     names = [prefix + name for name in ("hidden", "lm_head_weight", "lm_head_bias")]
     check_tensor(names[0], hidden)
     if is_dtensor(hidden):
@@ -21,13 +30,13 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: s
     check_dtype(names[0], hidden)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{names[0]} must be [B, T, H] or packed [N, H], got shape {tuple(hidden.shape)}")
-    weight = gathered(check_tensor(names[1], weight))
+    weight = plain(check_tensor(names[1], weight))
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{names[1]} must be [V, H], H as {names[0]} {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
     if bias is not None:
-        bias = gathered(check_tensor(names[2], bias))
+        bias = plain(check_tensor(names[2], bias))
         if bias.shape != weight.shape[:1]:
             raise ValueError(
                 f"{names[2]} must be [V] = {tuple(weight.shape[:1])}, as {names[1]}, got {tuple(bias.shape)}"
@@ -53,6 +62,7 @@ def check_ref_head(
     like: Tensor,  # the policy's hidden states
     width: int,
     padded: bool,  # the widths may differ, the vocabulary having been named
+    shard: VocabShard | None = None,
 ) -> Head | None:
     """The reference's head as constants; None where it is not given."""
     if hidden is None or weight is None:
@@ -64,7 +74,7 @@ def check_ref_head(
             if given is not None and wanted is None:
                 raise ValueError(f"{name} is given without {other}")
         return None
-    head = check_head(hidden, weight, bias, prefix="ref_").detach()
+    head = check_head(hidden, weight, bias, prefix="ref_", shard=shard).detach()
     check_device("ref_hidden", hidden, like.device, "hidden")
     if hidden.shape[:-1] != like.shape[:-1]:
         raise ValueError(
@@ -93,6 +103,11 @@ def gathered(x: Tensor) -> Tensor:
     if whole.requires_grad:
         whole.register_hook(lambda grad: grad / mesh.size())
     return whole
+
+
+def local_part(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor, as tensor parallelism shards a head; other tensors as they are."""
+    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
 
 
 def is_dtensor(x: Tensor) -> bool:

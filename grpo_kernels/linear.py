@@ -257,6 +257,7 @@ def padded(vocab: int) -> int:
 
 def choose_chunk_tokens(count: int, bytes_per_token: int, device: torch.device) -> int:
     """The length of chunks: as even as can be for `count` tokens."""
+    bytes_per_token = max(1, bytes_per_token)  # an empty part of a vocabulary that is split over ranks
     if device.type == "cpu":
         longest, multiple = CPU_CHUNK_BYTES // bytes_per_token, 1
     else:

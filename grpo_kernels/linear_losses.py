@@ -96,7 +96,7 @@ def linear_grpo_loss(
         ValueError, TypeError: as `grpo_loss`.
     """
     spec = resolve_spec(spec)
-    head = check_head(hidden, lm_head_weight, lm_head_bias)
+    head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight.shape[0], "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, completion_ids, completion_mask, seq_lens, vocab, name="hidden")
     check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
@@ -107,6 +107,7 @@ def linear_grpo_loss(
         like=hidden,
         width=vocab.width,
         padded=vocab_size is not None,
+        shard=shard,
     )
     config = linear_config(
         hidden,

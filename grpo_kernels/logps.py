@@ -144,7 +144,7 @@ def linear_token_statistics(
     backend: str = "auto",
 ) -> TokenStatistics:
     """All that `linear_logps` can tell of each token in one pass; arguments and errors as there."""
-    head = check_head(hidden, lm_head_weight, lm_head_bias)
+    head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight.shape[0], "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, ids, mask, None, vocab, name="hidden", ids_name="ids", mask_name="mask")
     config = linear_config(

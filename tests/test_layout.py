@@ -37,29 +37,37 @@ ALLOWED: dict[str, set[str]] = {
     "row_loss": {"spec", "surrogates", "objective", "sequences"},
     "aggregation": {"spec", "sequences"},
     "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss"},
-    "batch": {"checks", "objective", "sequences"},
+    "distributed": {"checks", "objective"},
+    "batch": {"checks", "objective", "sequences", "distributed"},
     "advantages": {"checks"},
     "weights": {"checks"},
     "row_chunks": set(),
     "torch_backend": {"spec", "objective", "row_loss", "row_chunks"},
     "backend": {"checks", "spec", "surrogates", "objective", "torch_backend", *KERNELS},
-    "autograd": {"spec", "objective", "sequences", "row_loss", "backend"},
+    "autograd": {"spec", "objective", "sequences", "row_loss", "distributed", "backend"},
     "arguments": {
         *("checks", "surrogates", "spec", "objective", "sequences", "row_loss", "aggregation"),
         *("metrics", "batch"),
     },
-    "losses": {"surrogates", "spec", "row_loss", "arguments", "batch", "backend", "autograd"},
+    "losses": {
+        *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
+    },
+    "policy_loss": {"spec", "objective", "arguments", "batch", "autograd"},
     "linear": {"objective"},
-    "heads": {"checks", "batch", "linear"},
-    "linear_autograd": {"spec", "objective", "backend", "autograd", "linear"},
+    "heads": {"checks", "distributed", "batch", "linear"},
+    "linear_passes": {"spec", "objective", "backend", "autograd", "linear"},
+    "linear_autograd": {"spec", "objective", "backend", "autograd", "linear", "linear_passes"},
     "linear_losses": {
-        *("spec", "row_loss", "arguments", "batch", "backend", "autograd", "losses"),
-        *("heads", "linear_autograd"),
+        *("spec", "objective", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
+        *("losses", "heads", "linear_autograd"),
     },
     "logps": {
-        *("objective", "arguments", "batch", "backend", "autograd", "heads", "linear_autograd"),
+        *("objective", "distributed", "arguments", "batch", "backend", "autograd", "heads"),
+        "linear_autograd",
     },
-    "__init__": {"surrogates", "spec", "advantages", "arguments", "losses", "linear_losses", "logps"},
+    "__init__": {
+        *("surrogates", "spec", "advantages", "distributed", "arguments", "losses", "linear_losses", "logps"),
+    },
 }
 INSIDE_FUNCTIONS = {"testing": {"psutil"}}  # where a helper that few want needs more than torch
 
@@ -174,7 +182,7 @@ def test_public_names() -> None:
             *("selective_logps", "linear_logps"),
             *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
             *("CISPO", "SAPO", "DRO", "DPPO", "VESPO", "GMPO"),
-            "group_advantages",
+            *("group_advantages", "VocabShard"),
         ]
     )
     assert all(hasattr(grpo_kernels, name) for name in grpo_kernels.__all__)

@@ -1,0 +1,67 @@
+"""The side of pytest: starts a worker script on several ranks, once per session, and gathers what they say.
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory):
+    return run_workers(Path(data_parallel.__file__), 2, session_folder(tmp_path_factory))
+
+@pytest.mark.parametrize("name", data_parallel.cases)
+def test_data_parallel(outcomes, name):
+    assert outcomes[name] == "ok", outcomes[name]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock  # torch depends on it
+
+TESTS = Path(__file__).parent.parent
+TIMEOUT_S = 300
+
+
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def run_workers(script: Path, nproc: int, tmp_path: Path) -> dict[str, str]:
+    """Runs `script` on `nproc` ranks. `{case: "ok"}`, or what those ranks say on which it failed.
+
+    Processes that share `tmp_path` share one run.
+    """
+    folder = tmp_path / f"{script.stem}-{nproc}"
+    folder.mkdir(exist_ok=True)
+    log = folder / "log.txt"
+    with FileLock(folder / "lock"):
+        if not log.exists():
+            log.write_text(_launch(script, nproc, folder), encoding="utf-8")
+    ranks = [folder / f"{rank}.json" for rank in range(nproc)]
+    if not all(path.exists() for path in ranks):
+        raise RuntimeError(f"{script.name} did not start on {nproc} ranks:\n{log.read_text('utf-8')}")
+    found = [json.loads(path.read_text("utf-8")) for path in ranks]
+    return {name: "\n".join(sorted({x[name] for x in found} - {"ok"})) or "ok" for name in found[0]}
+
+
+def _launch(script: Path, nproc: int, folder: Path) -> str:
+    """What the launcher and the ranks printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    path = f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    process = subprocess.Popen(
+        [*command, str(script), str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        return process.communicate(timeout=TIMEOUT_S)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher then ends its ranks, which a kill would orphan
+        return f"not done after {TIMEOUT_S} s\n{process.communicate()[0]}"

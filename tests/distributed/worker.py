@@ -1,0 +1,72 @@
+"""The side of the ranks: a registry of cases, and a `main` that runs them all.
+
+    cases = Cases()
+
+    @cases.add(wrapper=["ddp", "fsdp2"], dtype=[torch.float32, torch.float64])
+    def gradients(wrapper, dtype): ...      # "gradients[ddp-float32]", ...
+
+    if __name__ == "__main__":
+        cases.main()
+
+Importing such a script starts nothing: pytest imports it to learn the names of its cases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+Function = Callable[..., None]
+
+# Long enough for any case on a busy machine; a rank that waits longer waits for one that has failed.
+TIMEOUT = timedelta(seconds=60)
+
+
+class Cases(dict[str, Callable[[], None]]):
+    """Every rank runs them in the same order, with the default process group (gloo) at hand."""
+
+    def add(self, **values: Iterable[Any]) -> Callable[[Function], Function]:
+        """One case for each combination of the keyword arguments' values."""
+
+        def register(function: Function) -> Function:
+            for chosen in itertools.product(*values.values()):
+                label = "-".join(str(x).removeprefix("torch.") for x in chosen)
+                arguments = dict(zip(values, chosen, strict=True))
+                name = f"{function.__name__}[{label}]" if label else function.__name__
+                assert name not in self, f"two cases are called {name}"
+                self[name] = lambda arguments=arguments: function(**arguments)
+            return function
+
+        return register
+
+    def main(self) -> None:
+        """Writes `{name: "ok", or a traceback}` to `<first argument>/<rank>.json`, anew after each case."""
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        rank = dist.get_rank()
+        path = Path(sys.argv[1]) / f"{rank}.json"
+        outcomes = dict.fromkeys(self, f"rank {rank} did not come to it")
+        try:
+            for name, run in self.items():
+                outcomes[name] = f"rank {rank} hung or died in it"
+                path.write_text(json.dumps(outcomes), encoding="utf-8")
+                try:
+                    run()
+                    outcomes[name] = "ok"
+                except Exception:
+                    outcomes[name] = f"rank {rank}:\n{traceback.format_exc()}"
+                # Where one rank failed before the others, these wait for it in a collective of the case, and
+                # whatever came next would meet that.
+                dist.monitored_barrier(timeout=TIMEOUT)
+        finally:
+            path.write_text(json.dumps(outcomes), encoding="utf-8")
+        dist.destroy_process_group()
