@@ -70,10 +70,16 @@ class VocabShard:
         torch.distributed.all_gather(found, x.contiguous(), group=self.group)
         return torch.stack(found)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def sum(self, x: Tensor | None) -> None:
         """The sum over all ranks, in the place of `x`."""
-        torch.distributed.all_reduce(x, group=self.group)
-        return x
+        if x is not None:
+            torch.distributed.all_reduce(x, group=self.group)
+
+    def least(self, number: int, device: torch.device) -> int:
+        """Of all ranks' numbers. The host waits."""
+        found = torch.tensor(number, device=device)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self.group)
+        return int(found)
 
 
 def merge(

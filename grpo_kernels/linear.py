@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .distributed import VocabShard
 from .objective import arithmetic_dtype
 
 logger = logging.getLogger("grpo_kernels")
@@ -122,7 +123,14 @@ class Chunks:
     To be made after everything else that the call allocates, of whose rest it takes a share.
     """
 
-    def __init__(self, head: Head, ref: Head | None, plan: RowPlan, config: LinearConfig) -> None:
+    def __init__(
+        self,
+        head: Head,
+        ref: Head | None,
+        plan: RowPlan,
+        config: LinearConfig,
+        shard: VocabShard | None = None,  # whose ranks meet at every chunk
+    ) -> None:
         self.head, self.ref, self.plan = head, ref, plan
         # The backward's products want factors of one dtype.
         in_place = plan.active == 0 or config.logits_dtype == config.dtype
@@ -132,6 +140,8 @@ class Chunks:
         )
         device = head.weight.device
         self.size = config.chunk_tokens or choose_chunk_tokens(plan.running, bytes_per_token, device)
+        if shard is not None and config.chunk_tokens is None:
+            self.size = shard.least(self.size, device)
         self.size = max(1, min(self.size, plan.running))
         logger.debug(
             "linear form: %d of %d tokens run, %d with a gradient, in chunks of %d: %.0f MiB",

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import backend, linear_passes
 from .autograd import RowConfig, first_order, outside_graphs
-from .linear import Chunks, Gradients, Head, HeadGradients, LinearConfig, RowPlan
+from .linear import Chunk, Chunks, Gradients, Head, HeadGradients, LinearConfig, RowPlan
 from .linear_passes import Rows
 from .objective import RowStats, TokenInputs, arithmetic_dtype
+from .row_loss import row_loss
 from .spec import LossSpec
 
 
@@ -74,32 +75,27 @@ class LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         head, ref = linear_passes.cast(Head(hidden, weight, bias), ref, config, rows.transform.vocab_size)
         targets, temperatures, inputs = map(plan.pick, (targets, temperatures, inputs))
-        stats = rows.empty_stats(plan.running, arithmetic_dtype(hidden), hidden.device, for_backward=False)
+        device, split = hidden.device, rows.shard is not None
+        stats = rows.empty_stats(plan.running, arithmetic_dtype(hidden), device, for_backward=split)
         # Rows without a gradient have no loss either.
         value, dlogp = torch.zeros_like(stats.logps), torch.zeros_like(stats.logps)
         out = HeadGradients.empty(Head(hidden, weight, bias), ctx.needs_input_grad[:3])
         gradients = Gradients(head, out, plan.selected)
-        chunks = Chunks(head, ref, plan, config)
+        chunks = Chunks(head, ref, plan, config, rows.shard)
         for chunk in chunks(0, plan.active):
             place = chunk.place
-            backend.fused_loss(
-                chunk.dlogits,
-                chunk.logits,
-                targets[place],
-                stats.rows(place),
-                value[place],
-                dlogp[place],
-                inputs.rows(place),
-                chunk.ref_logits,
-                None if temperatures is None else temperatures[place],
-                rows.transform,
-                spec,
-                rows.backend,
-            )
+            own = None if temperatures is None else temperatures[place]
+            of = chunk, targets[place], own, inputs.rows(place), spec, rows
+            chunk_loss(*of, stats.rows(place), value[place], dlogp[place])
             gradients.add(chunk)
-        linear_passes.write_stats(chunks(plan.active, plan.running), targets, stats, temperatures, rows)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         gradients.finish()
+        rest = slice(plan.active, plan.running)
+        linear_passes.write_stats(chunks(rest.start, rest.stop), targets, stats, temperatures, rows)
+        if rows.shard is not None:
+            own = None if temperatures is None else temperatures[rest]
+            stats.rows(rest).copy_(rows.merged(stats.rows(rest), targets[rest], own))
+            rows.shard.sum(out.dhidden)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*out)
         constants = [plan.spread(x) for x in (dlogp, *(getattr(stats, name) for name in rows.outputs))]
         ctx.mark_non_differentiable(*constants)
@@ -116,6 +112,46 @@ class LinearLoss(torch.autograd.Function):
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *found, *(None,) * 8
+
+
+def chunk_loss(
+    chunk: Chunk,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    inputs: TokenInputs,
+    spec: LossSpec,
+    rows: RowConfig,
+    stats: RowStats,
+    value: Tensor,
+    dlogp: Tensor,
+) -> None:
+    """Fills the statistics, each row's share of the loss, its derivative, and `chunk.dlogits`."""
+    if rows.shard is None:
+        backend.fused_loss(
+            chunk.dlogits,
+            chunk.logits,
+            targets,
+            stats,
+            value,
+            dlogp,
+            inputs,
+            chunk.ref_logits,
+            temperatures,
+            rows.transform,
+            spec,
+            rows.backend,
+        )
+        return
+    # The parts of the vocabulary meet between the statistics and the loss.
+    of, how = (chunk.logits, targets, stats), (rows.transform, rows.backend)
+    backend.row_stats(*of, chunk.ref_logits, temperatures, *how)
+    stats.copy_(rows.merged(stats, targets, temperatures))
+    shares, coefficients = row_loss(spec, stats, inputs)
+    assert coefficients.dlogp is not None
+    value.copy_(shares)
+    dlogp.copy_(coefficients.dlogp)
+    ref_logits = chunk.ref_logits if rows.kl_gradient else None
+    backend.dlogits(chunk.dlogits, *of, coefficients, ref_logits, temperatures, *how)
 
 
 class LinearRowStatistics(torch.autograd.Function):
@@ -158,7 +194,7 @@ class LinearRowStatistics(torch.autograd.Function):
         of, stats = Rows(head, ref, *saved[3:5]), RowStats(*saved[5:])
         out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
         linear_passes.gradients(of, stats, coefficients, out, config, rows)
-        if rows.shard is not None and out.dhidden is not None:
+        if rows.shard is not None:
             rows.shard.sum(out.dhidden)
         found = (
             None if x is None or like is None else x.to(like.dtype) for x, like in zip(out, head, strict=True)

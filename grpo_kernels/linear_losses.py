@@ -87,7 +87,8 @@ def linear_grpo_loss(
         shard: the heads hold these rows of a vocabulary that is split over ranks, each of which has the same
             hidden states (tensor parallelism with its sequences gathered). Loss, outputs and the gradient by
             `hidden`, summed over the ranks, are then the same on all of them; each has the gradients of its
-            own rows. Takes two passes. A DTensor is taken for its local part (`VocabShard.of(weight)`).
+            own rows. The ranks meet at every chunk, whose length they agree upon where it is not given (the
+            host waits). A DTensor is taken for its local part (`VocabShard.of(weight)`).
 
     Returns:
         LossOutput as `grpo_loss`.
@@ -141,7 +142,7 @@ def linear_grpo_loss(
     active = may_be_active(spec, inputs, batch.layout)
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    one_pass = learns and fusible(spec, product_dtype(hidden)) and shard is None
+    one_pass = learns and fusible(spec, product_dtype(hidden))
     one_pass = one_pass and not torch.compiler.is_compiling()  # which knows the two passes only, as operators
     if not torch.compiler.is_compiling():
         path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"

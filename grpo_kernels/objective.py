@@ -260,6 +260,11 @@ class RowStats(NamedTuple):
     def rows(self, index: Tensor | slice) -> RowStats:
         return RowStats(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
+    def copy_(self, other: RowStats) -> None:
+        for to, x in zip(self, other, strict=True):
+            if to is not None and x is not None:
+                to.copy_(x)
+
 
 class TokenInputs(NamedTuple):
     """The constants of the loss, `[N]` each, fp32 (fp64 for fp64 logits); masked positions hold zeros."""

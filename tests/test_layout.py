@@ -53,10 +53,12 @@ ALLOWED: dict[str, set[str]] = {
         *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
     },
     "policy_loss": {"spec", "objective", "arguments", "batch", "autograd"},
-    "linear": {"objective"},
+    "linear": {"objective", "distributed"},
     "heads": {"checks", "distributed", "batch", "linear"},
     "linear_passes": {"spec", "objective", "backend", "autograd", "linear"},
-    "linear_autograd": {"spec", "objective", "backend", "autograd", "linear", "linear_passes"},
+    "linear_autograd": {
+        *("spec", "objective", "row_loss", "backend", "autograd", "linear", "linear_passes"),
+    },
     "linear_losses": {
         *("spec", "objective", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
         *("losses", "heads", "linear_autograd"),

@@ -24,11 +24,13 @@ from parity import (
     every_branch,
     oracle,
     run,
+    user_loss,
 )
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from distributed.worker import Cases
 from grpo_kernels import (
@@ -37,6 +39,7 @@ from grpo_kernels import (
     PPOClip,
     VocabShard,
     grpo_loss,
+    linear,
     linear_grpo_loss,
     linear_logps,
     selective_logps,
@@ -169,8 +172,8 @@ def parts_without_probability(backend: str, kl: str) -> None:
     assert math.isinf(got.out.metrics["kl"])
 
 
-@cases.add(backend=BACKENDS)
-def far_rows(backend: str) -> None:
+@cases.add(backend=BACKENDS, split=["uneven", "an empty part"])
+def far_rows(backend: str, split: str) -> None:
     """Parts of one row that lie 2e4 apart, and rows far from zero."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, V, generator=generator, dtype=torch.float64)
@@ -182,7 +185,7 @@ def far_rows(backend: str) -> None:
     ids[3] = V - 1
     rounded = logits.float()
     want = rounded.double().log_softmax(-1)
-    shard = shard_of("uneven", V)
+    shard = shard_of(split, V)
     part = rounded[..., shard.start : shard.stop]
     logps, entropy = selective_logps(part, ids, shard=shard, return_entropy=True, backend=backend)
     exact = want.gather(-1, ids[..., None])[..., 0]
@@ -329,6 +332,35 @@ def logps_from_hidden_states(backend: str) -> None:
     got[3:] = [joined(x, "uneven", V, 0) for x in got[3:]]
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@cases.add(spec=["token-local", "callable"])
+def operations(spec: str) -> None:
+    """In units of a part's T V H: three products in one pass, four in two."""
+    loss, units = {"token-local": (LossSpec(PPOClip()), 6), "callable": (LossSpec(user_loss), 8)}[spec]
+    case = from_logits(every_branch(loss, V, torch.float32, ref=None), bias=False)
+    mask = torch.ones_like(case.completion_ids, dtype=torch.bool)
+    case = case.with_options(completion_mask=mask, old_logps=None)._replace(
+        hidden=case.hidden.nan_to_num(),
+        completion_ids=case.completion_ids.clamp(min=0),
+        advantages=torch.ones(4),
+    )
+    parts = linear_parts(case, "uneven")
+    with FlopCounterMode(display=False) as counter:
+        run_linear(parts.case, shard=parts.shard)
+    assert counter.get_total_flops() == units * parts.case.weight.numel() * mask.numel()
+
+
+@cases.add()
+def parts_of_other_length_agree_on_chunks() -> None:
+    """A part so long that a rank by itself would take short chunks, beside short ones."""
+    start, stop = bounds("uneven", V)[dist.get_rank()]
+    linear.CPU_CHUNK_BYTES = 8 * (stop - start)  # what one token takes, or two
+    case = from_logits(every_branch(FULL, V, torch.float64))
+    want, parts = run_linear(case, chunk_tokens=1), linear_parts(case, "uneven")
+    got = run_linear(parts.case, shard=parts.shard)
+    torch.testing.assert_close(got.out.loss, want.out.loss)
+    torch.testing.assert_close(got.grads[0], want.grads[0])
 
 
 @cases.add()
