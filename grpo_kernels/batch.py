@@ -46,26 +46,24 @@ class Vocabulary(NamedTuple):
 
     @classmethod
     def of(
-        cls, vocab_size: int | None, columns: int, what: str, shard: VocabShard | None = None
+        cls, vocab_size: int | None, held: Tensor, dim: int, what: str, shard: VocabShard | None = None
     ) -> Vocabulary:
+        """`held` has the vocabulary, or the shard's part of it, along `dim`."""
+        columns = held.shape[dim]
         if vocab_size is not None:
             check_integer("vocab_size", vocab_size)
-        if shard is not None:
-            return cls._of_shard(vocab_size, columns, what, shard)
-        size = columns if vocab_size is None else vocab_size
-        if not 1 <= size <= columns:
-            raise ValueError(f"vocab_size must be between 1 and the {columns} {what}, got {size}")
-        return cls(size, 0, size)
-
-    @classmethod
-    def _of_shard(cls, vocab_size: int | None, columns: int, what: str, shard: VocabShard) -> Vocabulary:
+        if shard is None:
+            size = columns if vocab_size is None else vocab_size
+            if not 1 <= size <= columns:
+                raise ValueError(f"vocab_size must be between 1 and the {columns} {what}, got {size}")
+            return cls(size, 0, size)
         if not isinstance(shard, VocabShard):
             raise TypeError(f"shard must be a VocabShard or None, got {shard!r}")
         if shard.stop - shard.start != columns:
             raise ValueError(f"shard is {shard.start}:{shard.stop}, but there are {columns} {what}")
         stop = shard.stop if vocab_size is None else min(shard.stop, vocab_size)
         if debug_enabled():
-            size = shard.vocab_size()
+            size = shard.vocab_size(held.device)
             vocab_size = size if vocab_size is None else min(size, vocab_size)
         return cls(max(0, stop - shard.start), shard.start, vocab_size)
 

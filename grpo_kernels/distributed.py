@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_integer
+from .checks import check_flag, check_integer
 from .objective import MASKED, RowStats
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class VocabShard:
     length, or empty, and stand in any order; together they are the vocabulary.
 
     group: a `torch.distributed` process group; None: all ranks.
+    sum_dhidden: from hidden states: their gradient is the sum over the ranks, the same on all. False: each
+        rank's part of it, for those who sum the parts themselves, as Megatron's sequence parallelism does.
 
     Raises ValueError for bounds that do not fit, TypeError for a wrong type.
     """
@@ -31,10 +33,12 @@ class VocabShard:
     start: int
     stop: int
     group: ProcessGroup | None = None
+    sum_dhidden: bool = True
 
     def __post_init__(self) -> None:
         check_integer("VocabShard.start", self.start, low=0)
         check_integer("VocabShard.stop", self.stop, low=self.start)
+        check_flag("VocabShard.sum_dhidden", self.sum_dhidden)
 
     @classmethod
     def of(cls, weight: Tensor) -> VocabShard:
@@ -51,11 +55,10 @@ class VocabShard:
         start = min(size, mesh.get_local_rank() * longest)
         return cls(start, min(size, start + longest), mesh.get_group())
 
-    def vocab_size(self) -> int:
+    def vocab_size(self, device: torch.device) -> int:
         """Of all parts together. Raises ValueError where they do not join. The host waits."""
-        parts = sorted(
-            (int(start), int(stop)) for start, stop in self.gather(torch.tensor([self.start, self.stop]))
-        )
+        bounds = torch.tensor([self.start, self.stop], device=device)
+        parts = sorted(map(tuple, self.gather(bounds).tolist()))
         end = 0
         for start, stop in parts:
             if start != end:
@@ -70,10 +73,10 @@ class VocabShard:
         torch.distributed.all_gather(found, x.contiguous(), group=self.group)
         return torch.stack(found)
 
-    def sum(self, x: Tensor | None) -> None:
-        """The sum over all ranks, in the place of `x`."""
-        if x is not None:
-            torch.distributed.all_reduce(x, group=self.group)
+    def finish(self, dhidden: Tensor | None) -> None:
+        """What the columns here make of the gradient by hidden states becomes that of all."""
+        if dhidden is not None and self.sum_dhidden:
+            torch.distributed.all_reduce(dhidden, group=self.group)
 
     def least(self, number: int, device: torch.device) -> int:
         """Of all ranks' numbers. The host waits."""

@@ -98,7 +98,7 @@ def linear_grpo_loss(
     """
     spec = resolve_spec(spec)
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
-    vocab = Vocabulary.of(vocab_size, head.weight.shape[0], "rows of lm_head_weight", shard)
+    vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, completion_ids, completion_mask, seq_lens, vocab, name="hidden")
     check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
     ref = check_ref_head(

@@ -45,7 +45,7 @@ def selective_logps(
         ValueError, TypeError: as `grpo_loss`.
     """
     check_logits("logits", logits)
-    vocab = Vocabulary.of(vocab_size, logits.shape[-1], "columns of logits", shard)
+    vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, ids, mask, None, vocab, ids_name="ids", mask_name="mask")
     transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
     config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy, shard=shard)
@@ -145,7 +145,7 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """All that `linear_logps` can tell of each token in one pass; arguments and errors as there."""
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
-    vocab = Vocabulary.of(vocab_size, head.weight.shape[0], "rows of lm_head_weight", shard)
+    vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, ids, mask, None, vocab, name="hidden", ids_name="ids", mask_name="mask")
     config = linear_config(
         hidden, None, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, compact=compact

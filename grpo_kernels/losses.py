@@ -98,7 +98,7 @@ def grpo_loss(
     """
     spec = resolve_spec(spec)
     check_logits("logits", logits)
-    vocab = Vocabulary.of(vocab_size, logits.shape[-1], "columns of logits", shard)
+    vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab)
     check_reference(spec, ref_logits, ref_logps, "ref_logits")
     if ref_logits is not None:

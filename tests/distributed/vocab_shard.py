@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -244,17 +245,17 @@ def linear_parts(case: LinearCase, split: str) -> Parts:
     backend=BACKENDS,
     split=SPLITS,
     dtype=[torch.float64, torch.float32],
-    options=["chunks of 1", "chunks of 3", "compact=False", "skip_inactive"],
+    options=["chunks of 1", "chunks of 3", "compact=False", "idle rows", "skip_inactive"],
 )
 def from_hidden_states(backend: str, split: str, dtype: torch.dtype, options: str) -> None:
     skip = options == "skip_inactive"
-    spec = LossSpec(PPOClip()) if skip else FULL
-    ref = None if skip else "logits"
-    case = from_logits(every_branch(spec, V, dtype, ref=ref))
+    spec = LossSpec(PPOClip()) if skip or options == "idle rows" else FULL
+    case = from_logits(every_branch(spec, V, dtype))
     given: dict[str, Any] = {
         "chunks of 1": {"chunk_tokens": 1},
         "chunks of 3": {"chunk_tokens": 3},
         "compact=False": {"compact": False},
+        "idle rows": {"chunk_tokens": 2},
         "skip_inactive": {"skip_inactive": True},
     }[options]
     expected = linear_oracle(case)
@@ -351,11 +352,22 @@ def operations(spec: str) -> None:
     assert counter.get_total_flops() == units * parts.case.weight.numel() * mask.numel()
 
 
+@cases.add(level=["token", "sequence"])
+def parts_of_dhidden(level: str) -> None:
+    """Their sum is left to the caller: in one pass and in two."""
+    case = from_logits(every_branch(LossSpec(PPOClip(), level=level), V, torch.float64))
+    parts = linear_parts(case, "uneven")
+    want = run_linear(parts.case, shard=parts.shard).grads[0].nan_to_num()
+    got = run_linear(parts.case, shard=replace(parts.shard, sum_dhidden=False)).grads[0].nan_to_num()
+    assert not torch.allclose(got, want)
+    dist.all_reduce(got)
+    torch.testing.assert_close(got, want)
+
+
 @cases.add()
-def parts_of_other_length_agree_on_chunks() -> None:
-    """A part so long that a rank by itself would take short chunks, beside short ones."""
-    start, stop = bounds("uneven", V)[dist.get_rank()]
-    linear.CPU_CHUNK_BYTES = 8 * (stop - start)  # what one token takes, or two
+def ranks_agree_on_chunks() -> None:
+    """The first has memory for all tokens at once, the others for one."""
+    linear.CPU_CHUNK_BYTES = 1 << 26 if dist.get_rank() == 0 else 1
     case = from_logits(every_branch(FULL, V, torch.float64))
     want, parts = run_linear(case, chunk_tokens=1), linear_parts(case, "uneven")
     got = run_linear(parts.case, shard=parts.shard)
