@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer
-from .distributed import VocabShard
+from .distributed import VocabShard, is_dtensor
 from .objective import MASKED, arithmetic_dtype
 from .sequences import Layout
 
@@ -73,6 +73,8 @@ def check_logits(
 ) -> None:
     """`like` is the policy's logits; `padded`: the widths may differ, the vocabulary having been named."""
     check_tensor(name, logits)
+    if is_dtensor(logits):
+        raise ValueError(f"{name} is a DTensor: give shard=VocabShard.of(logits, dim=-1), or full_tensor()")
     check_dtype(name, logits)
     if like is None:
         if logits.dim() not in (2, 3):

@@ -41,16 +41,17 @@ class VocabShard:
         check_flag("VocabShard.sum_dhidden", self.sum_dhidden)
 
     @classmethod
-    def of(cls, weight: Tensor) -> VocabShard:
-        """That of a DTensor, `Shard(0)` on a mesh of one dimension, as tensor parallelism leaves a head."""
+    def of(cls, x: Tensor, dim: int = 0) -> VocabShard:
+        """That of a DTensor, sharded along `dim` of a mesh of one dimension: a head's weight, or logits (-1)."""
         from torch.distributed.tensor import DTensor, Shard
 
-        if not isinstance(weight, DTensor) or tuple(weight.placements) != (Shard(0),):
+        dim %= x.dim()
+        if not isinstance(x, DTensor) or tuple(x.placements) != (Shard(dim),):
             raise ValueError(
-                "weight must be a DTensor with placements (Shard(0),), got "
-                f"{getattr(weight, 'placements', type(weight).__name__)}"
+                f"VocabShard.of needs a DTensor with placements (Shard(dim={dim}),), got "
+                f"{getattr(x, 'placements', type(x).__name__)}"
             )
-        size, mesh = weight.shape[0], weight.device_mesh
+        size, mesh = x.shape[dim], x.device_mesh
         longest = -(-size // mesh.size())  # as torch.chunk
         start = min(size, mesh.get_local_rank() * longest)
         return cls(start, min(size, start + longest), mesh.get_group())
@@ -83,6 +84,19 @@ class VocabShard:
         found = torch.tensor(number, device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self.group)
         return int(found)
+
+
+def is_dtensor(x: Tensor) -> bool:
+    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def local_part(x: Tensor) -> Tensor:
+    """This rank's part of a DTensor; other tensors as they are."""
+    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
 
 
 def merge(

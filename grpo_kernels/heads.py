@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .batch import check_device, check_dtype, check_tensor
 from .checks import check_flag, check_integer
-from .distributed import VocabShard
+from .distributed import VocabShard, is_dtensor, local_part
 from .linear import Head, LinearConfig, multiplies_mixed
 
 
@@ -103,19 +103,6 @@ def gathered(x: Tensor) -> Tensor:
     if whole.requires_grad:
         whole.register_hook(lambda grad: grad / mesh.size())
     return whole
-
-
-def local_part(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor, as tensor parallelism shards a head; other tensors as they are."""
-    return x.to_local() if is_dtensor(x) else x  # type: ignore[attr-defined]
-
-
-def is_dtensor(x: Tensor) -> bool:
-    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
 
 
 def autocasts(x: Tensor) -> bool:

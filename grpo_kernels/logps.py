@@ -11,7 +11,7 @@ from .arguments import logit_transform
 from .autograd import RowConfig, row_statistics
 from .backend import choose_backend
 from .batch import Batch, Vocabulary, by_rows, check_logits
-from .distributed import VocabShard
+from .distributed import VocabShard, local_part
 from .heads import check_head, linear_config
 from .linear_autograd import linear_row_statistics
 from .objective import RowStats
@@ -44,6 +44,8 @@ def selective_logps(
     Raises:
         ValueError, TypeError: as `grpo_loss`.
     """
+    if shard is not None:
+        logits = local_part(logits)
     check_logits("logits", logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, ids, mask, None, vocab, ids_name="ids", mask_name="mask")

@@ -19,7 +19,7 @@ from .arguments import (
 from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
 from .backend import choose_backend, log_once
 from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
-from .distributed import VocabShard
+from .distributed import VocabShard, local_part
 from .row_loss import coefficients
 from .spec import LossSpec
 from .surrogates import LogRatio
@@ -82,7 +82,8 @@ def grpo_loss(
             afterwards.
         shard: logits (and `ref_logits`) hold these columns of a vocabulary that is split over ranks; ids are
             those of the whole vocabulary, as is `vocab_size`. All ranks get the same loss and outputs, each
-            the gradient of its own columns.
+            the gradient of its own columns. A DTensor is taken for its local part (`VocabShard.of(logits,
+            dim=-1)`).
         backend: "triton", "torch", or "auto": triton on GPU tensors, torch elsewhere.
 
     Returns:
@@ -97,6 +98,8 @@ def grpo_loss(
             ValueError.
     """
     spec = resolve_spec(spec)
+    if shard is not None:
+        logits, ref_logits = local_part(logits), None if ref_logits is None else local_part(ref_logits)
     check_logits("logits", logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab)

@@ -315,6 +315,28 @@ def dtensor_head(frozen: bool) -> None:
             torch.testing.assert_close(whole, wanted)
 
 
+@cases.add()
+def dtensor_logits() -> None:
+    """As tensor parallelism leaves them: with their shard they stay in parts, else they are refused."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    case = every_branch(FULL, V, torch.float64)
+    want = run(grpo_loss, case)
+    logits = distribute_tensor(case.logits, mesh, [Shard(2)]).requires_grad_()
+    ref_logits = distribute_tensor(case.options["ref_logits"], mesh, [Shard(2)])
+    options = {**case.options, "spec": case.spec, "ref_logits": ref_logits}
+    shard = VocabShard.of(logits, dim=-1)
+    out = grpo_loss(logits, case.completion_ids, case.advantages, shard=shard, **options)
+    torch.testing.assert_close(out.loss, want.out.loss)
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    torch.testing.assert_close(grad.full_tensor(), want.grad)
+    logps = selective_logps(logits, case.completion_ids, mask=case.options["completion_mask"], shard=shard)
+    torch.testing.assert_close(logps.detach(), want.out.logps)
+    with pytest.raises(ValueError, match="logits is a DTensor"):
+        selective_logps(logits, case.completion_ids)
+    with pytest.raises(ValueError, match=r"needs a DTensor with placements \(Shard\(dim=0\),\)"):
+        VocabShard.of(logits)
+
+
 @cases.add(backend=BACKENDS)
 def logps_from_hidden_states(backend: str) -> None:
     """Differentiable, by random upstream gradients of both outputs."""
