@@ -42,7 +42,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, x: Tensor, dim: int = 0) -> VocabShard:
-        """That of a DTensor, sharded along `dim` of a mesh of one dimension: a head's weight, or logits (-1)."""
+        """That of a DTensor, sharded along `dim` on a mesh of one dimension: of a head, or of logits (-1)."""
         from torch.distributed.tensor import DTensor, Shard
 
         dim %= x.dim()
