@@ -32,8 +32,9 @@ test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 t
 study: $(VENV)/.trl  ## train the demo's task under five losses; figure and table into docs/ (ARGS="..." is handed on)
 	$(PY) examples/study.py $(ARGS)
 
-bench: $(VENV)/.bench  ## run the benchmarks
+bench: $(VENV)/.bench  ## run the benchmarks (those of verl where `make test-verl` has installed it)
 	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/test_cpu_trainers.py -k verl --benchmark-only $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

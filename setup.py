@@ -45,9 +45,11 @@ TEST = [
     "pytest-xdist==3.8.0",
     'hypothesis==6.170.15; python_version >= "3.11"',
     'hypothesis==6.168.5; python_version < "3.11"',
-    *(f'{peer}; python_version >= "3.11"' for peer in (*TRAINER, "liger-kernel==0.8.5")),  # compared with
+    # compared with
+    *(f'{peer}; python_version >= "3.11"' for peer in (*TRAINER, "peft==0.21.2", "liger-kernel==0.8.5")),
 ]
-BENCH = [*BASE, *PYTEST, *PLOTS, "pytest-benchmark==5.3.1", "psutil==7.2.2"]
+BENCHMARK = [*PYTEST, "pytest-benchmark==5.3.1", "psutil==7.2.2"]
+BENCH = [*BASE, *BENCHMARK, *PLOTS, *(f'{peer}; python_version >= "3.11"' for peer in TRAINER)]
 TRL = [
     *BASE,
     *PLOTS,
@@ -58,7 +60,7 @@ TRL = [
 ]
 # verl pins libraries of its own that contradict the `trl` extra (and has no release for Python 3.13): give it
 # an environment to itself. It asks for no torch and would take any.
-VERL = [*BASE, *PYTEST, "verl==0.9.1"]
+VERL = [*BASE, *BENCHMARK, "verl==0.9.1"]
 DEV = [*TEST, *BENCH, "ruff==0.17.6", "mypy==2.4.1"]
 
 setup(
