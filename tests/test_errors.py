@@ -145,7 +145,7 @@ class TestTensors:
                 "(2, 3, 7, 1)",
             ),
             case(padded, {"logits": zeros(V)}, "logits must be [B, T, V] or packed [N, V]", "(7,)"),
-            case(padded, {"logits": zeros(B, T, 0)}, "vocab_size must be between 1 and the 0 columns of logits"),
+            case(padded, {"logits": zeros(B, T, 0)}, "vocab_size must be between 1 and the 0 columns"),
             case(padded, {"logits": ids(B, T, V)}, "logits must be fp16, bf16, fp32 or fp64", "int64"),
             case(
                 padded,

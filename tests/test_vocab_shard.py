@@ -44,5 +44,5 @@ def test_columns_must_be_the_shards() -> None:
 
 
 def test_of_a_plain_tensor() -> None:
-    with pytest.raises(ValueError, match="VocabShard.of needs a DTensor"):
+    with pytest.raises(ValueError, match=r"VocabShard\.of needs a DTensor"):
         VocabShard.of(torch.randn(4, 3))

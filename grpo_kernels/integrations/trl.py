@@ -1,0 +1,278 @@
+"""TRL 1.16 and later: `FusedGRPOTrainer`, and `fuse_trl_logps` for all its trainers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..autograd import fusible
+from ..backend import log_once, logger
+from ..policy_loss import policy_loss
+from ..spec import KL, LossSpec
+from ..surrogates import CISPO, SAPO, VESPO, PPOClip
+from .trl_head import (
+    FusedLogProbs,
+    FusedLoss,
+    GRPOTrainer,
+    add_fused_loss,
+    fuse_trl_logps,
+    head_function,
+    zero3_enabled,
+)
+
+__all__ = ["FusedGRPOTrainer", "fuse_trl_logps"]
+
+AGGREGATION = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "luspo": "seq-mean-token-sum",
+    "cispo": "token-mean",
+    "dapo": "token-mean",
+    "vespo": "token-mean",
+}
+COUNTED = ("cispo", "dapo", "vespo")  # divided by the tokens of all micro-batches
+
+# Of the loss's size. TRL's and ours, of the same log-probabilities, differ by rounding, 1e-6.
+TOLERANCE = 1e-3
+# Micro-batches whose gradients are compared. In the long run a ratio within rounding of its clip bound falls
+# to one side here and to the other there, which the loss does not show and the gradient does.
+GRADIENT_CHECKS = 8
+
+
+class Step(FusedLoss):
+    """One micro-batch: the arguments of its loss, and what the model has made of them."""
+
+    loss: Tensor  # as the wrapped model has returned it
+    aux_loss: Tensor | None
+    logps: Tensor  # [B, T], a leaf: TRL's loss is taken of it
+    entropy: Tensor  # likewise
+
+    def loss_again(self) -> Tensor:
+        """Of `logps` and `entropy`."""
+        return policy_loss(self.logps, self.advantages, entropy=self.entropy, **self.arguments).loss
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """`[2, B, T]`, by `logps` and `entropy`."""
+        leaves = (self.logps, self.entropy)
+        return torch.stack(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+class FusedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer, whose loss `linear_grpo_loss` makes of hidden states, within the model's forward.
+
+    Constructor, `GRPOConfig`, sampling, rewards and logged metrics are TRL's own. Its `_compute_loss` still
+    runs, on the log-probabilities that our loss has found, and its loss (of the first micro-batches its
+    gradient too) has to agree with ours to 1e-3 of its size. Where it does not, a warning shows both, and
+    everything is TRL's from that micro-batch on.
+
+    With `top_entropy_quantile` or `off_policy_mask_threshold`, whose token weights are made of the policy's
+    entropies or log-probabilities, the loss is TRL's, of log-probabilities by `linear_logps`. The logger
+    "grpo_kernels" tells at level INFO which way was taken.
+    """
+
+    loss_options: ClassVar[dict[str, Any]] = {}
+    """For `linear_grpo_loss`, set by a subclass: `chunk_tokens`, `logits_dtype`, `compact`, `backend`."""
+
+    @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        add_fused_loss(self.model)
+        self._fused_step: Step | None = None
+        self._gradient_checks = GRADIENT_CHECKS
+        self._handed_over = zero3_enabled() and not self._learns_in_the_forward()
+        if self._handed_over:
+            logger.warning("FusedGRPOTrainer: under DeepSpeed ZeRO-3 this loss remains TRL's own")
+
+    def loss_spec(self) -> LossSpec:
+        """The loss that `args` ask for, without its entropy bonus; read at every micro-batch.
+
+        Override it to train on another, such as `LossSpec.preset("log_ratio")`. TRL's metrics remain those of
+        its `loss_type`, ours are logged beside them under `grpo_kernels/`, and nothing is compared. The
+        reference's log-probabilities are at hand where `beta` is not 0. A "token-mean" is one over all
+        micro-batches of the step where `loss_type` is "dapo", "cispo" or "vespo"; all else is a mean of the
+        micro-batches' losses.
+
+        Raises:
+            ValueError: `args` that no LossSpec describes. The loss is then TRL's.
+        """
+        if self.loss_type not in AGGREGATION:
+            raise ValueError(f"loss_type={self.loss_type!r} is unknown here")
+        kl = None
+        if self.beta:
+            kl = KL("k3", beta=self.beta, ratio_corrected=self.args.use_bias_correction_kl)
+        level = self.importance_sampling_level
+        if self.loss_type == "vespo":
+            if level == "sequence" and kl is not None and kl.ratio_corrected:
+                raise ValueError("VESPO's KL term would be corrected by the sequence's ratio")
+            level = "token"  # its weights are the sequence's at either
+        return LossSpec(
+            self._surrogate(),
+            kl,
+            level=level,
+            aggregation=AGGREGATION[self.loss_type],
+            max_tokens=self.max_completion_length if self.loss_type == "dr_grpo" else None,
+        )
+
+    def _surrogate(self) -> PPOClip | CISPO | SAPO | VESPO:
+        args = self.args
+        if self.loss_type == "cispo":
+            return CISPO(ratio_max=self.epsilon_high, ratio_min=0.0)  # the bound itself, no offset from 1
+        if self.loss_type == "sapo":
+            return SAPO(tau_pos=args.sapo_temperature_pos, tau_neg=args.sapo_temperature_neg)
+        if self.loss_type == "vespo":
+            return VESPO(
+                k_pos=args.vespo_k_pos,
+                lambda_pos=args.vespo_lambda_pos,
+                k_neg=args.vespo_k_neg,
+                lambda_neg=args.vespo_lambda_neg,
+            )
+        return PPOClip(eps_low=self.epsilon_low, eps_high=self.epsilon_high, delta=args.delta)
+
+    @property
+    def _has_own_spec(self) -> bool:
+        return getattr(self.loss_spec, "__func__", None) is not FusedGRPOTrainer.loss_spec
+
+    @property
+    def _accumulation(self) -> int:
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        step = None if self._handed_over else self._step_of(inputs)
+        if step is None:
+            return super()._compute_loss(model, inputs)
+        self._fused_step = step
+        try:
+            theirs = super()._compute_loss(model, inputs)
+        finally:
+            self._fused_step = None
+        loss = step.loss / self._divisor(step.arguments["normalizer"])
+        if step.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * step.aux_loss / self._accumulation
+        if self._has_own_spec:
+            self._log_own_metrics(step)
+        elif self._disagree(step, loss.detach(), theirs):
+            return super()._compute_loss(model, inputs)  # TRL logs this micro-batch twice
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        score = super()._get_per_token_logps_and_entropies
+        if self._handed_over:
+            return score(model, *args, **kwargs)
+        step = self._fused_step
+        if step is None:
+            with head_function(FusedLogProbs):
+                return score(model, *args, **kwargs)
+
+        def call(**inputs: Any) -> Any:
+            outputs = model(**inputs, fused_loss=step)
+            step.loss = outputs.loss
+            return outputs
+
+        logps, entropy, step.aux_loss = score(call, *args, **kwargs)
+        mask, old_logps = step.arguments["completion_mask"], step.arguments["old_logps"]
+        if old_logps is not None:
+            # We have none of the tokens that a tool wrote, TRL forms their ratio all the same: 1.
+            logps = torch.where(mask.bool(), logps, old_logps)
+        step.logps, step.entropy = logps.detach().requires_grad_(), entropy.detach().requires_grad_()
+        return step.logps, step.entropy, step.aux_loss
+
+    def _learns_in_the_forward(self) -> bool:
+        """Or else the backward needs the head, which DeepSpeed ZeRO-3 has taken apart again by then."""
+        try:
+            return fusible(self._fusible_spec(), torch.float16 if self.args.fp16 else self.model.dtype)
+        except ValueError:
+            return False
+
+    def _fusible_spec(self) -> LossSpec:
+        """Raises ValueError where the loss cannot be made where the log-probabilities are."""
+        for name, unset in (("top_entropy_quantile", 1.0), ("off_policy_mask_threshold", None)):
+            value = getattr(self, name)
+            if value != unset:
+                raise ValueError(f"{name}={value} weighs tokens by what the policy makes of them")
+        return self.loss_spec()
+
+    def _step_of(self, inputs: dict[str, Any]) -> Step | None:
+        """None: the loss is to be TRL's, of our log-probabilities."""
+        try:
+            spec = self._fusible_spec()
+        except ValueError as reason:
+            if self._has_own_spec:
+                raise
+            log_once(f"FusedGRPOTrainer: TRL's loss of log-probabilities by linear_logps, because {reason}")
+            return None
+        log_once(f"FusedGRPOTrainer: the loss is made in the model's forward, loss_type={self.loss_type!r}")
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        normalizer = self._normalizer(spec, inputs)
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        weighted = corrected or self.loss_type == "vespo"
+        arguments = {
+            "spec": replace(spec, entropy_coef=self._entropy_coef(spec, mask, normalizer)),
+            "completion_mask": mask,
+            "old_logps": inputs.get("old_per_token_logps"),
+            "ref_logps": inputs["ref_per_token_logps"] if self.beta else None,
+            "token_weights": inputs.get("importance_sampling_ratio") if weighted else None,
+            "normalizer": normalizer,
+        }
+        return Step(
+            inputs["completion_ids"],
+            inputs["completion_mask"],
+            inputs["advantages"],
+            arguments,
+            self.loss_options,
+        )
+
+    def _normalizer(self, spec: LossSpec, inputs: dict[str, Any]) -> Tensor | None:
+        """Tokens of all micro-batches of an optimizer step, per process; TRL counts those of a generation."""
+        if self.loss_type not in COUNTED or spec.aggregation != "token-mean":
+            return None
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        return tokens * self._accumulation / self.args.steps_per_generation if self.model.training else tokens
+
+    def _divisor(self, normalizer: Tensor | None) -> int:
+        return self._accumulation if normalizer is None else 1
+
+    def _entropy_coef(self, spec: LossSpec, mask: Tensor, normalizer: Tensor | None) -> float:
+        if not self._entropy_bonus_enabled:
+            return spec.entropy_coef
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        if normalizer is None:
+            return self.entropy_coef
+        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch.
+        return self.entropy_coef * float(normalizer / (mask.sum().clamp(min=1) * self._accumulation))
+
+    def _disagree(self, step: Step, loss: Tensor, theirs: Tensor) -> bool:
+        """Whether TRL's loss of the same log-probabilities is another, on any rank. Then it takes over."""
+        divisor = self._divisor(step.arguments["normalizer"])
+        # What a token with an advantage and a ratio of 1 each would add up to.
+        size = (step.completion_ids.shape[1] if self.loss_type == "luspo" else 1) / self._accumulation
+        apart = ~((loss - theirs).abs() <= TOLERANCE * (size + theirs.abs())) & theirs.isfinite()
+        if self._gradient_checks and theirs.requires_grad:
+            self._gradient_checks -= 1
+            wanted = step.gradient(theirs)
+            error, norm = (
+                (step.gradient(step.loss_again() / divisor) - wanted).abs().sum(),
+                wanted.abs().sum(),
+            )
+            apart |= ~(error <= TOLERANCE * (size + norm)) & norm.isfinite()
+        if not self.accelerator.gather(apart).any():
+            return False
+        logger.warning(
+            f"FusedGRPOTrainer: with loss_type={self.loss_type!r} our loss is {float(loss):.7g}, TRL's "
+            f"{float(theirs):.7g}, or their gradients differ. From here on everything is TRL's own"
+        )
+        self._handed_over = True
+        return True
+
+    def _log_own_metrics(self, step: Step) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in step.output.metrics.items():
+            metrics[f"grpo_kernels/{name}"].append(self.accelerator.gather(value).nanmean().item())
