@@ -75,7 +75,7 @@ def grpo_loss(
         vocab_size: columns from here on are padding: they take no part and get zero gradient.
         normalizer: replaces the denominator of the aggregation: the tokens (sequences) of all micro-batches
             and ranks. Where gradients are averaged over ranks, as DDP and FSDP do, divided by the number of
-            ranks.
+            ranks: `grpo_kernels.normalizers.global_normalizer`.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them

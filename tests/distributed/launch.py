@@ -40,7 +40,7 @@ def run_workers(script: Path, nproc: int, tmp_path: Path) -> dict[str, str]:
     log = folder / "log.txt"
     with FileLock(folder / "lock"):
         if not log.exists():
-            log.write_text(_launch(script, nproc, folder), encoding="utf-8")
+            log.write_text(torchrun(script, nproc, str(folder)), encoding="utf-8")
     ranks = [folder / f"{rank}.json" for rank in range(nproc)]
     if not all(path.exists() for path in ranks):
         raise RuntimeError(f"{script.name} did not start on {nproc} ranks:\n{log.read_text('utf-8')}")
@@ -48,13 +48,13 @@ def run_workers(script: Path, nproc: int, tmp_path: Path) -> dict[str, str]:
     return {name: "\n".join(sorted({x[name] for x in found} - {"ok"})) or "ok" for name in found[0]}
 
 
-def _launch(script: Path, nproc: int, folder: Path) -> str:
-    """What the launcher and the ranks printed."""
+def torchrun(script: Path, nproc: int, *arguments: str) -> str:
+    """What the launcher and the ranks print, errors too."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
     path = f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [*command, str(script), str(folder)],
+        [*command, str(script), *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -22,7 +22,7 @@ def token_losses(logps: Tensor, *unused: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_of_several_ranks(mode: str) -> None:
-    """verl counts the tokens of all ranks; its number of sequences is configured, those without a token too."""
+    """verl is told the tokens of all ranks, and the sequences, those without a token among them."""
     generator = torch.Generator().manual_seed(0)
     lengths = [torch.randint(8, (n,), generator=generator) for n in (3, 1, 2, 4)]
     lengths[0][0] = 0
