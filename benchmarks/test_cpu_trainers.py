@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
-os.environ.setdefault("GRPO_KERNELS_VERL_FUSE", "0")  # a row at a time
 
 import pytest
 import torch
@@ -130,7 +129,7 @@ def trl(folder: Path, *, fused_loss: bool = False, fused_logps: bool = False) ->
             "old_per_token_logps": batch.old_logps,
         }
         # What fuse_trl_logps() does, for this row only.
-        with head_function(FusedLogProbs) if fused_logps else nullcontext():
+        with head_function(FusedLogProbs()) if fused_logps else nullcontext():
             return trainer._compute_loss(trainer.model, inputs)
 
     return Subject(trainer.model, loss)
@@ -141,7 +140,7 @@ def verl(folder: Path, *, fused_logps: bool = False) -> Subject:
     from verl.utils.experimental import torch_functional
 
     stock = torch_functional.FusedLinearForPPOFunction
-    from grpo_kernels.integrations.verl import FusedLinearForPPOFunction
+    from grpo_kernels.integrations.verl_logps import FusedLinearForPPOFunction
 
     model = make_model()
     monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
@@ -170,9 +169,10 @@ def make_batch(idle: float) -> Batch:
     """Sampled by the model, and a step old; `idle`: the share of completions without an advantage."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(V, (B, 1 + T), generator=generator)
+    model = make_model()
     with torch.no_grad():
-        hidden = make_model().model(ids, use_cache=False).last_hidden_state[:, :-1]
-        log_p = torch.log_softmax(make_model().lm_head(hidden), -1)
+        hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+        log_p = torch.log_softmax(model.lm_head(hidden), -1)
     old_logps = log_p.gather(-1, ids[:, 1:, None])[..., 0]
     old_logps += 0.1 * torch.randn(B, T, generator=generator)
     advantages = torch.where(torch.arange(B) < idle * B, 0.0, torch.randn(B, generator=generator))

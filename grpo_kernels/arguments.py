@@ -37,17 +37,19 @@ def resolve_spec(spec: LossSpec | str) -> LossSpec:
     return spec
 
 
-def check_reference(spec: LossSpec, whole: Tensor | None, ref_logps: Tensor | None, name: str) -> None:
-    """`whole`: what gives the reference's distribution, the argument `name`."""
+def check_reference(spec: LossSpec, whole: Tensor | None, ref_logps: Tensor | None, name: str | None) -> None:
+    """`whole`: what gives the reference's distribution, the argument `name`, where there is such a one."""
     if whole is not None and ref_logps is not None:
         raise ValueError(f"{name} and ref_logps are both given: give one")
     if spec.exact_kl is not None and whole is None:
-        raise ValueError(f"KL({spec.exact_kl.kind!r}) runs over the vocabulary: it needs {name}")
+        needed = "logits or hidden states" if name is None else name
+        raise ValueError(f"KL({spec.exact_kl.kind!r}) runs over the vocabulary: it needs {needed}")
+    give = "ref_logps" if name is None else f"{name} or ref_logps"
     if whole is None and ref_logps is None:
         if isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref":
-            raise ValueError(f"{spec.surrogate} needs a reference: give {name} or ref_logps")
+            raise ValueError(f"{spec.surrogate} needs a reference: give {give}")
         if spec.sampled_kl is not None:
-            raise ValueError(f"{spec.sampled_kl} needs a reference: give {name} or ref_logps")
+            raise ValueError(f"{spec.sampled_kl} needs a reference: give {give}")
 
 
 def logit_transform(

@@ -54,6 +54,11 @@ def log_once(message: str) -> None:
     logger.info(message)
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 def row_stats(
     logits: Tensor,
     targets: Tensor,

@@ -24,8 +24,9 @@ class VocabShard:
     length, or empty, and stand in any order; together they are the vocabulary.
 
     group: a `torch.distributed` process group; None: all ranks.
-    sum_dhidden: from hidden states: their gradient is the sum over the ranks, the same on all. False: each
-        rank's part of it, for those who sum the parts themselves, as Megatron's sequence parallelism does.
+    sum_dhidden: sum the gradient of the hidden states over the ranks, so that it is the same on all. False
+        leaves each rank its part, for those who sum the parts themselves, as Megatron's sequence parallelism
+        does.
 
     Raises ValueError for bounds that do not fit, TypeError for a wrong type.
     """
@@ -42,7 +43,10 @@ class VocabShard:
 
     @classmethod
     def of(cls, x: Tensor, dim: int = 0) -> VocabShard:
-        """That of a DTensor, sharded along `dim` on a mesh of one dimension: of a head, or of logits (-1)."""
+        """This rank's part of a DTensor whose mesh has one dimension.
+
+        `dim` is the vocabulary's: 0 of a head's weight, -1 of logits.
+        """
         from torch.distributed.tensor import DTensor, Shard
 
         dim %= x.dim()
@@ -74,8 +78,8 @@ class VocabShard:
         torch.distributed.all_gather(found, x.contiguous(), group=self.group)
         return torch.stack(found)
 
-    def finish(self, dhidden: Tensor | None) -> None:
-        """What the columns here make of the gradient by hidden states becomes that of all."""
+    def sum_over_ranks(self, dhidden: Tensor | None) -> None:
+        """The gradient of the hidden states, in place, where `sum_dhidden`."""
         if dhidden is not None and self.sum_dhidden:
             torch.distributed.all_reduce(dhidden, group=self.group)
 
@@ -103,7 +107,7 @@ def merge(
     own: RowStats,  # of this part's columns
     targets: Tensor,  # [N]: MASKED, the column of the taken token, or `width` where it is another part's
     width: int,
-    nats: tuple[Tensor | float, Tensor | float],  # what 1 is worth in the units of shift and ref_shift
+    nats_per_shift: tuple[Tensor | float, Tensor | float],  # of shift and ref_shift
     shard: VocabShard,
 ) -> RowStats:
     """The statistics of the whole vocabulary, from one gathering of the parts'.
@@ -143,13 +147,13 @@ def merge(
         infinite = log_other == -torch.inf  # and `each` may be a NaN
         return expected(log_part, torch.where(infinite, torch.inf, each + log_part - log_other))
 
-    shift, sum_exp, log_part = merged(parts.shift, parts.sum_exp, nats[0])
+    shift, sum_exp, log_part = merged(parts.shift, parts.sum_exp, nats_per_shift[0])
     found = RowStats(logps_of_holder(parts.logps, log_part), shift, sum_exp)
     if parts.entropy is not None:
         found = found._replace(entropy=expected(log_part, parts.entropy - log_part))
     if parts.ref_logps is not None:
         assert parts.ref_shift is not None and parts.ref_sum_exp is not None and parts.kl is not None
-        ref_shift, ref_sum_exp, log_ref = merged(parts.ref_shift, parts.ref_sum_exp, nats[1])
+        ref_shift, ref_sum_exp, log_ref = merged(parts.ref_shift, parts.ref_sum_exp, nats_per_shift[1])
         found = found._replace(
             ref_logps=logps_of_holder(parts.ref_logps, log_ref),
             ref_shift=ref_shift,

@@ -94,7 +94,7 @@ class LinearLoss(torch.autograd.Function):
         if rows.shard is not None:
             own = None if temperatures is None else temperatures[rest]
             stats.rows(rest).copy_(rows.merged(stats.rows(rest), targets[rest], own))
-            rows.shard.finish(out.dhidden)
+            rows.shard.sum_over_ranks(out.dhidden)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*out)
         constants = [plan.spread(x) for x in (dlogp, *(getattr(stats, name) for name in rows.outputs))]
@@ -195,7 +195,7 @@ class LinearRowStatistics(torch.autograd.Function):
         out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
         linear_passes.gradients(of, stats, coefficients, out, config, rows)
         if rows.shard is not None:
-            rows.shard.finish(out.dhidden)
+            rows.shard.sum_over_ranks(out.dhidden)
         found = (
             None if x is None or like is None else x.to(like.dtype) for x, like in zip(out, head, strict=True)
         )

@@ -35,8 +35,8 @@ def global_normalizer(
     "seq-mean-token-sum-norm" divides by `LossSpec.max_tokens` itself (verl: `loss_scale_factor`), which has
     to be given: the padded widths of micro-batches differ. An entropy bonus is aggregated as the loss.
 
-    TRL 1.16 divides its `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`, which is this of
-    the masks of all samples of a generation. Where these serve several optimizer steps it multiplies by
+    TRL 1.16 divides its `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`, which equals
+    this of all masks of one generation. If a generation serves several optimizer steps, TRL multiplies it by
     `gradient_accumulation_steps / steps_per_generation`: the mean of the steps' numbers of tokens, in place
     of each step's own.
 

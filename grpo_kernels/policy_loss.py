@@ -27,7 +27,8 @@ def policy_loss(
 ) -> LossOutput:
     """`grpo_loss` of the taken tokens' log-probabilities, as `selective_logps` and `linear_logps` give them.
 
-    For what has to be known between the two, such as token weights that depend on the policy's entropies.
+    Use it when something has to be computed between the log-probabilities and the loss, such as token weights
+    that depend on the policy's entropies.
 
     Args:
         logps: `[B, T]` or `[N]`, nats, any floating dtype; differentiable. What it holds at a masked position
@@ -48,7 +49,7 @@ def policy_loss(
     if logps.dim() not in (1, 2):
         raise ValueError(f"logps must be [B, T] or packed [N], got shape {tuple(logps.shape)}")
     batch = Batch.of(logps.unsqueeze(-1), None, completion_mask, seq_lens, Vocabulary(1, 0, 1), name="logps")
-    check_reference(spec, None, ref_logps, "ref_logits")
+    check_reference(spec, None, ref_logps, None)
     if spec.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {spec.entropy_coef}: it needs entropy")
     inputs = token_inputs(

@@ -83,7 +83,7 @@ ALLOWED |= {  # which nothing imports but their users
     },
     "integrations/verl_logps": {"distributed", "logps"},
     "integrations/verl": {
-        *("surrogates", "spec", "backend", "policy_loss"),
+        *("surrogates", "spec", "arguments", "backend", "policy_loss"),
         *("integrations/versions", "integrations/verl_logps"),
     },
 }

@@ -41,6 +41,7 @@ from trl.trainer import utils  # noqa: E402
 from grpo_kernels.integrations import trl as fused_trl  # noqa: E402
 from grpo_kernels.integrations import trl_head  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps  # noqa: E402
+from grpo_kernels.logps import linear_token_statistics  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore::{kind}")
@@ -113,7 +114,7 @@ class Forbidden:
 def one_message_per_test(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """As in a new process: no message told, TRL unchanged."""
     backend.log_once.cache_clear()
-    trl_head.warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", trl_head.ChunkedLogProbFunction)
     caplog.set_level(logging.INFO, logger="grpo_kernels")
 
@@ -561,12 +562,32 @@ def test_loss_options(
         seen.update(kwargs)
         return grpo_kernels.linear_grpo_loss(*args, **kwargs)
 
+    scored: list[dict[str, Any]] = []
+
+    def spy_of_logps(*args: Any, **kwargs: Any) -> Any:
+        scored.append(kwargs)
+        return linear_token_statistics(*args, **kwargs)
+
     monkeypatch.setattr(trl_head, "linear_grpo_loss", spy)
+    monkeypatch.setattr(trl_head, "linear_token_statistics", spy_of_logps)
     wanted = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
-    got = loss_and_gradients(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path), batch())
+    trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+    got = loss_and_gradients(trainer, batch())
     assert_close("loss", got[0], wanted[0], 1e-6)
     assert_same_gradients(got[1], wanted[1])
     assert options.items() <= seen.items()
+    step_and_score(trainer)
+    assert scored and all(options.items() <= kwargs.items() for kwargs in scored)
+
+
+@pytest.mark.parametrize("option", ["skip_inactive", "spec"])
+def test_other_options_are_refused(
+    option: str, tmp_path: Path, folders: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not run would be missing in TRL's metrics."""
+    monkeypatch.setattr(FusedGRPOTrainer, "loss_options", {option: True})
+    with pytest.raises(ValueError, match=rf"loss_options takes .*, got \['{option}'\]"):
+        new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
 
 
 def test_constructor_is_that_of_trl() -> None:
@@ -633,6 +654,14 @@ def test_another_loss_is_handed_over(
     (warning,) = messages(caplog, logging.WARNING)
     assert "our loss is" in warning and "TRL's" in warning
     assert_same_runs(got, wanted)
+
+
+def test_gradients_are_compared_where_there_are_some(folders: Callable[[str], str], tmp_path: Path) -> None:
+    trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+    inputs = batch()
+    for advantages, left in ((torch.zeros(B), fused_trl.GRADIENT_CHECKS), (inputs["advantages"], 7)):
+        trainer._compute_loss(trainer.model, {**inputs, "advantages": advantages})
+        assert trainer._gradient_checks == left
 
 
 def test_every_rank_hands_over(
@@ -772,7 +801,7 @@ def test_results_of_trl_s_function(outputs: tuple[str, ...], softcap: float | No
         weight, bias = weight.bfloat16(), bias.bfloat16()
     upstream = torch.randn(2, 11)
     found = []
-    for function in (trl_head.ChunkedLogProbFunction, trl_head.FusedLogProbs):
+    for function in (trl_head.ChunkedLogProbFunction, trl_head.FusedLogProbs()):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         with torch.autocast("cpu", enabled=dtypes == "autocast"):
             results = function.apply(*leaves, targets, 0.7, 20, softcap, 0.6, outputs)
@@ -798,7 +827,7 @@ def test_start_at_the_reference() -> None:
     hidden, weight = torch.randn(200, 32), torch.randn(V, 32)
     targets = torch.randint(0, V, (200,))
     policy, reference = (
-        trl_head.FusedLogProbs.apply(hidden, weight, None, targets, 1.0, 20, None, 1.0, outputs).logps
+        trl_head.FusedLogProbs().apply(hidden, weight, None, targets, 1.0, 20, None, 1.0, outputs).logps
         for outputs in (("log_probs", "entropy"), ("log_probs",))
     )
     assert torch.equal(policy, reference)
@@ -916,6 +945,19 @@ def test_sharded_head(
     """It is whole in the forward alone. A gradient that is made there can do without it later on."""
     step_and_score(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path))
     assert sharded == [] == messages(caplog, logging.WARNING)
+
+
+class GSPOTrainer(FusedGRPOTrainer):
+    def loss_spec(self) -> LossSpec:
+        return LossSpec.preset("gspo")
+
+
+def test_sharded_head_and_own_spec(
+    sharded: list[bool], folders: Callable[[str], str], tmp_path: Path
+) -> None:
+    """TRL's loss would be another than was asked for."""
+    with pytest.raises(ValueError, match="a loss of one's own has to be made in the forward"):
+        new_trainer(GSPOTrainer, folders("llama"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""TRL 1.16 and later: `FusedGRPOTrainer`, and `fuse_trl_logps` for all its trainers."""
+"""TRL 1.16 and later: `FusedGRPOTrainer`, and `fuse_trl_logps` for GRPO, RLOO, SFT, DPO and KTO."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ..autograd import fusible
 from ..backend import log_once, logger
 from ..policy_loss import policy_loss
 from ..spec import KL, LossSpec
-from ..surrogates import CISPO, SAPO, VESPO, PPOClip
+from ..surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
 from .trl_head import (
+    ForwardLoss,
     FusedLogProbs,
-    FusedLoss,
     GRPOTrainer,
     add_fused_loss,
     fuse_trl_logps,
     head_function,
+    stock_head,
     zero3_enabled,
 )
 
@@ -45,7 +46,7 @@ TOLERANCE = 1e-3
 GRADIENT_CHECKS = 8
 
 
-class Step(FusedLoss):
+class Step(ForwardLoss):
     """One micro-batch: the arguments of its loss, and what the model has made of them."""
 
     loss: Tensor  # as the wrapped model has returned it
@@ -53,8 +54,8 @@ class Step(FusedLoss):
     logps: Tensor  # [B, T], a leaf: TRL's loss is taken of it
     entropy: Tensor  # likewise
 
-    def loss_again(self) -> Tensor:
-        """Of `logps` and `entropy`."""
+    def loss_of_logps(self) -> Tensor:
+        """Our loss of `logps` and `entropy`, for its gradient."""
         return policy_loss(self.logps, self.advantages, entropy=self.entropy, **self.arguments).loss
 
     def gradient(self, loss: Tensor) -> Tensor:
@@ -77,15 +78,26 @@ class FusedGRPOTrainer(GRPOTrainer):
     """
 
     loss_options: ClassVar[dict[str, Any]] = {}
-    """For `linear_grpo_loss`, set by a subclass: `chunk_tokens`, `logits_dtype`, `compact`, `backend`."""
+    """Set by a subclass: `chunk_tokens`, `logits_dtype`, `compact`, `backend` of `linear_grpo_loss`, and of
+    `linear_logps` for the old and the reference's log-probabilities."""
 
     @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        unknown = self.loss_options.keys() - {"chunk_tokens", "logits_dtype", "compact", "backend"}
+        if unknown:
+            raise ValueError(
+                f"loss_options takes chunk_tokens, logits_dtype, compact and backend, got {sorted(unknown)}"
+            )
         super().__init__(*args, **kwargs)
         add_fused_loss(self.model)
         self._fused_step: Step | None = None
         self._gradient_checks = GRADIENT_CHECKS
         self._handed_over = zero3_enabled() and not self._learns_in_the_forward()
+        if self._handed_over and self._has_own_spec:
+            raise ValueError(
+                "under DeepSpeed ZeRO-3 a loss of one's own has to be made in the forward: a token-local "
+                "LossSpec, without fp16, top_entropy_quantile and off_policy_mask_threshold"
+            )
         if self._handed_over:
             logger.warning("FusedGRPOTrainer: under DeepSpeed ZeRO-3 this loss remains TRL's own")
 
@@ -94,9 +106,9 @@ class FusedGRPOTrainer(GRPOTrainer):
 
         Override it to train on another, such as `LossSpec.preset("log_ratio")`. TRL's metrics remain those of
         its `loss_type`, ours are logged beside them under `grpo_kernels/`, and nothing is compared. The
-        reference's log-probabilities are at hand where `beta` is not 0. A "token-mean" is one over all
-        micro-batches of the step where `loss_type` is "dapo", "cispo" or "vespo"; all else is a mean of the
-        micro-batches' losses.
+        reference's log-probabilities are at hand where `beta` is not 0. The spec's own `entropy_coef` counts
+        where `args` ask for no bonus. A "token-mean" is one over all micro-batches of the step where
+        `loss_type` is "dapo", "cispo" or "vespo"; all else is a mean of the micro-batches' losses.
 
         Raises:
             ValueError: `args` that no LossSpec describes. The loss is then TRL's.
@@ -165,10 +177,11 @@ class FusedGRPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         score = super()._get_per_token_logps_and_entropies
         if self._handed_over:
-            return score(model, *args, **kwargs)
+            with stock_head():
+                return score(model, *args, **kwargs)
         step = self._fused_step
         if step is None:
-            with head_function(FusedLogProbs):
+            with head_function(FusedLogProbs(self.loss_options)):
                 return score(model, *args, **kwargs)
 
         def call(**inputs: Any) -> Any:
@@ -197,7 +210,15 @@ class FusedGRPOTrainer(GRPOTrainer):
             value = getattr(self, name)
             if value != unset:
                 raise ValueError(f"{name}={value} weighs tokens by what the policy makes of them")
-        return self.loss_spec()
+        spec = self.loss_spec()
+        if spec.exact_kl is not None:
+            raise ValueError(
+                f"{spec.exact_kl} runs over the vocabulary: TRL has the reference's log-probabilities"
+            )
+        anchored = isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref"
+        if not self.beta and (anchored or spec.sampled_kl is not None):
+            raise ValueError(f"{spec} needs a reference, which TRL runs where beta is not 0")
+        return spec
 
     def _step_of(self, inputs: dict[str, Any]) -> Step | None:
         """None: the loss is to be TRL's, of our log-probabilities."""
@@ -255,24 +276,26 @@ class FusedGRPOTrainer(GRPOTrainer):
         # What a token with an advantage and a ratio of 1 each would add up to.
         size = (step.completion_ids.shape[1] if self.loss_type == "luspo" else 1) / self._accumulation
         apart = ~((loss - theirs).abs() <= TOLERANCE * (size + theirs.abs())) & theirs.isfinite()
+        gradients = ""
         if self._gradient_checks and theirs.requires_grad:
-            self._gradient_checks -= 1
             wanted = step.gradient(theirs)
-            error, norm = (
-                (step.gradient(step.loss_again() / divisor) - wanted).abs().sum(),
-                wanted.abs().sum(),
-            )
+            error = (step.gradient(step.loss_of_logps() / divisor) - wanted).abs().sum()
+            norm = wanted.abs().sum()
+            self._gradient_checks -= int(norm > 0)  # a batch without advantages tells nothing
+            gradients = f", the gradients {float(error / norm):.2g} apart"
             apart |= ~(error <= TOLERANCE * (size + norm)) & norm.isfinite()
         if not self.accelerator.gather(apart).any():
             return False
         logger.warning(
             f"FusedGRPOTrainer: with loss_type={self.loss_type!r} our loss is {float(loss):.7g}, TRL's "
-            f"{float(theirs):.7g}, or their gradients differ. From here on everything is TRL's own"
+            f"{float(theirs):.7g}{gradients}. From here on loss and log-probabilities are TRL's own"
         )
         self._handed_over = True
         return True
 
     def _log_own_metrics(self, step: Step) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in step.output.metrics.items():
-            metrics[f"grpo_kernels/{name}"].append(self.accelerator.gather(value).nanmean().item())
+        found = step.output.metrics
+        values = self.accelerator.gather(torch.stack([*found.values()])[None]).nanmean(0).tolist()
+        for name, value in zip(found, values, strict=True):
+            metrics[f"grpo_kernels/{name}"].append(value)

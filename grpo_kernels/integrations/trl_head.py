@@ -1,4 +1,4 @@
-"""In the place of TRL's fused head: our log-probabilities of its hidden states, or a whole loss.
+"""Replaces the function that TRL's fused head calls, by `linear_logps` or by a whole loss.
 
 `trl.trainer.utils.add_fused_lm_head` gives a model a forward that runs the backbone, looks the head up, and
 calls `_ChunkedLogProbFunction.apply`. What stands here has that signature; all else is left to TRL's forward:
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..arguments import LossOutput
 from ..autograd import outside_graphs
-from ..backend import logger
+from ..backend import warn_once
 from ..linear_losses import linear_grpo_loss
 from ..logps import linear_token_statistics
 from .versions import require
@@ -48,11 +49,14 @@ class PerToken(NamedTuple):
     is_top1: Tensor | None = None
 
 
+@dataclass(frozen=True)
 class FusedLogProbs:
     """`linear_logps` with the arguments and results of TRL's `_ChunkedLogProbFunction`."""
 
-    @staticmethod
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `linear_logps`, besides
+
     def apply(
+        self,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
@@ -76,6 +80,7 @@ class FusedLogProbs:
             logit_softcap=logit_softcap,
             entropy=True,
             top1="is_top1" in outputs,
+            **self.options,
         )
         others = tuple(x for x in ("log_sum_sq_probs", "mean_logits") if x in outputs)
         if others == ("mean_logits",) and logit_softcap is None:
@@ -100,7 +105,7 @@ class FusedUnlessSharded:
         if zero3_enabled():
             warn_once("Under DeepSpeed ZeRO-3 the log-probabilities remain TRL's own")
             return ChunkedLogProbFunction.apply(*args)
-        return FusedLogProbs.apply(*args)
+        return FusedLogProbs().apply(*args)
 
 
 def zero3_enabled() -> bool:
@@ -124,8 +129,11 @@ def mean_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
         return mean if bias is None else mean + bias.mean(dtype=torch.float32)
 
 
-class FusedLoss:
-    """A loss in the place of the log-probabilities, for one call of a model with `add_fused_loss`."""
+class ForwardLoss:
+    """A loss in the place of the log-probabilities, for one call of a model with `add_fused_loss`.
+
+    No dataclass: FSDP looks into those among a model's arguments, and casts what they hold.
+    """
 
     output: LossOutput
 
@@ -135,7 +143,7 @@ class FusedLoss:
         labelled: Tensor,  # [B, T]: the tokens that TRL gives labels
         advantages: Tensor,
         arguments: dict[str, Any],  # of `linear_grpo_loss` and `policy_loss`
-        options: dict[str, Any],  # of `linear_grpo_loss`
+        options: Mapping[str, Any],  # of `linear_grpo_loss`
     ) -> None:
         self.completion_ids = completion_ids
         self.labelled = labelled.bool()
@@ -195,8 +203,13 @@ def head_function(function: Any) -> Iterator[None]:
         utils._ChunkedLogProbFunction = before
 
 
+def stock_head() -> AbstractContextManager[None]:
+    """TRL's own function, whatever `fuse_trl_logps` has done."""
+    return head_function(ChunkedLogProbFunction)
+
+
 def add_fused_loss(model: Any) -> None:
-    """Lets a model that has TRL's fused head take `fused_loss=`, a `FusedLoss`, in its forward.
+    """Lets a model that has TRL's fused head take `fused_loss=`, a `ForwardLoss`, in its forward.
 
     The loss is made there and is part of what the model returns, so that the hooks of DDP, FSDP and DeepSpeed
     see it as they see TRL's log-probabilities. These are constants in it, `[B, T]`.
@@ -205,7 +218,7 @@ def add_fused_loss(model: Any) -> None:
     trl_forward = model.forward
 
     @functools.wraps(type(model).forward)  # the signature is what `generate` goes by
-    def forward(self: Any, *args: Any, fused_loss: FusedLoss | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, fused_loss: ForwardLoss | None = None, **kwargs: Any) -> Any:
         if fused_loss is None:
             return trl_forward(*args, **kwargs)
         with head_function(fused_loss):
@@ -229,8 +242,3 @@ def fuse_trl_logps() -> None:
     mean logits (DPO, KTO) of models with `final_logit_softcapping`; under DeepSpeed ZeRO-3 all is left to it.
     """
     utils._ChunkedLogProbFunction = FusedUnlessSharded
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import logger
+from ..arguments import resolve_spec
+from ..backend import logger, warn_once
 from ..policy_loss import policy_loss
 from ..spec import PRESETS, LossSpec
 from ..surrogates import (
@@ -49,19 +50,22 @@ PREFIX = "grpo_kernels."
 # The losses.
 
 
-def register_loss(name: str, spec: LossSpec | Callable[[Any], LossSpec]) -> None:
+def register_loss(name: str, spec: LossSpec | str | Callable[[Any], LossSpec]) -> None:
     """Adds a loss to verl's registry, for `actor_rollout_ref.actor.policy_loss.loss_mode=<name>`.
 
     The aggregation is verl's `loss_agg_mode`, with its `loss_scale_factor`, whatever the spec's: it is also
     that of the KL and the entropy that verl itself adds. A reference is verl's `ref_log_prob`.
 
     Args:
-        spec: the loss, or a function that makes it of verl's `ActorConfig`.
+        spec: a LossSpec, taken as it is (no bound on the log-ratio, no dual clip that it does not have), a
+            preset's name, or a function of verl's `ActorConfig` that returns a LossSpec.
 
     Raises:
         ValueError: the registry has a loss of that name that is not ours; the spec has an exact KL, which
             needs logits, or an entropy bonus, which is verl's `entropy_coeff`.
     """
+    if not callable(spec):
+        spec = resolve_spec(spec)
     if not is_free(name):
         raise ValueError(f"verl's registry has a loss {name!r} of its own")
     if isinstance(spec, LossSpec) and (spec.exact_kl is not None or spec.entropy_coef):
@@ -224,11 +228,6 @@ def hand_batch_to_losses(verl_ppo_loss: Callable[..., Any]) -> Callable[..., Any
 
 
 # The import.
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def install() -> None:

@@ -25,7 +25,7 @@ from test_verl import KL_COEF, LOSSES, MODES, Batch, Result, actor_config, asser
 from torch import Tensor
 from torch import distributed as dist
 
-from grpo_kernels import DRO, KL, LossSpec, PPOClip, grpo_loss
+from grpo_kernels import DRO, KL, LossSpec, PPOClip, backend, grpo_loss
 
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 
@@ -89,7 +89,7 @@ def integration() -> Iterator[ModuleType]:
 @pytest.fixture
 def warned(integration: ModuleType, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """Warnings that are given once per process are given again."""
-    integration.warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="grpo_kernels")
     return caplog
 
@@ -331,6 +331,10 @@ def test_opmd(mode: str) -> None:
 def test_losses_of_ones_own(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
     register = integration.register_loss
+    with pytest.raises(ValueError, match="spec must be one of"):
+        register("mine", "dapoo")
+    with pytest.raises(TypeError, match="spec must be a LossSpec or the name of a preset"):
+        register("mine", 3)
     for name in VERLS_LOSSES:
         with pytest.raises(ValueError, match=f"'{name}' of its own"):
             register(name, LossSpec())
