@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 
@@ -28,3 +30,11 @@ def test_top1_is_argmax(backend: str, softcap: float | None, temperature: float)
     assert 0 < found.top1.sum() < mask.sum()
     logps, entropy = linear_logps(hidden, weight, ids, return_entropy=True, **options)
     assert torch.equal(found.logps, logps) and torch.equal(found.entropy, entropy)
+
+
+def test_the_same_defaults() -> None:
+    """`linear_logps` hands its options on."""
+    public, private = (signature(f).parameters for f in (linear_logps, linear_token_statistics))
+    shared = public.keys() & private.keys()
+    assert shared == public.keys() - {"return_entropy"}
+    assert {name: public[name].default for name in shared} == {name: private[name].default for name in shared}
