@@ -98,9 +98,9 @@ def by_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.unsqueeze(0)
 
 
-def check_writable(logits: Tensor) -> None:
-    """Raises where the gradient cannot take the logits' place."""
-    owner = logits if logits._base is None else logits._base
+def check_writable(logits: Tensor, given: Tensor) -> None:
+    """Raises where the gradient cannot take the logits' place. They may be the local part of those `given`."""
+    owner = given if given._base is None else given._base
     if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
         raise RuntimeError(
             "inplace=True would overwrite logits that are a leaf requiring grad: as for every in-place "

@@ -20,8 +20,9 @@ class VocabShard:
     """This rank's columns `start:stop` of a vocabulary that is split over the ranks of `group`.
 
     Logits, or the head's weight and bias, hold these columns; hidden states and whatever is per token are the
-    same on all ranks, which all call the loss, and its backward, together. The parts may be of different
-    length, or empty, and stand in any order; together they are the vocabulary.
+    same on all ranks, which all call the loss, and its backward, together: with the same options, and with
+    gradients wanted of the same tensors. The parts may be of different length, or empty, and stand in any
+    order; together they are the vocabulary.
 
     group: a `torch.distributed` process group; None: all ranks.
     sum_dhidden: sum the gradient of the hidden states over the ranks, so that it is the same on all. False
@@ -63,7 +64,7 @@ class VocabShard:
     def vocab_size(self, device: torch.device) -> int:
         """Of all parts together. Raises ValueError where they do not join. The host waits."""
         bounds = torch.tensor([self.start, self.stop], device=device)
-        parts = sorted(map(tuple, self.gather(bounds).tolist()))
+        parts = sorted((start, stop) for start, stop in self.gather(bounds).tolist() if start < stop)
         end = 0
         for start, stop in parts:
             if start != end:
@@ -141,7 +142,10 @@ def merge(
         return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))
 
     def expected(log_part: Tensor, each: Tensor) -> Tensor:
-        return torch.where(log_part == -torch.inf, 0.0, log_part.exp() * each).sum(0).clamp(min=0)
+        # In the dtype of the arithmetic, in which a word of so little probability counts nothing either: what
+        # it would be multiplied by may be infinite.
+        share = log_part.exp().to(dtype)
+        return torch.where(share == 0, 0.0, share * each).sum(0).clamp(min=0)
 
     def divergence(each: Tensor, log_part: Tensor, log_other: Tensor) -> Tensor:
         infinite = log_other == -torch.inf  # and `each` may be a NaN

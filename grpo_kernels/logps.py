@@ -122,7 +122,7 @@ class TokenStatistics(NamedTuple):
     @classmethod
     def of(cls, stats: RowStats, batch: Batch) -> TokenStatistics:
         entropy = None if stats.entropy is None else batch.shaped(stats.entropy)
-        top1 = None if stats.top1 is None else batch.shaped(stats.top1 != 0)
+        top1 = None if stats.top1 is None else batch.shaped(stats.top1 == 1)
         return cls(batch.shaped(stats.logps), entropy, top1)
 
 

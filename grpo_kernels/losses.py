@@ -97,7 +97,7 @@ def grpo_loss(
             An unmasked id outside the vocabulary makes the loss NaN; with GRPO_KERNELS_DEBUG=1 it raises
             ValueError.
     """
-    spec = resolve_spec(spec)
+    spec, given = resolve_spec(spec), logits
     if shard is not None:
         logits, ref_logits = local_part(logits), None if ref_logits is None else local_part(ref_logits)
     check_logits("logits", logits)
@@ -109,7 +109,7 @@ def grpo_loss(
         check_logits("ref_logits", ref_logits, like=logits, width=vocab.width, padded=padded)
         ref_logits = by_rows(ref_logits.detach())
     if inplace:
-        check_writable(logits)
+        check_writable(logits, given)
     config = RowConfig.of(
         spec,
         logit_transform(

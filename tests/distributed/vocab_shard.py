@@ -45,6 +45,7 @@ from grpo_kernels import (
     linear_logps,
     selective_logps,
 )
+from grpo_kernels.logps import linear_token_statistics
 
 cases = Cases()
 
@@ -173,6 +174,27 @@ def parts_without_probability(backend: str, kl: str) -> None:
     assert math.isinf(got.out.metrics["kl"])
 
 
+@cases.add(backend=BACKENDS, kl=["exact", "exact_forward"], banned=[-1e9, -200.0])
+def parts_banned_in_two_ways(backend: str, kl: str, banned: float) -> None:
+    """A finite number of one model, -inf of the other: without probability, an infinite divergence is nothing."""
+    case = every_branch(LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1), V, torch.float32)
+    start, _ = bounds("uneven", V)[-1]
+    ids = torch.where(case.completion_ids >= start, 3, case.completion_ids)
+    hidden = torch.arange(V) >= start
+    fills = [banned, -torch.inf] if kl == "exact" else [-torch.inf, banned]
+    logits, ref_logits = (
+        x.masked_fill(hidden, fill)
+        for x, fill in zip((case.logits, case.options["ref_logits"]), fills, strict=True)
+    )
+    case = case._replace(completion_ids=ids, logits=logits).with_options(ref_logits=ref_logits)
+    want = run(grpo_loss, case, backend=backend)
+    assert bool(want.out.loss.isfinite())
+    got = run(grpo_loss, part_of(case, shard_of("uneven", V)), backend=backend)
+    torch.testing.assert_close(got.out.loss, want.out.loss)
+    torch.testing.assert_close(got.out.metrics["kl"], want.out.metrics["kl"])
+    torch.testing.assert_close(joined(got.grad, "uneven", V, -1), want.grad, rtol=1e-4, atol=1e-7)
+
+
 @cases.add(backend=BACKENDS, split=["uneven", "an empty part"])
 def far_rows(backend: str, split: str) -> None:
     """Parts of one row that lie 2e4 apart, and rows far from zero."""
@@ -208,6 +230,9 @@ def what_nobody_holds(backend: str) -> None:
     for outside in (V, -100, 2**40):
         found = selective_logps(part, torch.tensor([outside, 0, 1]), shard=shard, backend=backend)
         assert found.isnan().tolist() == [True, True, False]
+    hidden, weight = torch.eye(3), logits.nan_to_num()[:, shard.start : shard.stop].t()
+    top1 = linear_token_statistics(hidden, weight, torch.tensor([V, 0, 1]), top1=True, shard=shard).top1
+    assert top1 is not None and not top1[0]
     ids, mask = torch.tensor([-100, 0, 1]), torch.tensor([0, 0, 1])
     found = selective_logps(part, ids, mask=mask, shard=shard, backend=backend)
     assert found[:2].tolist() == [0, 0] and bool(found[2].isfinite())
@@ -331,6 +356,8 @@ def dtensor_logits() -> None:
     torch.testing.assert_close(grad.full_tensor(), want.grad)
     logps = selective_logps(logits, case.completion_ids, mask=case.options["completion_mask"], shard=shard)
     torch.testing.assert_close(logps.detach(), want.out.logps)
+    with pytest.raises(RuntimeError, match="a leaf requiring grad"):
+        grpo_loss(logits, case.completion_ids, case.advantages, shard=shard, inplace=True, **options)
     with pytest.raises(ValueError, match="logits is a DTensor"):
         selective_logps(logits, case.completion_ids)
     with pytest.raises(ValueError, match=r"needs a DTensor with placements \(Shard\(dim=0\),\)"):
@@ -415,6 +442,11 @@ def debug_mode_names_parts_that_do_not_join() -> None:
     try:
         with pytest.raises(ValueError, match="must join"):
             selective_logps(torch.randn(2, 5), torch.tensor([0, 1]), shard=VocabShard(6 * rank, 6 * rank + 5))
+        # An empty part may stand anywhere.
+        size = 5 * (dist.get_world_size() - 1)
+        start, stop = (2, 2) if rank == 0 else (5 * rank - 5, 5 * rank)
+        part = torch.randn(2, stop - start)
+        selective_logps(part, torch.tensor([0, 1]), shard=VocabShard(start, stop))
         size = 5 * dist.get_world_size()
         with pytest.raises(ValueError, match=rf"ids\[1\] is {size}, outside \[0, {size}\)"):
             ids = torch.tensor([0, size])
