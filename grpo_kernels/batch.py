@@ -99,7 +99,7 @@ def by_rows(x: Tensor) -> Tensor:
 
 
 def check_writable(logits: Tensor, given: Tensor) -> None:
-    """Raises where the gradient cannot take the logits' place. They may be the local part of those `given`."""
+    """Raises where the gradient cannot take the place of the logits, which may be a local part of `given`."""
     owner = given if given._base is None else given._base
     if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
         raise RuntimeError(
