@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -109,7 +111,8 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
     """Bytes that a call of `function` needs at its peak, above what is allocated before it.
 
     On a GPU read from PyTorch's allocator. Elsewhere the growth of the process, sampled every millisecond
-    from a second thread (needs psutil); memory that an earlier call left to the process hides part of it.
+    from a second thread (needs psutil). What earlier calls left to the process would hide part of it, and is
+    given back first where the C library can (glibc).
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -120,6 +123,8 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
         return torch.cuda.max_memory_allocated(device) - before
     import psutil
 
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
     before = peak = process.memory_info().rss
     done = threading.Event()

@@ -296,7 +296,8 @@ def fused_loss(
         store(out, stats, chunk.rows)
         active = own.active() & present[chunk.rows]
         written[chunk.rows] = active
-        if active.device.type == "cpu" and not bool(active.all()):
+        # Picking rows copies them: worth it for few. What is written of others, zeros will replace.
+        if active.device.type == "cpu" and 2 * int(active.sum()) < active.numel():
             picked = active.nonzero().view(-1)  # on the CPU: nothing waits
             chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
             q = None if q is None else q.pick(picked)

@@ -176,7 +176,7 @@ def parts_without_probability(backend: str, kl: str) -> None:
 
 @cases.add(backend=BACKENDS, kl=["exact", "exact_forward"], banned=[-1e9, -200.0])
 def parts_banned_in_two_ways(backend: str, kl: str, banned: float) -> None:
-    """By a finite number of one model, -inf of the other: an infinite divergence that nothing is weighted by."""
+    """By a finite number of one model, by -inf of the other: nothing weighs the infinite divergence."""
     case = every_branch(LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1), V, torch.float32)
     start, _ = bounds("uneven", V)[-1]
     ids = torch.where(case.completion_ids >= start, 3, case.completion_ids)
