@@ -15,7 +15,7 @@ from torch import Tensor
 from . import backend, linear_passes
 from .autograd import RowConfig, first_order, outside_graphs
 from .linear import Chunk, Chunks, Gradients, Head, HeadGradients, LinearConfig, RowPlan
-from .linear_passes import Rows
+from .linear_passes import LinearRows
 from .objective import RowStats, TokenInputs, arithmetic_dtype
 from .row_loss import row_loss
 from .spec import LossSpec
@@ -170,7 +170,7 @@ class LinearRowStatistics(torch.autograd.Function):
         rows: RowConfig,
     ) -> tuple[Tensor, ...]:
         stats = rows.empty_stats(targets.numel(), arithmetic_dtype(hidden), hidden.device, for_backward=True)
-        of = Rows(Head(hidden, weight, bias), ref, targets, temperatures)
+        of = LinearRows(Head(hidden, weight, bias), ref, targets, temperatures)
         linear_passes.row_stats(of, stats, config, rows)
         stats = rows.merged(stats, targets, temperatures)
         ctx.config, ctx.rows = config, rows
@@ -191,7 +191,7 @@ class LinearRowStatistics(torch.autograd.Function):
         # Once only: checkpoints and offloading hooks fetch all of them each time.
         hidden, weight, bias, *saved = ctx.saved_tensors
         head, ref = Head(hidden, weight, bias), None if saved[0] is None else Head(*saved[:3])
-        of, stats = Rows(head, ref, *saved[3:5]), RowStats(*saved[5:])
+        of, stats = LinearRows(head, ref, *saved[3:5]), RowStats(*saved[5:])
         out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
         linear_passes.gradients(of, stats, coefficients, out, config, rows)
         if rows.shard is not None:

@@ -19,7 +19,7 @@ from .objective import MASKED, Coefficients, RowStats
 from .spec import LogitTransform
 
 
-class Rows(NamedTuple):
+class LinearRows(NamedTuple):
     """What both passes know of the rows."""
 
     head: Head
@@ -28,13 +28,13 @@ class Rows(NamedTuple):
     temperatures: Tensor | None  # [N]
 
 
-def row_stats(of: Rows, out: RowStats, config: LinearConfig, rows: RowConfig) -> None:
+def row_stats(of: LinearRows, out: RowStats, config: LinearConfig, rows: RowConfig) -> None:
     """Fills `out` with the statistics of every row; masked rows are not run and get zeros."""
     run(of, out, (), config, rows)
 
 
 def gradients(
-    of: Rows,
+    of: LinearRows,
     stats: RowStats,
     coefficients: Coefficients,
     out: HeadGradients,
@@ -46,7 +46,7 @@ def gradients(
 
 
 def run(
-    of: Rows, out: NamedTuple, known: tuple[NamedTuple, ...], config: LinearConfig, rows: RowConfig
+    of: LinearRows, out: NamedTuple, known: tuple[NamedTuple, ...], config: LinearConfig, rows: RowConfig
 ) -> None:
     """Flat, as an operator takes it: the tensors that are there, and their names."""
     compiling = torch.compiler.is_compiling()
@@ -92,7 +92,7 @@ def _linear_pass(
     head, ref = Head(hidden, weight, bias), None
     if ref_hidden is not None and ref_weight is not None:
         ref = Head(ref_hidden, ref_weight, ref_bias)
-    of = Rows(*cast(head, ref, config, vocab_size), targets, temperatures)
+    of = LinearRows(*cast(head, ref, config, vocab_size), targets, temperatures)
     to = dict(zip(out_names.split(), out, strict=True))
     if not known:
         write_all_stats(of, RowStats(**to), config, RowConfig(transform, backend))
@@ -106,7 +106,7 @@ def _linear_pass(
 torch.library.custom_op("grpo_kernels::linear_pass", _linear_pass, mutates_args=("out",))
 
 
-def write_all_stats(of: Rows, out: RowStats, config: LinearConfig, rows: RowConfig) -> None:
+def write_all_stats(of: LinearRows, out: RowStats, config: LinearConfig, rows: RowConfig) -> None:
     needed = of.targets != MASKED
     plan = RowPlan.of(needed, torch.zeros_like(needed), compact=config.compact)._replace(active=0)
     found = RowStats(*(None if x is None else plan.empty_like(x) for x in out))  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def write_all_stats(of: Rows, out: RowStats, config: LinearConfig, rows: RowConf
 
 
 def write_gradients(
-    of: Rows,
+    of: LinearRows,
     stats: RowStats,
     coefficients: Coefficients,
     out: HeadGradients,

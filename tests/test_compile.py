@@ -42,6 +42,7 @@ from grpo_kernels import (  # noqa: E402
     heads,
     linear_grpo_loss,
 )
+from grpo_kernels.logps import linear_token_statistics  # noqa: E402
 
 SHARED_BYTES = 48 * 1024  # a block has this much everywhere, without asking for more
 
@@ -105,6 +106,15 @@ def linear(spec: LossSpec, *, reference: bool = False, **options: Any) -> None:
         **options,
     )
     out.loss.backward()
+
+
+def token_statistics(**options: Any) -> None:
+    """Of each token, without a loss."""
+    heads.multiplies_mixed = lambda device: True
+    hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (4096, 151936))
+    ids = torch.empty(4096, dtype=torch.int64, device="meta")
+    given = {"entropy": True, "top1": True, "chunk_tokens": 2048, "compact": False, "backend": "triton"}
+    linear_token_statistics(hidden, weight, ids, **given, **options)
 
 
 def own_surrogate(logps: Tensor, *rest: Tensor | None) -> Tensor:
@@ -173,6 +183,8 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"{name}, exact KL, entropy"] = partial(linear, full, reference=True)
         found[f"{name}, softcap"] = partial(linear, full, reference=True, logit_softcap=30.0)
         found[f"{name}, odd vocabulary"] = partial(linear, LossSpec(surrogate), vocab=50257)
+    found["linear, token statistics"] = token_statistics
+    found["linear, token statistics, softcap"] = partial(token_statistics, logit_softcap=30.0)
     return found
 
 
@@ -219,7 +231,7 @@ def given(kernel: Any, *names: str) -> bool:
     return any(fixed.get(name, name in kernel.src.signature) for name in names)
 
 
-OPTIONAL = ("ref", "entropy", "kl_forward", "dentropy", "dkl", "dkl_forward", "temperature")
+OPTIONAL = ("ref", "entropy", "kl_forward", "top1", "dentropy", "dkl", "dkl_forward", "temperature")
 SHAPING = ("BLOCK", "GROUP", "SURROGATE", "ANCHOR", "KL_KIND", "ESTIMATOR")
 FLAGS = ("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED")
 
