@@ -4,6 +4,9 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 
+# -s: each row says its median and its memory when it is done.
+BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ignore
+
 VENV := .venv
 PY := $(VENV)/bin/python
 VERL := .venv-verl
@@ -33,8 +36,8 @@ study: $(VENV)/.trl  ## train the demo's task under five losses; figure and tabl
 	$(PY) examples/study.py $(ARGS)
 
 bench: $(VENV)/.bench  ## run the benchmarks (those of verl where `make test-verl` has installed it)
-	$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
-	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/test_cpu_trainers.py -k verl --benchmark-only $(ARGS)
+	$(PY) -m pytest benchmarks/ $(BENCHMARK) $(ARGS)
+	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/test_cpu_trainers.py -k verl $(BENCHMARK) $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .
