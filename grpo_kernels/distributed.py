@@ -63,6 +63,7 @@ class VocabShard:
 
     def vocab_size(self, device: torch.device) -> int:
         """Of all parts together. Raises ValueError where they do not join. The host waits."""
+        # This runs under GRPO_KERNELS_DEBUG only.
         bounds = torch.tensor([self.start, self.stop], device=device)
         parts = sorted((start, stop) for start, stop in self.gather(bounds).tolist() if start < stop)
         end = 0
@@ -85,7 +86,7 @@ class VocabShard:
             torch.distributed.all_reduce(dhidden, group=self.group)
 
     def least(self, number: int, device: torch.device) -> int:
-        """Of all ranks' numbers. The host waits."""
+        """Of all ranks' numbers. The host waits: it is to cut chunks of that length."""
         found = torch.tensor(number, device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self.group)
         return int(found)

@@ -267,7 +267,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             return 0.0
         if normalizer is None:
             return self.entropy_coef
-        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch.
+        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch. The host waits,
+        # because a LossSpec holds numbers.
         return self.entropy_coef * float(normalizer / (mask.sum().clamp(min=1) * self._accumulation))
 
     def _disagree(self, step: Step, loss: Tensor, theirs: Tensor) -> bool:
@@ -276,16 +277,19 @@ class FusedGRPOTrainer(GRPOTrainer):
         # What a token with an advantage and a ratio of 1 each would add up to.
         size = (step.completion_ids.shape[1] if self.loss_type == "luspo" else 1) / self._accumulation
         apart = ~((loss - theirs).abs() <= TOLERANCE * (size + theirs.abs())) & theirs.isfinite()
-        gradients = ""
+        gap = None
         if self._gradient_checks and theirs.requires_grad:
             wanted = step.gradient(theirs)
             error = (step.gradient(step.loss_of_logps() / divisor) - wanted).abs().sum()
             norm = wanted.abs().sum()
-            self._gradient_checks -= int(norm > 0)  # a batch without advantages tells nothing
-            gradients = f", the gradients {float(error / norm):.2g} apart"
+            gap = error / norm
+            # A batch without advantages tells nothing. The host waits, a few times in all.
+            self._gradient_checks -= int(norm > 0)
             apart |= ~(error <= TOLERANCE * (size + norm)) & norm.isfinite()
+        # The host waits, as it does for each of TRL's metrics: which loss is returned hangs on it.
         if not self.accelerator.gather(apart).any():
             return False
+        gradients = "" if gap is None else f", the gradients {float(gap):.2g} apart"
         logger.warning(
             f"FusedGRPOTrainer: with loss_type={self.loss_type!r} our loss is {float(loss):.7g}, TRL's "
             f"{float(theirs):.7g}{gradients}. From here on loss and log-probabilities are TRL's own"
@@ -296,6 +300,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _log_own_metrics(self, step: Step) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         found = step.output.metrics
+        # The host waits, once for all; TRL does for each of its own.
         values = self.accelerator.gather(torch.stack([*found.values()])[None]).nanmean(0).tolist()
         for name, value in zip(found, values, strict=True):
             metrics[f"grpo_kernels/{name}"].append(value)

@@ -188,6 +188,7 @@ class ForwardLoss:
         if len(hidden) >= rows:
             B, T = self.completion_ids.shape
             return hidden.view(B, -1, hidden.shape[-1])[:, -T:]
+        # The host waits for their number, as it has in TRL, which picked them in the same way.
         padded = hidden.new_zeros(rows, hidden.shape[-1]).index_put((self.labelled.flatten(),), hidden)
         return padded.view(*self.completion_ids.shape, -1)
 

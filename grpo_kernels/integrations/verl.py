@@ -181,6 +181,7 @@ def verl_metrics(
     if isinstance(spec.surrogate, PPOClip) and spec.surrogate.dual_clip is not None:
         beyond = (log_ratio > math.log(spec.surrogate.dual_clip)) & (advantages < 0) & mask
         found["actor/pg_clipfrac_lower"] = beyond.sum() / tokens
+    # The one wait of the host: verl wants floats.
     return dict(zip(found, torch.stack([x.to(logps.dtype) for x in found.values()]).tolist(), strict=True))
 
 
