@@ -40,7 +40,7 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
 
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
-    """`torch.compile` breaks its graph here: the ranks speak to each other.
+    """`torch.compile` breaks its graph at this function, as it has to where ranks speak to each other.
 
     `torch.compiler.disable` would import the compiler, and Triton with it, beside this package.
     """

@@ -61,10 +61,10 @@ def linear_grpo_loss(
     """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
 
     Loss and gradient are made in the forward, a chunk of tokens at a time: 6 N V H operations for `N` tokens,
-    4 with a frozen head. Losses that couple tokens (callables, sequence-level ratios), fp16 and fp64 take two
-    passes: statistics in the forward, the logits once more in the backward, 8 N V H. Masked rows cost
-    nothing, rows without a gradient (of most losses those of zero advantage or token weight, unless there is
-    a KL term or an entropy bonus) 2 V H each. docs/kernels.md counts them all.
+    4 with a frozen head. Losses that couple tokens (callables, sequence-level ratios), fp16, fp64 and
+    `torch.compile` take two passes: statistics in the forward, the logits once more in the backward, 8 N V H.
+    Masked rows cost nothing, rows without a gradient (of most losses those of zero advantage or token weight,
+    unless there is a KL term or an entropy bonus) 2 V H each. docs/kernels.md counts them all.
 
     Args:
         hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: what the head is applied to.
