@@ -25,8 +25,7 @@ pytestmark = [
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from sass import MAX_THREADS, TARGETS, Loop, Resources, Sass, launches_for, resources  # noqa: E402
-
+from benchmarks.sass import MAX_THREADS, TARGETS, Loop, Resources, Sass, launches_for, resources  # noqa: E402
 from grpo_kernels import (  # noqa: E402
     CISPO,
     DPPO,

@@ -14,8 +14,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from sass import TARGETS, variants_for  # noqa: E402
-
+from benchmarks.sass import TARGETS, variants_for  # noqa: E402
 from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss, linear_losses  # noqa: E402
 
 # 1 and multiples of 16, which Triton treats apart unless told not to; odd ones; and some with which the

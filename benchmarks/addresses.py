@@ -1,0 +1,101 @@
+"""Every address that a kernel reads or writes, seen in Triton's interpreter.
+
+Compiled kernels run the same loads and stores. Needs TRITON_INTERPRET=1 before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+
+class Traffic:
+    """Counts reads and writes of every element of every storage that a kernel is given."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, Tensor] = {}  # by address, and kept alive, so that no address is used again
+        self.current: set[int] = set()  # addresses of those that the running kernel was given
+        self.counts: dict[str, dict[int, Tensor]] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        self.counts = {"reads": {}, "writes": {}}
+
+    def given(self, arguments: Any) -> None:
+        for x in arguments:
+            if isinstance(x, tuple):
+                self.given(x)
+            elif isinstance(x, Tensor):
+                flat = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+                self.storages.setdefault(flat.data_ptr(), flat)
+                self.current.add(flat.data_ptr())
+
+    def record(self, kind: str, pointers: Any, mask: Any) -> None:
+        addresses = torch.from_numpy(pointers.data[mask.data].astype("int64")).view(-1)
+        for start in self.current:
+            storage = self.storages[start]
+            offsets = addresses - start
+            here = (offsets >= 0) & (offsets < storage.numel() * storage.element_size())
+            if here.any():
+                elements = offsets[here] // storage.element_size()
+                assert (offsets[here] % storage.element_size() == 0).all(), "an address between two elements"
+                counts = self.counts[kind].setdefault(start, torch.zeros(storage.numel(), dtype=torch.long))
+                counts.index_add_(0, elements, torch.ones_like(elements))
+                addresses = addresses[~here]
+        assert not len(addresses), (
+            f"{len(addresses)} {kind} outside of every tensor that the kernel was given"
+        )
+
+    def of(self, kind: str, x: Tensor) -> Tensor:
+        """How often each element of `x` was read or written."""
+        counts = self.counts[kind].get(x.untyped_storage().data_ptr())
+        return (
+            torch.zeros(x.shape, dtype=torch.long)
+            if counts is None
+            else counts.as_strided(x.shape, x.stride(), x.storage_offset())
+        )
+
+    def reads(self, x: Tensor) -> Tensor:
+        return self.of("reads", x)
+
+    def writes(self, x: Tensor) -> Tensor:
+        return self.of("writes", x)
+
+    def stays_within(self, x: Tensor) -> bool:
+        """Whether of the storage of `x`, of which it is a view, no other element was touched."""
+        totals = {kind: counts.get(x.untyped_storage().data_ptr()) for kind, counts in self.counts.items()}
+        return all(total is None or total.sum() == self.of(kind, x).sum() for kind, total in totals.items())
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Traffic]:
+    """Within: what every kernel launched reads and writes is counted."""
+    seen = Traffic()
+    launch = GridExecutor.__call__
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def launch_seen(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.current.clear()
+        seen.given((*args, *kwargs.values()))
+        return launch(self, *args, **kwargs)
+
+    def load_seen(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        seen.record("reads", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def store_seen(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        seen.record("writes", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    with (
+        mock.patch.object(GridExecutor, "__call__", launch_seen),
+        mock.patch.object(InterpreterBuilder, "create_masked_load", load_seen),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", store_seen),
+    ):
+        yield seen
