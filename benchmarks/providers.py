@@ -8,7 +8,6 @@ says why, and that is what the results then show.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,22 +37,29 @@ class Provider:
 
     def reason_against(self, work: Workload, device: torch.device) -> str | None:
         """Why this provider cannot do that work there, or None."""
-        if self.package is not None and importlib.util.find_spec(self.package.replace("-", "_")) is None:
+        if self.package is not None and installed_version(self.package) is None:
             return f"{self.package} is not installed"
         return self.refuses(work, device)
 
-    def leaves(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the gradient is wanted of."""
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What is differentiated by: a batch's own tensors, or copies where they will be overwritten."""
         if batch.logits is not None:
-            logits = batch.logits if self.padded else batch.logits[:, :-1]
-            return (logits.detach().requires_grad_(),)
+            logits = (batch.logits if self.padded else batch.logits[:, :-1]).detach().requires_grad_()
+            return (logits.clone() if self.overwrites else logits,)
         assert batch.hidden is not None and batch.weight is not None
         hidden, weight = batch.hidden.detach(), batch.weight.detach()
         return hidden.requires_grad_(), weight.requires_grad_(not batch.work.frozen_head)
 
     @property
     def version(self) -> str:
-        return "" if self.package is None else importlib.metadata.version(self.package)
+        return (self.package and installed_version(self.package)) or ""
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 PROVIDERS: dict[str, dict[str, Provider]] = {"logits": {}, "linear": {}}

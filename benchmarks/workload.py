@@ -61,7 +61,8 @@ class Workload:
         E = self.T * self.V
         read = (1 - self.masked) * (1 + self.reference)
         if self.form == "logits":
-            return Floor(round((read + 1) * E * self.dtype.itemsize), "B", f"{2 * (read + 1):g}E")
+            per_element = (read + 1) * self.dtype.itemsize
+            return Floor(round(per_element * E), "B", f"{per_element:g}E")
         products = 2 * read + (2 if self.frozen_head else 4) * self.learning
         return Floor(round(products * E * self.H), "FLOP", f"{products:g}TVH")
 
@@ -74,7 +75,7 @@ class Workload:
 class Floor(NamedTuple):
     amount: int
     unit: str  # "B", moved to or from memory, or "FLOP", of matrix products
-    formula: str  # of E = T * V elements of 2 bytes, or of T * V * H
+    formula: str  # bytes per element of E = T * V, or operations per T * V * H
 
 
 class Batch(NamedTuple):
@@ -99,8 +100,9 @@ class Truth(NamedTuple):
 
     loss: Tensor  # []
     token_loss: Tensor  # [], mean magnitude of a token's loss: what an error of the loss is relative to
-    logps: Tensor  # [B, L] nats
-    dlogps: Tensor  # [B, L], derivative of the loss by each
+    dlogps: Tensor  # [B, L], derivative of the loss by the log-probability of each token
+    dhidden: Tensor | None  # [B, L, H], rounded to fp32, as is the next
+    dweight: Tensor | None  # [V, H]
 
 
 def token_losses(
@@ -187,9 +189,31 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     losses = token_losses(work, leaf, old_logps.double(), ref_logps, advantages.double())
     loss = masked_mean(losses, mask)
     (dlogps,) = torch.autograd.grad(loss, leaf)
-    truth = Truth(loss.detach(), masked_mean(losses.detach().abs(), mask), logps, dlogps)
+    truth = Truth(loss.detach(), masked_mean(losses.detach().abs(), mask), dlogps, None, None)
     given = (logits, ref_logits, hidden, weight, ref_hidden, ref_weight)
-    return Batch(work, ids, mask, advantages, old_logps, *given, truth)
+    batch = Batch(work, ids, mask, advantages, old_logps, *given, truth)
+    if hidden is None:
+        return batch
+    dhidden, dweight = exact_linear_gradients(batch)
+    return batch._replace(truth=truth._replace(dhidden=dhidden, dweight=dweight))
+
+
+def exact_dlogits(batch: Batch, b: int, rows: slice) -> Tensor:
+    """`[rows, V]` fp64: dlogp (1[v = y] - p_v)."""
+    p = torch.softmax(exact_logits(batch.logits, batch.hidden, batch.weight, b, rows), -1)
+    dlogps = batch.truth.dlogps[b, rows, None]
+    return (-dlogps * p).scatter_add_(-1, batch.ids[b, rows, None], dlogps)
+
+
+def exact_linear_gradients(batch: Batch) -> tuple[Tensor, Tensor]:
+    assert batch.hidden is not None and batch.weight is not None
+    weight = batch.weight.double()
+    dhidden, dweight = torch.empty_like(batch.hidden, dtype=torch.float32), torch.zeros_like(weight)
+    for b, rows in row_chunks(*batch.ids.shape, batch.work.V):
+        dlogits = exact_dlogits(batch, b, rows)
+        dhidden[b, rows] = (dlogits @ weight).float()
+        dweight += dlogits.t() @ batch.hidden[b, rows].double()
+    return dhidden, dweight.float()
 
 
 def row_chunks(sequences: int, length: int, V: int) -> Iterator[tuple[int, slice]]:

@@ -1,0 +1,172 @@
+"""The benchmarks themselves: all do the same work, wrong ones are caught, nothing is dropped silently."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from benchmarks import gate, plans, record
+from benchmarks.__main__ import Run, arguments
+from benchmarks.providers import PROVIDERS, Provider, eager, eager_linear, ours
+from benchmarks.workload import Batch, Workload, make_batch
+
+LOGITS = Workload("logits", "grpo_kl", 64, 333, dtype=torch.float32)
+LINEAR = Workload("linear", "grpo_kl", 64, 333, 128, dtype=torch.float32)
+WORKS = [
+    replace(base, **change)
+    for base in (LOGITS, LINEAR)
+    for change in (
+        {},
+        {"loss": "grpo", "inactive": 0.5},
+        {"loss": "grpo", "masked": 0.5},
+        {"loss": "log_ratio"},
+        {"dtype": torch.bfloat16},
+    )
+]
+WORKS += [replace(LINEAR, loss="cross_entropy", masked=0.5), replace(LINEAR, frozen_head=True)]
+
+
+@pytest.mark.parametrize("work", WORKS, ids=str)
+def test_all_providers_are_right(work: Workload, device: str) -> None:
+    batch = make_batch(work, device)
+    for provider in PROVIDERS[work.form].values():
+        # Compiling takes long, and shows nothing of the peers that eager does not.
+        if provider.name != "torch.compile" and provider.reason_against(work, torch.device(device)) is None:
+            verdict = gate.check(provider, batch)
+            assert verdict.wrong is None, f"{provider.name}: {verdict.wrong}"
+            assert work.dtype == torch.bfloat16 or verdict.error < 1e-4, provider.name
+
+
+def broken(change: str, form: str) -> Provider:
+    def loss(batch: Batch, *leaves: Tensor) -> Tensor:
+        if change == "no KL":
+            batch = batch._replace(work=replace(batch.work, loss="grpo"))
+        if change == "one id":
+            ids = batch.ids.clone()
+            ids.view(-1)[batch.truth.dlogps.abs().argmax()] = 0
+            batch = batch._replace(ids=ids)
+        right = (eager if form == "logits" else eager_linear)(batch, *leaves)
+        total = sum(x.sum() for x in leaves)
+        wrong = {
+            "loss only": right + 0.2,
+            "gradient only": right + 0.01 * (total - total.detach()),
+            "no gradient": right.detach() + 0 * total,
+            "NaN": right * torch.nan,
+            "twice": 2 * right,
+        }
+        return wrong.get(change, right)
+
+    return Provider(change, form, loss)
+
+
+CHANGES = ["no KL", "one id", "loss only", "gradient only", "no gradient", "NaN", "twice"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("work", [LOGITS, LINEAR, replace(LINEAR, dtype=torch.bfloat16)], ids=str)
+def test_a_wrong_provider_is_caught(work: Workload, change: str) -> None:
+    batch = make_batch(replace(work, T=1024 if change == "one id" else work.T))
+    assert gate.check(broken("", work.form), batch).wrong is None
+    assert gate.check(broken(change, work.form), batch).wrong is not None
+
+
+def test_masked_positions_must_have_no_gradient() -> None:
+    batch = make_batch(replace(LOGITS, masked=0.5))
+    everywhere = Provider("", "logits", lambda batch, x: eager(batch, x) + 1e-2 * x[~batch.mask].norm())
+    assert gate.check(everywhere, batch).wrong is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "formula"),
+    [
+        ({}, "6E"),
+        ({"loss": "grpo"}, "4E"),
+        ({"masked": 0.5}, "4E"),
+        ({"inactive": 0.5}, "6E"),
+        ({"form": "linear", "H": 64}, "8TVH"),
+        ({"form": "linear", "H": 64, "loss": "grpo"}, "6TVH"),
+        ({"form": "linear", "H": 64, "loss": "grpo", "inactive": 0.5}, "4TVH"),
+        ({"form": "linear", "H": 64, "loss": "grpo", "masked": 0.5}, "3TVH"),
+        ({"form": "linear", "H": 64, "loss": "grpo", "frozen_head": True}, "4TVH"),
+    ],
+)
+def test_floors(change: dict[str, object], formula: str) -> None:
+    work = replace(Workload("logits", "grpo_kl", 8192, 151936), **change)
+    assert work.floor.formula == formula
+    assert work.floor.amount == int(formula[0]) * 8192 * 151936 * (work.H or 1)
+
+
+def test_the_batch_is_what_the_workload_says() -> None:
+    batch = make_batch(replace(LINEAR, T=256, masked=0.5, inactive=0.5))
+    assert batch.mask.float().mean() == 0.5 and len(set(batch.mask.sum(-1).tolist())) == 8
+    assert (batch.advantages == 0).float().mean() == 0.5
+    clipped = batch.truth.dlogps[batch.mask & (batch.advantages != 0)[:, None]] == 0
+    assert 0 <= clipped.float().mean() < 0.1
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_plans_begin_with_every_form_and_repeat_nothing(device: str, quick: bool) -> None:
+    works = plans.plan(["logits", "linear"], torch.device(device), quick=quick)
+    assert {work.form for work in works[:2]} == {"logits", "linear"}
+    assert len(set(works)) == len(works)
+    assert {work.masked for work in works} == {work.inactive for work in works} == {0.0, 0.5}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, output: Path, *argv: str) -> list[record.Row]:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--output", str(output), *argv])
+    monkeypatch.setattr("benchmarks.measure.COPY_BYTES", {"cpu": 2**16})
+    Run(arguments())()
+    return list(record.read(output))
+
+
+def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every provider has rows: times and memory, or the reason why there are none."""
+
+    def dies(batch: Batch, logits: Tensor) -> Tensor:
+        raise RuntimeError("out of\nluck")
+
+    extra = {
+        "dies": Provider("dies", "logits", dies),
+        "absent": Provider("absent", "logits", ours, "no-such"),
+    }
+    providers = {
+        "grpo_kernels": PROVIDERS["logits"]["grpo_kernels"],
+        **extra,
+        "wrong": broken("twice", "logits"),
+    }
+    monkeypatch.setitem(PROVIDERS, "logits", {n: replace(p, name=n) for n, p in providers.items()})
+    rows = run(monkeypatch, tmp_path / "a.csv", "--shape", "T=64,V=50", "--inactive", "0.5")
+    assert [(r.kernel_provider, r.metric_unit) for r in rows if r.kernel_name == "floor"] == [
+        ("copy", "GB/s"),
+        ("matrix product", "TFLOP/s"),
+    ]
+    rows = rows[2:]
+    ours_rows = [r for r in rows if r.kernel_provider == "grpo_kernels"]
+    assert [r.kernel_operation_mode for r in ours_rows] == ["full", "forward", "backward", "full"]
+    for r in ours_rows:
+        assert r.status == "ok" and r.y_value_50 is not None and r.max_rel_err < 1e-4
+        assert r.torch == torch.__version__ and record.config(r)["inactive"] == 0.5 and r.x_value == 64
+    first = ours_rows[0]
+    assert first.pct_of_floor > 0 and first.rate_unit == "GB/s" and ours_rows[3].metric_name == "memory"
+    others = {r.kernel_provider: r for r in rows[4:]}
+    assert len(rows) == 4 + len(others)
+    assert others["dies"].status == "failed: RuntimeError: out of luck"
+    assert others["absent"].status == "skipped: no-such is not installed"
+    assert others["wrong"].status.startswith("wrong: loss errs") and others["wrong"].max_rel_err > 0.9
+    assert all(r.y_value_50 is None and r.pct_of_floor is None for r in others.values())
+
+
+def test_the_limit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = run(monkeypatch, tmp_path / "a.csv", "--quick", "--limit", "0", "--form", "linear")
+    rows = [r for r in rows if r.kernel_name != "floor"]
+    works = plans.plan(["linear"], torch.device("cpu"), quick=True)
+    assert len(rows) == len(works) * len(PROVIDERS["linear"])
+    assert {r.status for r in rows} == {"not run: the limit of 0 s was reached"}
