@@ -98,16 +98,14 @@ def by_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.unsqueeze(0)
 
 
-def check_writable(logits: Tensor, given: Tensor) -> None:
-    """Raises where the gradient cannot take the place of the logits, which may be a local part of `given`."""
-    owner = given if given._base is None else given._base
-    if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
+def check_writable(logits: Tensor, given: Tensor, ref_logits: Tensor | None) -> None:
+    """Raises where the gradient cannot take the place of the logits `[B, T, V]`, a part of `given`."""
+    owners = (given,) if given._base is None else (given, given._base)
+    if torch.is_grad_enabled() and any(x.is_leaf and x.requires_grad for x in owners):
         raise RuntimeError(
             "inplace=True would overwrite logits that are a leaf requiring grad: as for every in-place "
             "operation, they must be computed from something"
         )
-    if torch.compiler.is_compiling():
-        return  # strides may be symbolic, which cannot be sorted
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride < extent:
@@ -116,6 +114,29 @@ def check_writable(logits: Tensor, given: Tensor) -> None:
                 f"{logits.stride()} overlap"
             )
         extent = max(extent, stride * size)
+    if ref_logits is not None and overlaps_other_rows(logits, ref_logits):
+        raise ValueError(
+            "inplace=True would overwrite ref_logits, which share memory with logits of other tokens"
+        )
+
+
+def overlaps_other_rows(x: Tensor, y: Tensor) -> bool:
+    """Whether a row of `x` `[B, T, V]` shares memory with `y` `[B, T, W]`, but as the same row of both."""
+    storages = {z.untyped_storage().data_ptr() for z in (x, y)}
+    if len(storages) == 2 or 0 in storages:  # 0: an empty tensor, or one on "meta"
+        return False
+
+    def first_bytes(z: Tensor) -> Tensor:
+        batch, time = (
+            torch.arange(size) * stride for size, stride in zip(z.shape[:2], z.stride()[:2], strict=True)
+        )
+        return (z.data_ptr() + z.element_size() * (batch[:, None] + time)).view(-1)
+
+    ours, theirs = first_bytes(x), first_bytes(y)
+    ordered = theirs.sort().values
+    below = torch.searchsorted(ordered, ours - y.shape[2] * y.element_size(), right=True)
+    touched = torch.searchsorted(ordered, ours + x.shape[2] * x.element_size()) - below
+    return bool((touched > (ours == theirs) * (x.dtype == y.dtype)).any())
 
 
 @dataclass(frozen=True)

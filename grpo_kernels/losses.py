@@ -79,7 +79,8 @@ def grpo_loss(
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
-            afterwards.
+            afterwards. Neither may they share memory with the reference's logits of other tokens. Under
+            torch.compile the logits are kept.
         shard: logits (and `ref_logits`) hold these columns of a vocabulary that is split over ranks; ids are
             those of the whole vocabulary, as is `vocab_size`. All ranks get the same loss and outputs, each
             the gradient of its own columns. A DTensor is taken for its local part (`VocabShard.of(logits,
@@ -108,8 +109,10 @@ def grpo_loss(
         padded = vocab_size is not None
         check_logits("ref_logits", ref_logits, like=logits, width=vocab.width, padded=padded)
         ref_logits = by_rows(ref_logits.detach())
+    # A graph copies what its operators overwrite, or else cannot tell what shares memory with its inputs.
+    inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
-        check_writable(logits, given)
+        check_writable(by_rows(logits), given, ref_logits)
     config = RowConfig.of(
         spec,
         logit_transform(
@@ -133,9 +136,7 @@ def grpo_loss(
     tensors = (by_rows(logits), ref_logits, batch.targets, batch.temperatures(temperature))
 
     learns = torch.is_grad_enabled() and logits.requires_grad
-    # torch.compile knows the two steps only, as operators.
-    fused = inplace and learns and fusible(spec, logits.dtype) and not torch.compiler.is_compiling()
-    fused = fused and shard is None
+    fused = inplace and learns and fusible(spec, logits.dtype) and shard is None
     if not torch.compiler.is_compiling():
         path = "fused loss and gradient" if fused else "statistics, then gradient in the backward"
         log_once(f"{path}, {config.backend} backend, {logits.dtype}")
