@@ -10,22 +10,41 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 class Traffic:
-    """Counts reads and writes of every element of every storage that a kernel is given."""
+    """Counts reads and writes of every element of every storage that a kernel is given.
+
+    And "rereads": the reads after the first one of the same launch, which a cache may serve.
+    """
 
     def __init__(self) -> None:
         self.storages: dict[int, Tensor] = {}  # by address, and kept alive, so that no address is used again
         self.current: set[int] = set()  # addresses of those that the running kernel was given
+        self.elements: dict[int, Tensor] = {}  # of these: which elements are in a tensor that it was given
         self.counts: dict[str, dict[int, Tensor]] = {}
         self.reset()
 
     def reset(self) -> None:
-        self.counts = {"reads": {}, "writes": {}}
+        self.counts = {"reads": {}, "writes": {}, "rereads": {}}
+
+    @contextlib.contextmanager
+    def launch(self, arguments: Any) -> Iterator[None]:
+        """Within: the kernel that is given these arguments runs."""
+        self.current.clear()
+        self.elements.clear()
+        self.given(arguments)
+        before = {start: counts.clone() for start, counts in self.counts["reads"].items()}
+        yield
+        for start in self.current & self.counts["reads"].keys():
+            reads = self.counts["reads"][start] - before.get(start, 0)
+            earlier = self.counts["rereads"].get(start, 0)
+            self.counts["rereads"][start] = earlier + (reads - 1).clamp(min=0)
 
     def given(self, arguments: Any) -> None:
         for x in arguments:
@@ -35,18 +54,25 @@ class Traffic:
                 flat = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
                 self.storages.setdefault(flat.data_ptr(), flat)
                 self.current.add(flat.data_ptr())
+                given = self.elements.setdefault(flat.data_ptr(), torch.zeros(flat.numel(), dtype=torch.bool))
+                sizes = [n if stride else min(1, n) for n, stride in zip(x.shape, x.stride(), strict=True)]
+                given.as_strided(sizes, x.stride(), x.storage_offset()).fill_(True)
 
     def record(self, kind: str, pointers: Any, mask: Any) -> None:
-        addresses = torch.from_numpy(pointers.data[mask.data].astype("int64")).view(-1)
+        # In NumPy: an operator of PyTorch takes longer than what it does for one block.
+        addresses = pointers.data[mask.data].astype("int64").ravel()
         for start in self.current:
             storage = self.storages[start]
             offsets = addresses - start
             here = (offsets >= 0) & (offsets < storage.numel() * storage.element_size())
             if here.any():
-                elements = offsets[here] // storage.element_size()
-                assert (offsets[here] % storage.element_size() == 0).all(), "an address between two elements"
-                counts = self.counts[kind].setdefault(start, torch.zeros(storage.numel(), dtype=torch.long))
-                counts.index_add_(0, elements, torch.ones_like(elements))
+                elements, between = np.divmod(offsets[here], storage.element_size())
+                assert not between.any(), "an address between two elements"
+                beside = elements[~self.elements[start].numpy()[elements]]
+                assert not len(beside), f"{len(beside)} {kind} beside the elements of a tensor"
+                if start not in self.counts[kind]:
+                    self.counts[kind][start] = torch.zeros(storage.numel(), dtype=torch.long)
+                np.add.at(self.counts[kind][start].numpy(), elements, 1)
                 addresses = addresses[~here]
         assert not len(addresses), (
             f"{len(addresses)} {kind} outside of every tensor that the kernel was given"
@@ -81,9 +107,8 @@ def recording() -> Iterator[Traffic]:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def launch_seen(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.current.clear()
-        seen.given((*args, *kwargs.values()))
-        return launch(self, *args, **kwargs)
+        with seen.launch((*args, *kwargs.values())):
+            return launch(self, *args, **kwargs)
 
     def load_seen(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         seen.record("reads", pointers, mask)
@@ -99,3 +124,27 @@ def recording() -> Iterator[Traffic]:
         mock.patch.object(InterpreterBuilder, "create_masked_store", store_seen),
     ):
         yield seen
+
+
+@contextlib.contextmanager
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter patches `triton.language` anew at every call of a device function, which takes
+    longer than all of a kernel's arithmetic. Once per launch and module has the same effect."""
+    patch, launch = interpreter._patch_lang, GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(fn: Any) -> Any:
+        module = id(fn.__globals__)
+        if module not in patched:
+            patched.add(module)
+            return patch(fn)
+
+    def launch_afresh(*args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    with (
+        mock.patch.object(interpreter, "_patch_lang", patch_once),
+        mock.patch.object(GridExecutor, "__call__", launch_afresh),
+    ):
+        yield

@@ -249,9 +249,10 @@ provider("torch.compile", "linear")(compiled_from_hidden)
 @from_logps
 def trl_linear(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Its chunked head. As in its forward, masked rows are left out where its Triton kernels run."""
+    from trl.kernels import chunked_logprob
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    rows = mask if hidden.is_cuda else torch.ones_like(mask)
+    rows = mask if chunked_logprob._use_triton(hidden.device) else torch.ones_like(mask)
     logps, *_ = _ChunkedLogProbFunction.apply(
         *(hidden[rows], weight, None, ids[rows], 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
     )

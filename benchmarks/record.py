@@ -8,7 +8,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -127,3 +127,23 @@ def short_name(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
+
+
+def is_run(path: Path) -> bool:
+    """Whether the CSV has these columns: other tables lie beside the runs."""
+    with path.open(encoding="utf-8") as file:
+        return next(csv.reader(file), []) == [f.name for f in fields(Row)]
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """A CSV of other columns than a run's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))

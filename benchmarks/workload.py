@@ -179,8 +179,9 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     advantages = normal(B)
     if work.loss == "cross_entropy":
         advantages = torch.ones(B, device=device)
-    # Spread over the batch: ragged lengths make the first sequences the longer ones.
-    idle = torch.arange(B, device=device) * work.inactive % 1 < work.inactive
+    # In pairs of a long and a short sequence, so that ragged lengths leave the fraction as it is.
+    pair = torch.arange(B, device=device).minimum(torch.arange(B, device=device).flip(0))
+    idle = pair * work.inactive % 1 < work.inactive
     advantages = torch.where(idle, 0.0, advantages)
     moved = torch.where(uniform(B, L) < 0.02, 1.0, 0.05) * torch.where(uniform(B, L) < 0.5, -1.0, 1.0)
     old_logps = (logps - moved).float()

@@ -77,27 +77,10 @@ def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter patches `triton.language` anew at every call of a device function, which takes
-    longer than all of a kernel's arithmetic. Once per launch and module has the same effect."""
     if NO_TRITON is not None or not INTERPRETED:
         yield
         return
-    from triton.runtime import interpreter
+    from benchmarks import addresses
 
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    patched: set[int] = set()
-
-    def patch_once(fn: Any) -> Any:
-        module = id(fn.__globals__)
-        if module not in patched:
-            patched.add(module)
-            return patch(fn)
-
-    def launch_afresh(*args: Any, **kwargs: Any) -> Any:
-        patched.clear()
-        return launch(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
+    with addresses.quick_interpreter():
         yield
