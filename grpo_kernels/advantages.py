@@ -28,7 +28,7 @@ def group_advantages(
         leave_one_out: compare each reward with the mean of the others of its group (RLOO, arXiv:2402.14740).
 
     Returns:
-        `[B]` in the dtype of `rewards`, computed in fp32 (fp64 for fp64). Exactly 0 where all rewards of a
+        `[B]` in the dtype of `rewards`, computed in fp64. Exactly 0 where all rewards of a
         group are equal, a group of one included.
 
     Raises:
@@ -42,7 +42,8 @@ def group_advantages(
     check_choice("scale", scale, ("std", "none"))
     check_number("eps", eps)
     groups, count = _groups(rewards, group_size, group_ids)
-    values = rewards if rewards.dtype == torch.float64 else rewards.float()
+    # In fp32 the mean of rewards far from zero is off by their rounding, and squares are 0 or inf.
+    values = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
 
     def group_sum(x: Tensor) -> Tensor:
         return x.new_zeros(count).index_add(0, groups, x)[groups]

@@ -120,7 +120,8 @@ def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype,
     """Of the factors of all products, and of the logits. Where 16-bit factors cannot be multiplied into fp32,
     they are widened once and for all."""
     dtype = product_dtype(hidden)
-    if dtype == logits_dtype or (dtype.itemsize == 2 and multiplies_mixed(hidden.device)):
+    widens = logits_dtype == torch.float32 and dtype.itemsize == 2
+    if dtype == logits_dtype or (widens and multiplies_mixed(hidden.device)):
         return dtype, logits_dtype
     wide = torch.promote_types(dtype, torch.float32)
     return wide, wide

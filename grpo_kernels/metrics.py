@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -74,7 +72,8 @@ def clip_fractions(
         return {"clip_fraction": (high & pushed_up) | (low & pushed_down)}
     elif isinstance(surrogate, DPPO):
         statement = SURROGATES[surrogate.statement]
-        _, weight, _ = statement(logps, log_ratio, advantages, math.inf, *surrogate.params)
+        # Clamped, lest a ratio that vanishes pass for one outside of the region.
+        _, weight, _ = statement(logps, log_ratio, advantages, 20.0, *surrogate.params)
         return {"clip_fraction": (weight == 0) & active}
     else:
         return {}

@@ -207,19 +207,36 @@ def kl_estimate(
     straight_through: bool,
     ratio_corrected: bool,
     log_ratio_clamp: float,
+    own_ratio: bool = True,  # the ratio is the token's: one derivative of the product
 ) -> Statement:
     x = ref_logp - logp
-    value, slope = estimator(x.clamp(-clamp, clamp))
-    if straight_through:
-        slope = -x
-    else:
-        slope = torch.where((x.abs() > clamp) | (value.abs() > output_clamp), 0.0, slope)
+    held = x.clamp(-clamp, clamp)
+    value, slope = estimator(held)
+    over = value.abs() > output_clamp
+    flat = (x.abs() > clamp) | over
+    slope = -x if straight_through else torch.where(flat, 0.0, slope)
     value = value.clamp(-output_clamp, output_clamp)
     if not ratio_corrected:
         return Statement(value, slope, None)
     assert log_ratio is not None
-    ratio, dratio = clamped_ratio(log_ratio, log_ratio_clamp)
-    return Statement(ratio * value, ratio * slope, dratio * value)
+    ratio, _ = clamped_ratio(log_ratio, log_ratio_clamp)
+    value, slope = ratio * value, ratio * slope
+    if estimator is k3:
+        # exp(x) may be inf beside a ratio of 0, where exp(log_ratio + x) is a number.
+        grown = torch.exp(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp) + held)
+        large = (held > 1) & ~over
+        value = torch.where(large, grown - ratio * (1 + held), value)
+        if not straight_through:
+            slope = torch.where(large & ~flat, ratio - grown, slope)
+    still = log_ratio.abs() > log_ratio_clamp
+    by_log_ratio = torch.where(still, 0.0, value)
+    if not own_ratio:
+        return Statement(value, slope, by_log_ratio)
+    total = slope + by_log_ratio
+    if estimator is k3 and not straight_through:
+        # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x; the difference has few digits of it.
+        total = torch.where(flat | still, total, -ratio * held)
+    return Statement(value, total, None)
 
 
 def unbounded(bound: float | None) -> float:

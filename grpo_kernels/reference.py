@@ -112,7 +112,10 @@ def reference_loss(
     elif callable(spec.surrogate):
         loss = spec.surrogate(spread(lp), spread(old), spread(rp), spread(A), mask)[mask]
     elif type(spec.surrogate).__name__ in ("VESPO", "GMPO"):
-        loss = _coupled(spec.surrogate, lp, anchor, A, w, sum_of_sequence, n)
+        clamp = math.inf if spec.log_ratio_clamp is None else spec.log_ratio_clamp
+        # Of VESPO's ratio a sequence's weight is one factor, not one of each token.
+        once = token_weights is not None and token_weights.shape != shape
+        loss = _coupled(spec.surrogate, lp, anchor, A, w, sum_of_sequence, n, clamp, once)
         w = None
     elif type(spec.surrogate).__name__ == "DRO" and spec.level == "sequence":
         total = sum_of_sequence(lp - (lp.detach() if anchor is None else anchor))
@@ -233,13 +236,23 @@ def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 
 def _coupled(
-    surrogate: Any, lp: Tensor, anchor: Any, A: Tensor, w: Any, sum_of_sequence: Any, n: Tensor
+    surrogate: Any,
+    lp: Tensor,
+    anchor: Any,
+    A: Tensor,
+    w: Any,
+    sum_of_sequence: Any,
+    n: Tensor,
+    clamp: float,
+    once: bool,
 ) -> Tensor:
     log_ratio = lp - (lp.detach() if anchor is None else anchor)
     if type(surrogate).__name__ == "VESPO":
-        log_w = sum_of_sequence(log_ratio.detach().clamp(-20, 20))
+        bound = min(clamp, 20.0)
+        log_w = sum_of_sequence(log_ratio.detach().clamp(-bound, bound))
         if w is not None:
-            log_w = log_w + sum_of_sequence(w.log().clamp(math.log(1e-8), 20))
+            log_weights = w.log().clamp(math.log(1e-8), 20)
+            log_w = log_w + (log_weights if once else sum_of_sequence(log_weights))
         log_w = log_w.clamp(math.log(1e-8), 20)
         k = _either(A >= 0, surrogate.k_pos, surrogate.k_neg, A)
         rate = _either(A >= 0, surrogate.lambda_pos, surrogate.lambda_neg, A).clamp(min=1e-4)
@@ -249,7 +262,7 @@ def _coupled(
         log_ratio.clamp(max=surrogate.eps_high),
         torch.where(A < 0, log_ratio.clamp(min=-surrogate.eps_low), 0 * log_ratio),
     )
-    loss = -sum_of_sequence(A) / n * (sum_of_sequence(bounded) / n).exp()
+    loss = -sum_of_sequence(A) / n * (sum_of_sequence(bounded) / n).clamp(-clamp, clamp).exp()
     return loss if w is None else loss * (sum_of_sequence((w + 1e-10).log()) / n).exp()
 
 

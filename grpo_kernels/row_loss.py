@@ -190,5 +190,6 @@ def sampled_kl(
         kl.straight_through,
         kl.ratio_corrected,
         unbounded(spec.log_ratio_clamp),
+        own_ratio=share is None,
     )
     return statement, share

@@ -59,8 +59,10 @@ def importance_weights(
         log_ratio = log_ratio.sum(-1, keepdim=True)
     ratio = torch.exp(log_ratio)
     if mode == "truncate":
-        return ratio.clamp(floor, ceiling)
-    return torch.where((ratio < floor) | (ratio > ceiling), 0.0, ratio)
+        ratio = ratio.clamp(floor, ceiling)
+    else:
+        ratio = torch.where((ratio < floor) | (ratio > ceiling), 0.0, ratio)
+    return ratio.to(logps.dtype)  # the sampler's may be wider
 
 
 def off_policy_sequence_mask(

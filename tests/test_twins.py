@@ -97,7 +97,7 @@ def surrogate_kernel(
 
 @triton.jit
 def kl_kernel(
-    logp_ptr, old_logp_ptr, ref_logp_ptr, value_ptr, by_logp_ptr, by_log_ratio_ptr,
+    logp_ptr, old_logp_ptr, ref_logp_ptr, value_ptr, slope_ptr,
     clamp, output_clamp, log_ratio_clamp, n,
     ESTIMATOR: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -108,7 +108,7 @@ def kl_kernel(
     if old_logp_ptr is not None:
         old_logp = tl.load(old_logp_ptr + i, mask=inside)
     logp, ref_logp = tl.load(logp_ptr + i, mask=inside), tl.load(ref_logp_ptr + i, mask=inside)
-    value, by_logp, by_log_ratio = twins.kl_estimate(
+    value, slope = twins.kl_estimate(
         logp,
         twins.log_ratio_to(logp, old_logp),
         ref_logp,
@@ -120,8 +120,7 @@ def kl_kernel(
         log_ratio_clamp,
     )
     tl.store(value_ptr + i, value, mask=inside)
-    tl.store(by_logp_ptr + i, by_logp, mask=inside)
-    tl.store(by_log_ratio_ptr + i, by_log_ratio, mask=inside)
+    tl.store(slope_ptr + i, slope, mask=inside)
 
 
 def surrogate_in_triton(
@@ -144,14 +143,14 @@ def surrogate_in_torch(
 
 
 def kl_in_triton(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> Statement:
-    found = Statement(*(torch.empty_like(logp) for _ in Statement._fields))
+    value, slope = torch.empty_like(logp), torch.empty_like(logp)
     kl_kernel[(1,)](
-        logp, old_logp, ref_logp, *found,
+        logp, old_logp, ref_logp, value, slope,
         unbounded(kl.clamp), unbounded(kl.output_clamp), clamp, logp.numel(),
         ESTIMATOR=twins.KL_ESTIMATORS[kl.kind], STRAIGHT_THROUGH=kl.straight_through,
         RATIO_CORRECTED=kl.ratio_corrected, BLOCK=triton.next_power_of_2(logp.numel()),
     )  # fmt: skip
-    return found
+    return with_zeros(Statement(value, slope, None))
 
 
 def kl_in_torch(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> Statement:

@@ -1,7 +1,8 @@
 """Device functions shared by the kernels, and the losses as Triton states them.
 
 The surrogates and KL estimators state in Triton what `objective.py` states in PyTorch, under the same names;
-a test compares the two. Each returns `(value, derivative by logp, derivative by the log-ratio)`.
+a test compares the two. A surrogate returns `(value, derivative by logp, derivative by the log-ratio)`, a KL
+estimate the sum of the two derivatives.
 """
 
 import triton
@@ -284,16 +285,25 @@ def kl_estimate(
     log_ratio_clamp,
 ):
     x = ref_logp - logp
-    value, slope = ESTIMATOR(bounded(x, -clamp, clamp))
+    held = bounded(x, -clamp, clamp)
+    value, slope = ESTIMATOR(held)
+    over = tl.abs(value) > output_clamp
+    flat = (tl.abs(x) > clamp) | over
     if STRAIGHT_THROUGH:
         slope = -x
     else:
-        slope = tl.where((tl.abs(x) > clamp) | (tl.abs(value) > output_clamp), 0.0, slope)
+        slope = tl.where(flat, 0.0, slope)
     value = bounded(value, -output_clamp, output_clamp)
-    by_log_ratio = tl.zeros_like(value)
     if RATIO_CORRECTED:
-        ratio, dratio = clamped_ratio(log_ratio, log_ratio_clamp)
-        by_log_ratio = dratio * value
-        slope = ratio * slope
-        value = ratio * value
-    return value, slope, by_log_ratio
+        ratio, _ = clamped_ratio(log_ratio, log_ratio_clamp)
+        value, slope = ratio * value, ratio * slope
+        still = tl.abs(log_ratio) > log_ratio_clamp
+        if ESTIMATOR is k3:
+            # exp(x) may be inf beside a ratio of 0, where exp(log_ratio + x) is a number.
+            grown = tl.exp(bounded(log_ratio, -log_ratio_clamp, log_ratio_clamp) + held)
+            value = tl.where((held > 1) & (over == 0), grown - ratio * (1 + held), value)
+        slope += tl.where(still, 0.0, value)
+        if ESTIMATOR is k3 and not STRAIGHT_THROUGH:
+            # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x; the difference has few digits of it.
+            slope = tl.where(flat | still, slope, -ratio * held)
+    return value, slope

@@ -104,12 +104,12 @@ def fused_loss_kernel(
         dlogp = tl.where(inactive, 0.0, dlogp * row_weight)
     dkl, dkl_forward = tl.full((), 0.0, DTYPE), tl.full((), 0.0, DTYPE)
     if KL_KIND == "sampled":
-        kl_value, slope, by_log_ratio = kl_estimate(
+        kl_value, slope = kl_estimate(
             logp, log_ratio_to(logp, old_logp), ref_logp, ESTIMATOR, kl_clamp, kl_output_clamp,
             STRAIGHT_THROUGH, RATIO_CORRECTED, log_ratio_clamp,
         )  # fmt: skip
         value += kl_beta * row_weight * kl_value
-        dlogp += kl_beta * row_weight * (slope + by_log_ratio)
+        dlogp += kl_beta * row_weight * slope
     if KL_KIND == "exact":
         dkl = kl_beta * row_weight
         value += dkl * kl

@@ -1,0 +1,398 @@
+"""What holds for any batch of hidden states: hypothesis draws heads, chunks, layouts, dtypes and losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from linear_cases import LinearCase, linear_oracle, logits_of
+from parity import DTYPES, per_token
+from problems import (
+    ADVANTAGES,
+    OF_PACKED,
+    VIEWS,
+    Random,
+    assert_outputs_close,
+    assert_same_bits,
+    assert_scaled,
+    flat,
+    for_any,
+    options_of,
+    policies,
+    rows_at,
+    sequences_of,
+    shapes,
+    specs,
+    spoilt,
+    spoilt_options,
+    token_options,
+    whole_references,
+)
+from torch import Tensor
+from torch.nn.functional import linear
+
+from grpo_kernels import LossOutput, LossSpec, Reinforce, grpo_loss, linear_grpo_loss, linear_logps
+from grpo_kernels.logps import linear_token_statistics
+from grpo_kernels.reference import reference_loss
+
+pytest.importorskip("hypothesis")
+from hypothesis import strategies as st
+
+SCALES = {"normal": 2.0, "wide": 12.0, "flat": 0.0, "tiny": 1e-3}
+PARTS = ("hidden", "weight", "bias")
+
+
+class Found(NamedTuple):
+    out: LossOutput
+    grads: dict[str, Tensor]  # by those of PARTS that learn; hidden's is that of what was allocated
+
+
+class LinearProblem(NamedTuple):
+    case: LinearCase  # its hidden states are what was allocated
+    view: Callable[[Tensor], Tensor]  # and this is the part that the loss is given
+    how: dict[str, Any]  # chunk_tokens, compact, skip_inactive, logits_dtype
+    frozen: tuple[str, ...] = ()
+
+    def run(self, backend: str, *, upstream: float = 1.0, **options: Any) -> Found:
+        leaves = {
+            name: x.detach().clone().requires_grad_(name not in self.frozen)
+            for name, x in zip(PARTS, (self.case.hidden, self.case.weight, self.case.bias), strict=True)
+            if x is not None
+        }
+        case = self.case
+        out = linear_grpo_loss(
+            self.view(leaves["hidden"]), leaves["weight"], case.completion_ids, case.advantages,
+            spec=case.spec, lm_head_bias=leaves.get("bias"), backend=backend,
+            **{**case.options, **self.how, **options},
+        )  # fmt: skip
+        learning = {name: x for name, x in leaves.items() if x.requires_grad}
+        grads = torch.autograd.grad(out.loss, list(learning.values()), torch.full_like(out.loss, upstream))
+        return Found(out, dict(zip(learning, grads, strict=True)))
+
+    @property
+    def mask(self) -> Tensor:
+        return self.case.options["completion_mask"] != 0
+
+    def plain(self) -> LinearCase:
+        """The case without the memory around its hidden states."""
+        return self.case._replace(hidden=self.view(self.case.hidden).contiguous())
+
+    def select(self, sequences: list[int], **options: Any) -> LinearProblem:
+        """The batch of these sequences alone, in this order and contiguous."""
+        case = self.plain()
+        whole = sequences_of(case.completion_ids, case.options)
+        index = torch.cat([whole[number] for number in sequences])
+        rows = (case.hidden, case.completion_ids, per_token(case, case.advantages))  # type: ignore[arg-type]
+        hidden, ids, advantages = (rows_at(index, x) for x in rows)
+        picked = options_of(sequences, index, case.options) | options
+        case = case._replace(hidden=hidden, completion_ids=ids, advantages=advantages, options=picked)
+        return self._replace(case=case, view=lambda x: x)
+
+
+@st.composite
+def linear_problems(draw: st.DrawFn, device: str, *, callables: bool = True) -> LinearProblem:
+    shape, spec = draw(shapes()), draw(specs(callables=callables))
+    rows = shape.rows
+    V = draw(st.one_of(st.integers(2, 40), st.sampled_from([128, 513])), label="V")
+    H = draw(st.integers(1, 24), label="H")
+    name = draw(st.sampled_from(list(DTYPES)), label="dtype")
+    kinds = st.lists(st.sampled_from(list(SCALES)), min_size=shape.tokens, max_size=shape.tokens)
+    scales = torch.tensor([SCALES[kind] for kind in draw(kinds, label="rows")]).view(*rows, 1)
+    random = Random(draw(st.integers(0, 2**31), label="seed"))
+    options = draw(token_options(shape, random))
+    padding = draw(st.sampled_from([None, 0, 3]), label="padding rows")
+    views = st.sampled_from(OF_PACKED if shape.packed else list(VIEWS))
+
+    def allocated(hidden: Tensor, where: str, dtype: torch.dtype) -> Tensor:
+        extent, view = VIEWS[where]
+        new = torch.full(extent(*rows, V=hidden.shape[-1]), torch.nan, dtype=dtype)
+        view(new).copy_(hidden)
+        return new
+
+    def padded(x: Tensor, padding: int, dtype: torch.dtype) -> Tensor:
+        return torch.cat([x, x.new_full((padding, *x.shape[1:]), torch.nan)]).to(dtype)
+
+    dtype, where = DTYPES[name], draw(views, label="strides")
+    # The words of one row in three that the bias suppresses are never taken.
+    biases = {"none": None, "normal": random.normal(V), "shifted": random.normal(V) + 100.0}
+    biases["holes"] = torch.where(torch.arange(V) % 3 == 1, -torch.inf, random.normal(V))
+    kind = draw(st.sampled_from(list(biases)), label="bias")
+    ids = random.pick(torch.arange(0, V, 3) if kind == "holes" else torch.arange(V), *rows)
+    hidden, weight, bias = scales * random.normal(*rows, H), random.normal(V, H) / math.sqrt(H), biases[kind]
+    memory, view = allocated(hidden, where, dtype), VIEWS[where][1]
+    parts = [memory, *(None if x is None else padded(x, padding or 0, dtype) for x in (weight, bias))]
+    if padding is not None:
+        options["vocab_size"] = V
+    transform = {name: options[name] for name in ("temperature", "logit_scale", "logit_softcap")}
+    rounded = [None if x is None else x[:V].double() for x in parts[1:]]
+    logps = reference_loss(
+        linear(view(memory).double(), *rounded),
+        ids,
+        torch.zeros(rows),
+        spec=LossSpec(Reinforce()),
+        **transform,
+    ).logps
+    whole_reference = draw(whole_references(spec))
+    options |= draw(policies(logps, random, whole_reference=whole_reference))
+    if whole_reference:
+        # Near the policy, and of another width.
+        more = draw(st.integers(0, 3), label="width of the reference")
+        other = DTYPES[
+            name if name == "fp64" else draw(st.sampled_from(["fp32", "bf16", "fp16"]), label="ref")
+        ]
+        there = draw(views, label="strides of the reference")
+        wider = 0 if padding is None else draw(st.sampled_from([0, 2]), label="its padding")
+        states = torch.cat([hidden, 0.3 * random.normal(*rows, more)], -1)
+        options["ref_hidden"] = VIEWS[there][1](allocated(states, there, other))
+        options["ref_lm_head_weight"] = padded(torch.cat([weight, random.normal(V, more)], -1), wider, other)
+        if bias is not None:
+            options["ref_lm_head_bias"] = padded(bias, wider, other)
+    advantages = random.pick(ADVANTAGES, len(shape.seq_lens))
+    if draw(st.booleans(), label="advantages per token"):
+        advantages = random.pick(ADVANTAGES, *rows)
+    ids = ids.to(draw(st.sampled_from([torch.int32, torch.int64]), label="ids"))
+    compact = draw(st.booleans(), label="compact")
+    how = {
+        "chunk_tokens": draw(st.one_of(st.none(), st.integers(1, 5)), label="chunk_tokens"),
+        "compact": compact,
+        "skip_inactive": compact and draw(st.booleans(), label="skip_inactive"),
+        "logits_dtype": torch.bfloat16
+        if name == "bf16" and draw(st.booleans(), label="bf16 logits")
+        else torch.float32,
+    }
+    learning = [part for part, x in zip(PARTS, parts, strict=True) if x is not None]
+    frozen = draw(st.sets(st.sampled_from(learning), max_size=len(learning) - 1), label="frozen")
+    tensors = (None if x is None else x.to(device) for x in (*parts, ids, advantages))
+    options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    return LinearProblem(LinearCase(spec, *tensors, options), view, how, tuple(sorted(frozen)))
+
+
+def precision(problem: LinearProblem) -> float:
+    """Of log-probabilities, of which the logits' size takes some."""
+    case = problem.plain()
+    wide = [
+        None if x is None else x.double().nan_to_num(neginf=0.0)
+        for x in (case.hidden, case.weight, case.bias)
+    ]
+    dtype = torch.float64 if case.hidden.dtype == torch.float64 else torch.float32
+    return torch.finfo(dtype).eps * (100 + 8 * float(linear(*wide).abs().max()))
+
+
+def without_skipped(out: Any, problem: LinearProblem) -> Any:
+    """What `skip_inactive` leaves as it is."""
+    if not problem.how["skip_inactive"]:
+        return out
+    return out._replace(logps=out.loss, ref_logps=None, entropy=None, metrics={})
+
+
+def assert_gradient_close(
+    name: str, got: Tensor, expected: Tensor, size: float, problem: LinearProblem, *, bar: float = 0.0
+) -> None:
+    """To rounding, and twice what eager errs. In half precision each gradient is rounded once, at its end,
+    and that of the logits once besides; of bf16 logits another order of their sums may round to a neighbour.
+
+    `size`: norm of all gradients.
+    """
+    rounding = precision(problem) + 4 * torch.finfo(got.dtype).eps
+    if problem.how["logits_dtype"] == torch.bfloat16:
+        rounding *= 4
+    error = float((got.double() - expected.double()).norm())
+    allowed = 2 * bar + rounding * (size + 1e-1)
+    assert error <= allowed, f"gradient by {name} errs {error:.3g} of {size:.3g}, allowed {allowed:.3g}"
+
+
+@for_any(linear_problems)
+def test_equals_the_reference(problem: LinearProblem, backend: str) -> None:
+    problem = problem._replace(frozen=(), how=problem.how | {"logits_dtype": torch.float32})
+    expected, got = linear_oracle(problem.plain()), problem.run(backend)
+    size = sum(float(x.norm()) for x in expected.truth)
+    for name, eager, exact in zip(PARTS, expected.eager, expected.truth, strict=False):
+        grad = problem.view(got.grads[name]) if name == "hidden" else got.grads[name]
+        assert_gradient_close(name, grad, exact, size, problem, bar=float((eager.double() - exact).norm()))
+    outside = torch.ones_like(got.grads["hidden"])
+    problem.view(outside).zero_()
+    assert not got.grads["hidden"][outside == 1].any()
+    truth = expected.by_logits.truth
+    outs = (without_skipped(out, problem) for out in (got.out, truth.out))
+    assert_outputs_close(*outs, precision(problem), float(truth.grad.abs().sum()))
+
+
+@for_any(linear_problems)
+def test_equals_the_logits_form(problem: LinearProblem, backend: str) -> None:
+    """Of logits in fp32, as the products are held."""
+    problem = problem._replace(frozen=(), how=problem.how | {"logits_dtype": torch.float32})
+    case, got = problem.plain(), problem.run(backend)
+    case = case if case.hidden.dtype == torch.float64 else case.to(torch.float32)
+    # Padding rows are NaN, and 0 * NaN would be the hidden states' gradient.
+    parts = [x.nan_to_num(neginf=-torch.inf) for x in (case.hidden, case.weight, case.bias) if x is not None]
+    leaves = [x.requires_grad_() for x in parts]
+    logits = logits_of(case, leaves[0], leaves[1], leaves[2] if leaves[2:] else None)
+    want = grpo_loss(
+        logits.logits, case.completion_ids, case.advantages, spec=case.spec, backend=backend, **logits.options
+    )
+    grads = torch.autograd.grad(want.loss, leaves)
+    size = sum(float(x.double().norm()) for x in grads)
+    for name, theirs in zip(PARTS, grads, strict=False):
+        ours = problem.view(got.grads[name]) if name == "hidden" else got.grads[name]
+        assert_gradient_close(name, ours, theirs, size, problem)
+    outs = (without_skipped(out, problem) for out in (got.out, want))
+    assert_outputs_close(*outs, precision(problem), size)
+
+
+@for_any(linear_problems)
+def test_what_is_masked_never_matters(problem: LinearProblem, backend: str) -> None:
+    """To the bit, whatever stands there: NaN, infinities, ids outside of the vocabulary."""
+    case, mask = problem.case, problem.mask
+    hidden = case.hidden.clone()
+    problem.view(hidden).copy_(spoilt(problem.view(case.hidden), mask))
+    bad = case._replace(
+        hidden=hidden,
+        completion_ids=spoilt(case.completion_ids, mask),
+        advantages=spoilt(case.advantages, mask),
+        options=spoilt_options(case.options, mask),
+    )
+    expected, got = problem.run(backend), problem._replace(case=bad).run(backend)
+    assert_same(got, expected)
+    if "hidden" in got.grads:
+        assert not problem.view(got.grads["hidden"])[~mask].any()
+
+
+def assert_same(got: Found, expected: Found) -> None:
+    assert got.grads.keys() == expected.grads.keys()
+    for name, grad in got.grads.items():
+        assert_same_bits(grad, expected.grads[name], f"gradient by {name}")
+    wanted = flat(expected.out)
+    for name, value in flat(got.out).items():
+        assert_same_bits(value, wanted[name], name)
+
+
+@for_any(linear_problems)
+def test_the_same_bits_again(problem: LinearProblem, backend: str) -> None:
+    assert_same(problem.run(backend), problem.run(backend))
+
+
+@for_any(linear_problems)
+def test_what_is_frozen_changes_no_other_gradient(problem: LinearProblem, backend: str) -> None:
+    everything = problem._replace(frozen=()).run(backend)
+    grads = {name: x for name, x in everything.grads.items() if name not in problem.frozen}
+    assert_same(problem.run(backend), everything._replace(grads=grads))
+
+
+def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], problem: LinearProblem) -> None:
+    size = sum(float(x.double().norm()) for x in expected.values())
+    for name, x in got.items():
+        assert_gradient_close(name, x, expected[name], size, problem)
+
+
+@for_any(linear_problems)
+def test_how_it_is_computed_is_no_matter(problem: LinearProblem, backend: str) -> None:
+    """Chunks of another length, rows in another order, rows that are left out."""
+    other = {"chunk_tokens": 2, "compact": not problem.how["compact"], "skip_inactive": False}
+    got, expected = problem.run(backend), problem.run(backend, **other)
+    assert_near(got.grads, expected.grads, problem)
+    size = sum(float(x.double().norm()) for x in expected.grads.values())
+    outs = (without_skipped(out, problem) for out in (got.out, expected.out))
+    # Of bf16 logits another order of their sums may round to a neighbour.
+    rounding = 0.5 if problem.how["logits_dtype"] == torch.bfloat16 else precision(problem)
+    assert_outputs_close(*outs, rounding, size)
+
+
+@for_any(linear_problems, callables=False)
+def test_a_split_batch_adds_up(problem: LinearProblem, backend: str) -> None:
+    """Parts with a common normalizer: losses and gradients of the whole."""
+    count = len(sequences_of(problem.case.completion_ids, problem.case.options))
+    halves = [part for part in (range(count // 2), range(count // 2, count)) if part]
+    whole = problem.select(list(range(count)), normalizer=6.5)
+    expected, results = (
+        whole.run(backend),
+        [problem.select(list(part), normalizer=6.5).run(backend) for part in halves],
+    )
+    joined = {
+        name: (torch.cat if name == "hidden" else sum)([result.grads[name] for result in results])
+        for name in expected.grads
+    }
+    assert_near(joined, expected.grads, whole)
+    total = sum(result.out.loss for result in results)
+    torch.testing.assert_close(total, expected.out.loss, rtol=1e-4, atol=1e-4)
+
+
+@for_any(linear_problems)
+def test_a_scaled_loss_scales_the_gradient(problem: LinearProblem, backend: str) -> None:
+    once, more = problem.run(backend).grads, problem.run(backend, upstream=64.0).grads
+    for name, grad in once.items():
+        assert_scaled(more[name], grad, 64.0, f"gradient by {name}")
+
+
+@for_any(linear_problems)
+def test_inputs_stay_as_they_are(problem: LinearProblem, backend: str) -> None:
+    case = problem.case
+    tensors = {**case._asdict(), **case.options}
+    before = {name: x.clone() for name, x in tensors.items() if isinstance(x, Tensor)}
+    leaves = [x.requires_grad_() for x in (case.hidden, case.weight, case.bias) if x is not None]
+    out = linear_grpo_loss(
+        problem.view(case.hidden), case.weight, case.completion_ids, case.advantages,
+        spec=case.spec, lm_head_bias=case.bias, backend=backend, **case.options, **problem.how,
+    )  # fmt: skip
+    torch.autograd.grad(out.loss, leaves)
+    for name, value in before.items():
+        assert_same_bits(tensors[name].detach(), value, name)
+
+
+@for_any(linear_problems, callables=False)
+def test_statistics_of_tokens(problem: LinearProblem, backend: str) -> None:
+    """Log-probabilities, entropies and who is likeliest; gradients of both, some from upstream zero."""
+    case, mask = problem.plain(), problem.mask
+    names = ("temperature", "logit_scale", "logit_softcap", "vocab_size")
+    transform = {name: case.options[name] for name in names if name in case.options}
+    if isinstance(transform["temperature"], Tensor) and transform["temperature"].shape != mask.shape:
+        transform["temperature"] = transform["temperature"].expand(mask.shape)
+    parts = [x for x in (case.hidden, case.weight, case.bias) if x is not None]
+    generator = torch.Generator().manual_seed(case.completion_ids.numel())
+    by_logps, by_entropy = (
+        (torch.randn(mask.shape, generator=generator) * torch.randint(2, mask.shape, generator=generator))
+        .to(mask.device) for _ in range(2)
+    )  # fmt: skip
+
+    def eager(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        leaves = [x.to(dtype).nan_to_num(neginf=-torch.inf).requires_grad_() for x in parts]
+        logits = linear(*leaves)
+        wide = logits.to(torch.promote_types(dtype, torch.float32))
+        z = wide[..., : transform.get("vocab_size")] * transform["logit_scale"]
+        if (softcap := transform["logit_softcap"]) is not None:
+            z = softcap * torch.tanh(z / softcap)
+        t = transform["temperature"]
+        log_p = torch.log_softmax(z / (t[..., None] if isinstance(t, Tensor) else t), -1)
+        logps = log_p.gather(-1, case.completion_ids.long()[..., None])[..., 0]
+        entropy = -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0.0)).sum(-1)
+        found = [torch.where(mask, x, 0.0) for x in (logps, entropy)]
+        total = sum((x * g.to(x.dtype)).sum() for x, g in zip(found, (by_logps, by_entropy), strict=True))
+        return [x.detach() for x in (*found, z)], list(torch.autograd.grad(total, leaves))
+
+    (logps, entropy, z), truth = eager(torch.float64)
+    _, theirs = eager(case.hidden.dtype)
+    leaves = [x.detach().clone().requires_grad_() for x in parts]
+    how = {name: x for name, x in problem.how.items() if name in ("chunk_tokens", "compact")}
+    options = {**transform, **how, "mask": case.options["completion_mask"], "backend": backend}
+    options["lm_head_bias"] = leaves[2] if leaves[2:] else None
+    got = linear_token_statistics(*leaves[:2], case.completion_ids, entropy=True, top1=True, **options)
+    assert got.entropy is not None and got.top1 is not None
+    rounding = precision(problem)
+    for x, y in ((got.logps, logps), (got.entropy, entropy)):
+        assert bool(((x.double() - y).abs() <= rounding * (1 + y.abs())).all())
+    # Of logits nearly as large, rounding decides.
+    taken = z.gather(-1, case.completion_ids.long()[..., None])
+    others = z.scatter(-1, case.completion_ids.long()[..., None], -torch.inf).amax(-1)
+    margin = taken[..., 0] - others
+    clear = margin.abs() > 100 * rounding
+    assert torch.equal(got.top1[clear], ((margin > 0) & mask)[clear])
+    assert not got.top1[~mask].any()
+    total = (got.logps * by_logps).sum() + (got.entropy * by_entropy).sum()
+    size = sum(float(x.norm()) for x in truth)
+    for name, x, y, exact in zip(PARTS, torch.autograd.grad(total, leaves), theirs, truth, strict=False):
+        assert_gradient_close(name, x, exact, size, problem, bar=float((y.double() - exact).norm()))
+    again = linear_logps(*leaves[:2], case.completion_ids, return_entropy=True, **options)
+    for x, y in zip(again, (got.logps, got.entropy), strict=True):
+        assert_same_bits(x, y, "linear_logps")
