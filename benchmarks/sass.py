@@ -151,10 +151,14 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes; None for anything else."""
-        if self.opcode.split(".")[0] != "BRA":
+        """Where a branch goes; None for anything else.
+
+        A call is a branch, too: for sm_80 some loops are left by one. A subroutine never branches back.
+        """
+        addresses = re.findall(r"0x([0-9a-f]+)", self.operands)
+        if self.opcode.split(".")[0] not in ("BRA", "CALL") or not addresses:
             return None
-        return int(re.findall(r"0x([0-9a-f]+)", self.operands)[-1], 16)
+        return int(addresses[-1], 16)
 
     @property
     def leaves(self) -> bool:
@@ -172,6 +176,10 @@ class Instruction:
             return 0
         return 32 if match[1] is None else int(match[1].lstrip("SU"))
 
+    @property
+    def loaded_bits(self) -> int:
+        return self.bits if self.opcode.startswith("LDG") else 0
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -187,7 +195,7 @@ class Loop:
     @property
     def loaded_bytes(self) -> int:
         """By one thread in one turn. Loads inside conditions do not count."""
-        return sum(i.bits for i in self.every_time if i.opcode.startswith("LDG")) // 8
+        return sum(i.loaded_bits for i in self.every_time) // 8
 
     @property
     def stores(self) -> bool:
@@ -218,6 +226,17 @@ class Sass:
         innermost = [a for a in loading if not any(a.contains(b) for b in loading)]
         wanted = [loop for loop in innermost if loop.stores == stores]
         return max(wanted, key=lambda loop: loop.loaded_bytes, default=None)
+
+    def way_through(self) -> list[Instruction]:
+        """Of a kernel without a loop: the blocks before and after the widest load.
+
+        Not among them is where a program ends that has nothing to load, the row being masked.
+        """
+        blocks, successors = self._blocks()
+        widest = max(range(len(blocks)), key=lambda b: max(i.loaded_bits for i in blocks[b]))
+        after = [_reachable(b, successors) for b in range(len(blocks))]
+        passed = [b for b in range(len(blocks)) if b in after[widest] or widest in after[b]]
+        return [i for b in passed for i in blocks[b]]
 
     @cached_property
     def loops(self) -> list[Loop]:
@@ -279,6 +298,17 @@ def _dominators(successors: list[list[int]]) -> list[set[int]]:
                 dominators[block] = common
                 changed = True
     return dominators
+
+
+def _reachable(start: int, successors: list[list[int]]) -> set[int]:
+    found: set[int] = set()
+    todo = [start]
+    while todo:
+        block = todo.pop()
+        if block not in found:
+            found.add(block)
+            todo += successors[block]
+    return found
 
 
 def _reaching(tail: int, head: int, successors: list[list[int]]) -> set[int]:
