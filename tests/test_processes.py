@@ -1,0 +1,106 @@
+"""Where training runs the losses from: several threads, forked workers, machines without Triton or a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from grpo_kernels import KL, LossSpec, grpo_loss, linear_grpo_loss
+from grpo_kernels.testing import make_batch
+
+SPEC = LossSpec.preset("grpo", kl=KL("exact", beta=0.1), entropy_coef=0.01)
+
+
+def results(seed: int, device: str, backend: str, *, linear: bool) -> list[Tensor]:
+    """Loss, log-probabilities and gradient of a batch of its own shape."""
+    x = make_batch(2, 3 + seed % 4, 300 + seed, seed=seed, device=device)
+    options = {
+        "spec": SPEC,
+        "completion_mask": x.completion_mask,
+        "old_logps": x.old_logps,
+        "backend": backend,
+    }
+    if linear:
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(*x.completion_ids.shape, 16, generator=generator).to(device).requires_grad_()
+        weight = torch.randn(x.logits.shape[-1], 16, generator=generator).to(device)
+        reference = {"ref_hidden": hidden.detach() + 0.1, "ref_lm_head_weight": weight, "chunk_tokens": 4}
+        out = linear_grpo_loss(hidden, weight, x.completion_ids, x.advantages, **options, **reference)
+        leaf = hidden
+    else:
+        leaf = x.logits.requires_grad_()
+        out = grpo_loss(leaf, x.completion_ids, x.advantages, ref_logits=x.ref_logits, **options)
+    out.loss.backward()
+    return [out.loss.detach(), out.logps, leaf.grad]
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_two_threads_at_once(backend: str, device: str, linear: bool) -> None:
+    """The same bits as one after the other. A thread of its own runs the backward of each device."""
+    if backend == "triton" and device == "cpu":
+        pytest.skip("Triton's interpreter keeps one program's state for the whole process")
+    seeds = range(8)
+    alone = [results(seed, device, backend, linear=linear) for seed in seeds]
+    start = Barrier(2)
+
+    def all_of_them(_: int) -> list[list[Tensor]]:
+        start.wait()
+        return [results(seed, device, backend, linear=linear) for seed in seeds]
+
+    with ThreadPoolExecutor(2) as pool:
+        for together in pool.map(all_of_them, range(2)):
+            for got, expected in zip(together, alone, strict=True):
+                assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+class Losses(Dataset):
+    """Computes in the worker, on its CPU, as a loader that scores completions may."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return results(index, "cpu", "torch", linear=index % 2 == 1)[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_forked_workers() -> None:
+    """After the parent has used the losses, threads and all."""
+    alone = [Losses()[index] for index in range(4)]
+    loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    torch.testing.assert_close(torch.stack(list(loader)), torch.stack(alone))
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what importing a missing package looks like
+import torch
+import grpo_kernels
+logits = torch.randn(2, 3, 11, requires_grad=True)
+ids, advantages = torch.randint(11, (2, 3)), torch.ones(2)
+grpo_kernels.grpo_loss(logits, ids, advantages).loss.backward()
+assert logits.grad.abs().sum() > 0
+hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(11, 4)
+grpo_kernels.linear_grpo_loss(hidden, weight, ids, advantages).loss.backward()
+assert hidden.grad.abs().sum() > 0
+try:
+    grpo_kernels.grpo_loss(logits, ids, advantages, backend="triton")
+except (ImportError, ValueError) as error:
+    print(error)
+"""
+
+
+def test_without_triton() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "triton" in done.stdout.lower(), "backend='triton' says what it lacks"
