@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
+LIMIT ?= 540
 
 # -s: each row says its median and its memory when it is done.
 BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ignore
@@ -15,7 +16,7 @@ INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-compile test-verl study bench lint clean
+.PHONY: help demo test test-compile test-verl study bench bench-gpu bench-tables bench-docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -27,7 +28,7 @@ test: $(VENV)/.test  ## run the tests (in Triton's interpreter where there is no
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
 
 test-compile: $(VENV)/.test  ## compile every kernel for seven GPUs and read its machine code; needs none of them
-	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile -s $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile $(ARGS)
 
 test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 to 3.12, as verl does
 	$(VERL)/bin/python -m pytest tests/verl $(ARGS)
@@ -35,9 +36,20 @@ test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 t
 study: $(VENV)/.trl  ## train the demo's task under five losses; figure and table into docs/ (ARGS="..." is handed on)
 	$(PY) examples/study.py $(ARGS)
 
-bench: $(VENV)/.bench  ## run the benchmarks (those of verl where `make test-verl` has installed it)
+bench: $(VENV)/.bench  ## run the benchmarks on the CPU (those of verl where `make test-verl` has installed it)
 	$(PY) -m pytest benchmarks/ $(BENCHMARK) $(ARGS)
 	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/test_cpu_trainers.py -k verl $(BENCHMARK) $(ARGS)
+
+bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (stops after LIMIT=540 seconds)
+	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks --device cuda --limit $(LIMIT) $(ARGS)
+
+bench-tables: $(VENV)/.bench  ## machine code and traffic of ours and the peers' kernels; needs no GPU
+	$(PY) -m benchmarks.compiled
+	$(PY) -m benchmarks.traffic
+
+bench-docs: $(VENV)/.bench  ## figures and tables of docs/benchmarks.md from benchmarks/results/*.csv
+	$(PY) -m benchmarks.plot
+	$(PY) -m benchmarks.report
 
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .

@@ -39,6 +39,8 @@ PLOTS = [
 # TRL 1.16 and transformers 5.23 need Python 3.11.
 TRAINER = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]
 
+PEERS = [*TRAINER, "peft==0.21.2", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"]
+
 TEST = [
     *BASE,
     *PYTEST,
@@ -46,10 +48,10 @@ TEST = [
     'hypothesis==6.170.15; python_version >= "3.11"',
     'hypothesis==6.168.5; python_version < "3.11"',
     # compared with
-    *(f'{peer}; python_version >= "3.11"' for peer in (*TRAINER, "peft==0.21.2", "liger-kernel==0.8.5")),
+    *(f'{peer}; python_version >= "3.11"' for peer in PEERS),
 ]
 BENCHMARK = [*PYTEST, "pytest-benchmark==5.3.1", "psutil==7.2.2"]
-BENCH = [*BASE, *BENCHMARK, *PLOTS, *(f'{peer}; python_version >= "3.11"' for peer in TRAINER)]
+BENCH = [*BASE, *BENCHMARK, *PLOTS, *(f'{peer}; python_version >= "3.11"' for peer in PEERS)]
 TRL = [
     *BASE,
     *PLOTS,

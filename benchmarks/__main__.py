@@ -120,7 +120,8 @@ class Run:
         return None if reason is None else f"skipped: {reason}"
 
     def measure(self, provider: Provider, batch: Batch) -> Outcome:
-        torch.compiler.reset()  # lest it fall back to eager, without a word, after some sizes
+        if provider.name == "torch.compile":
+            torch.compiler.reset()  # or after some sizes it falls back to eager without a word
         try:
             verdict = gate.check(provider, batch)
             if verdict.wrong is not None:

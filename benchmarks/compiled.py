@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.metadata
 import multiprocessing
 import time
@@ -117,7 +116,7 @@ def main() -> None:
     print(f"{comparison(rows)}\n{every_variant(rows)}")
     output = args.output or (None if args.quick else record.RESULTS / "compiled.csv")
     if output is not None:
-        write(output, rows)
+        record.write_table(output, rows)
         print(output)
     print(f"{len(found)} kernels in {time.monotonic() - started:.0f} s")
 
@@ -196,18 +195,9 @@ def provider_of(package: str) -> str:
     return names.get(package, package)
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def tables(path: Path) -> str:
     """Of the CSV, for docs/benchmarks.md."""
-    with path.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = record.read_table(path)
     versions = dict.fromkeys(f"{r['provider']} {r['version']}" for r in rows if r["provider"] != OURS)
     where = f"torch {rows[0]['torch']}, Triton {rows[0]['triton']}, commit {rows[0]['commit']}"
     hidden = f"<details>\n<summary>Every variant</summary>\n\n{every_variant(rows)}\n</details>"

@@ -15,6 +15,7 @@ from .providers import Provider
 from .workload import Batch, Floor
 
 CPU_ROUNDS = 7
+GPU_MS = 150  # of repetitions of each part
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 512 * 2**20}
 
 
@@ -97,7 +98,7 @@ def on_gpu(call: Callable[[], None], prepare: Callable[[], None]) -> Timing:
     from triton.testing import do_bench
 
     prepare()
-    return Timing(*do_bench(call, grad_to_none=[BeforeEach(prepare)], quantiles=[0.5, 0.2, 0.8]))
+    return Timing(*do_bench(call, rep=GPU_MS, grad_to_none=[BeforeEach(prepare)], quantiles=[0.5, 0.2, 0.8]))
 
 
 def memory(subject: Subject, device: torch.device) -> float:

@@ -69,5 +69,5 @@ def smoke(device: torch.device) -> list[Workload]:
     """Seconds each: does everything run?"""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     T, V, H = (2048, 32000, 1024) if device.type == "cuda" else (256, 8000, 128)
-    bases = Workload("logits", "grpo_kl", T, V, dtype=dtype), Workload("linear", "grpo", T, V, H, dtype=dtype)
-    return [replace(base, **idle) for base in bases for idle in ({}, *IDLE)]
+    bases = Workload("logits", "grpo", T, V, dtype=dtype), Workload("linear", "grpo", T, V, H, dtype=dtype)
+    return [replace(base, **change) for base in bases for change in ({}, *IDLE, {"loss": "grpo_kl"})]

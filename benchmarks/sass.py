@@ -68,12 +68,12 @@ class NoDevice:
 
 @contextlib.contextmanager
 def no_device(target: GPUTarget) -> Iterator[None]:
-    before = driver._active
+    before = dict(vars(driver))  # asked for its active driver, it would look for a GPU
     driver.set_active(NoDevice(target))
     try:
         yield
     finally:
-        driver._active = before
+        vars(driver).update(before)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,13 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from . import torch_backend
-from .checks import check_choice
+from .checks import check_choice, values
 from .objective import Coefficients, RowStats, TokenInputs, unbounded
 from .spec import LogitTransform, LossSpec
 from .surrogates import Surrogate
@@ -72,7 +72,7 @@ def row_stats(
     call: Callable[..., None] = (
         torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
     )
-    call(logits, targets, *out, ref_logits, temperatures, *astuple(transform), backend)
+    call(logits, targets, *out, ref_logits, temperatures, *values(transform), backend)
 
 
 def nats_per_shift(
@@ -100,7 +100,7 @@ def dlogits(
 ) -> None:
     """Fills `out` (which may be `logits`) with the gradient; rows without one are not read and get zeros."""
     call: Callable[..., None] = torch.ops.grpo_kernels.dlogits if torch.compiler.is_compiling() else _dlogits
-    call(out, logits, targets, *stats, *coefficients, ref_logits, temperatures, *astuple(transform), backend)
+    call(out, logits, targets, *stats, *coefficients, ref_logits, temperatures, *values(transform), backend)
 
 
 def fused_loss(

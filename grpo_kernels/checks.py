@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 
@@ -17,7 +18,7 @@ def check_number(
     """`value` is a finite number of at least `low` (above `low` if `strict`), or None if `optional`."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {value!r}")
     # Comparisons only, which torch.compile can trace on symbolic floats; a NaN fails them.
     if not (low <= value < math.inf) or (strict and value == low):
@@ -34,3 +35,8 @@ def check_integer(name: str, value: Any, *, low: int = 1) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
+def values(config: Any) -> tuple[Any, ...]:
+    """The fields of a dataclass, as `astuple` but without its copies, which torch.compile cannot trace."""
+    return tuple(getattr(config, field.name) for field in fields(config))

@@ -6,7 +6,6 @@ To `torch.compile` a pass is one opaque operator: how many chunks there are depe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from . import backend
 from .autograd import RowConfig
+from .checks import values
 from .linear import Chunk, Chunks, Gradients, Head, HeadGradients, LinearConfig, RowPlan
 from .objective import MASKED, Coefficients, RowStats
 from .spec import LogitTransform
@@ -54,12 +54,12 @@ def run(
     factors = [*of.head, *(of.ref or (None, None, None))]
     call(
         *present(out), *present(*known), factors, of.targets, of.temperatures,
-        *astuple(config), *astuple(rows.transform), rows.backend,
+        *values(config), *values(rows.transform), rows.backend,
     )  # fmt: skip
 
 
 def present(*tuples: Any) -> tuple[list[Tensor], str]:
-    found = [(n, x) for each in tuples for n, x in zip(each._fields, each, strict=True) if x is not None]
+    found = [(n, x) for each in tuples for n, x in each._asdict().items() if x is not None]
     return [x for _, x in found], " ".join(name for name, _ in found)
 
 

@@ -61,8 +61,9 @@ def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
             new = allocate(*args, **kwargs)
-            # A tensor on "meta" holds nothing to fill.
-            return new.fill_(torch.nan) if new.is_floating_point() and new.device.type != "meta" else new
+            if new.is_floating_point() and not new.is_meta:  # there is nothing to fill
+                new.detach().fill_(torch.nan)
+            return new
 
         return allocate_nan
 

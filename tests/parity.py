@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,6 +27,10 @@ from grpo_kernels import (
 )
 from grpo_kernels.reference import ReferenceOutput, reference_loss
 from grpo_kernels.testing import assert_no_worse_than_eager
+
+NEEDS_DYNAMO = pytest.mark.skipif(
+    torch.__version__.startswith("2.8."), reason="the Dynamo of torch 2.8 cannot trace zip(strict=True)"
+)
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AGGREGATIONS = (

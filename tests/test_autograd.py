@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import Case, Result, every_branch, run, user_loss
+from parity import NEEDS_DYNAMO, Case, Result, every_branch, run, user_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -334,6 +334,7 @@ def test_accumulation_over_uneven_micro_batches(device: str, backend: str, inpla
     torch.testing.assert_close(gradient(slice(0, 1), slice(1, 4)), gradient(slice(0, 4)))
 
 
+@NEEDS_DYNAMO
 class TestCompile:
     """One graph without a break, forward and backward, and equal bits."""
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 pytest.importorskip("triton")
 
-from benchmarks import traffic  # noqa: E402
+from benchmarks import record, traffic  # noqa: E402
 from benchmarks.providers import PROVIDERS, Provider, ours  # noqa: E402
 from benchmarks.traffic import KINDS, STEPS, Measurement  # noqa: E402
 from benchmarks.workload import Batch, Workload, make_batch  # noqa: E402
@@ -141,8 +141,8 @@ def test_every_provider_has_its_rows(tmp_path: Path) -> None:
     found = [measured("grpo_kernels", batches["logits"]), traffic.measure(absent, batches["logits"])]
     found += [measured(name, batches["linear"]) for name in ("grpo_kernels", "eager")]
     path = tmp_path / "traffic.csv"
-    traffic.write(path, [row for one in found for row in traffic.traffic_rows(one)])
-    rows = traffic.read(path)
+    record.write_table(path, [row for one in found for row in traffic.traffic_rows(one)])
+    rows = record.read_table(path)
     assert len(rows) == 2 * 4 + 1 + 2 * 3 + 1
     for row in rows:
         assert all((row[f"{kind}_E"] == "") == bool(row["note"]) for kind in KINDS)
@@ -150,5 +150,5 @@ def test_every_provider_has_its_rows(tmp_path: Path) -> None:
     assert "absent: no-such-package is not installed" in text and "eager: no kernel" in text
     assert "| grpo, floor 4 | grpo_kernels | 2 + 2 | 0 + 0 | 0 + 2 |" in text
     assert "| grpo | grpo_kernels | 8.01 + 0 | 2 + 0 |" in text
-    traffic.write(path, [row for one in found[2:] for row in traffic.operations_rows(one)])
+    record.write_table(path, [row for one in found[2:] for row in traffic.operations_rows(one)])
     assert "| grpo_kernels | 6 |\n| eager | 6 |\n| floor | 6 |" in traffic.operations_table(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks import gate, plans, record
+from benchmarks import gate, measure, plans, record
 from benchmarks.__main__ import Run, arguments
 from benchmarks.providers import PROVIDERS, Provider, eager, eager_linear, ours
 from benchmarks.workload import Batch, Workload, make_batch
@@ -170,3 +171,39 @@ def test_the_limit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     works = plans.plan(["linear"], torch.device("cpu"), quick=True)
     assert len(rows) == len(works) * len(PROVIDERS["linear"])
     assert {r.status for r in rows} == {"not run: the limit of 0 s was reached"}
+
+
+def test_what_is_timed_on_a_gpu_is_prepared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a driver whose clock a call moves on by 1, 2, 3 ... ms: do_bench's own loop, without a GPU."""
+    from triton import testing
+
+    clock, order = [0.0], []
+
+    class Event:
+        def __init__(self, **how: object) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    interface = SimpleNamespace(Event=Event, synchronize=lambda: None)
+    driver = SimpleNamespace(
+        get_device_interface=lambda: interface,
+        get_empty_cache_for_benchmark=lambda: None,
+        clear_cache=lambda cache: order.append("cold"),
+    )
+    monkeypatch.setattr(testing, "runtime", SimpleNamespace(driver=SimpleNamespace(active=driver)))
+    monkeypatch.setattr(measure, "GPU_MS", 100)
+
+    def call() -> None:
+        order.append("call")
+        clock[0] += 1 + order.count("call") % 10
+
+    timing = measure.on_gpu(call, lambda: order.append("prepare"))
+    calls = [at for at, what in enumerate(order) if what == "call"]
+    timed = calls[-(100 // 6) :]
+    assert all(set(order[at - 2 : at]) == {"prepare", "cold"} for at in timed)
+    assert timing.low < timing.median < timing.high

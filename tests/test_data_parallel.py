@@ -22,6 +22,10 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("name", data_parallel.cases)
 def test_data_parallel(outcomes: dict[str, str], name: str) -> None:
+    if "fsdp2" in name and torch.__version__.startswith("2.8."):
+        pytest.skip(
+            "over gloo, FSDP2 of torch 2.8 sums the gradients of the ranks where it should average them"
+        )
     assert outcomes[name] == "ok", outcomes[name]
 
 

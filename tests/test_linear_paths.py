@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import LinearCase, assert_gradients, from_logits, linear_oracle, run_linear
-from parity import every_branch, user_loss
+from parity import NEEDS_DYNAMO, every_branch, user_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -368,6 +368,7 @@ class TestAutograd:
 
 
 @local_and_not
+@NEEDS_DYNAMO
 class TestCompile:
     """A step that holds the loss is one graph. It takes two passes, which round otherwise than one."""
 

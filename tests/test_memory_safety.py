@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from guarded import Allocations, Surrounded, bits, contiguous_copy
-from parity import every_branch, user_loss
+from parity import NEEDS_DYNAMO, every_branch, user_loss
 from torch import Tensor
 
 from grpo_kernels import (
@@ -645,6 +645,7 @@ class TestMisuse:
             loss.backward()
 
 
+@NEEDS_DYNAMO
 class TestMisuseInAGraph:
     """Under torch.compile, which makes two steps and copies of its own."""
 

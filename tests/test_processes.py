@@ -1,10 +1,8 @@
-"""Where training runs the losses from: several threads, forked workers, machines without Triton or a GPU."""
+"""Where training runs the losses from: several threads, and forked workers."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -77,30 +75,3 @@ def test_forked_workers() -> None:
     alone = [Losses()[index] for index in range(4)]
     loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     torch.testing.assert_close(torch.stack(list(loader)), torch.stack(alone))
-
-
-WITHOUT_TRITON = """
-import sys
-sys.modules["triton"] = None  # what importing a missing package looks like
-import torch
-import grpo_kernels
-logits = torch.randn(2, 3, 11, requires_grad=True)
-ids, advantages = torch.randint(11, (2, 3)), torch.ones(2)
-grpo_kernels.grpo_loss(logits, ids, advantages).loss.backward()
-assert logits.grad.abs().sum() > 0
-hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(11, 4)
-grpo_kernels.linear_grpo_loss(hidden, weight, ids, advantages).loss.backward()
-assert hidden.grad.abs().sum() > 0
-try:
-    grpo_kernels.grpo_loss(logits, ids, advantages, backend="triton")
-except (ImportError, ValueError) as error:
-    print(error)
-"""
-
-
-def test_without_triton() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", WITHOUT_TRITON]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "triton" in done.stdout.lower(), "backend='triton' says what it lacks"

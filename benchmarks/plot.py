@@ -1,0 +1,168 @@
+"""Figures from a run's CSV, and from nothing else.
+
+python -m benchmarks.plot                        # of every run in benchmarks/results/
+python -m benchmarks.plot some/where/mine.csv    # docs/benchmarks_mine_logits.png and ..._linear.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from . import record
+from .record import Row
+
+DOCS = record.ROOT / "docs"
+COLOURS = {
+    "grpo_kernels": "#0b5cad",
+    "grpo_kernels inplace": "#4d9fe0",
+    "grpo_kernels skip_inactive": "#4d9fe0",
+    "grpo_kernels linear_logps": "#a9cdec",
+    "eager": "#444444",
+    "torch.compile": "#8a8a8a",
+    "trl": "#d9820f",
+    "liger": "#b3346c",
+    "verl": "#3a8f5c",
+    "cut-cross-entropy": "#7d5ba6",
+    "torch linear_cross_entropy": "#a08a3c",
+}
+
+
+class Point(NamedTuple):
+    """What a provider reached on one workload."""
+
+    provider: str
+    work: Mapping[str, Any]
+    ms: float
+    mib: float
+    pct_of_floor: float
+
+
+def points(rows: list[Row], form: str) -> list[Point]:
+    """In the order of the CSV."""
+    steps: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        timed = row.kernel_operation_mode == "full" and row.status == "ok"
+        if timed and row.kernel_name.startswith(f"{form} "):
+            key = row.kernel_provider, row.extra_benchmark_config_str
+            steps.setdefault(key, {})[row.metric_name] = row
+    return [
+        Point(
+            name,
+            record.config(x["speed"]),
+            x["speed"].y_value_50,
+            x["memory"].y_value_50,
+            x["speed"].pct_of_floor,
+        )
+        for (name, _), x in steps.items()
+    ]
+
+
+def select(found: list[Point], base: Mapping[str, Any], **wanted: Any) -> list[Point]:
+    """Those whose workload is `base` but for what is `wanted`; `...` takes any."""
+    wanted = {**base, **wanted}
+    return [p for p in found if all(x is ... or p.work[name] == x for name, x in wanted.items())]
+
+
+def figure(rows: list[Row], form: str) -> plt.Figure:
+    """Four views of the loss that the run began with."""
+    found = points(rows, form)
+    base = found[0].work
+    chart, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    over_T = select(found, base, T=...)
+    against_T(axes[0, 0], over_T, "ms, forward and backward", lambda p: p.ms, floor=True)
+    against_T(axes[0, 1], over_T, "MiB at the peak, beyond the inputs", lambda p: p.mib)
+    by_V = {f"V={V}": select(found, base, V=V) for V in sorted({p.work["V"] for p in found})}
+    grouped(axes[1, 0], by_V, "% of the floor's speed", lambda p: p.pct_of_floor)
+    plain = {**base, "loss": "grpo"}
+    idle = {
+        "all tokens": select(found, plain),
+        "half without advantage": select(found, plain, inactive=0.5),
+        "half masked": select(found, plain, masked=0.5),
+    }
+    grouped(axes[1, 1], idle, "ms, loss grpo", lambda p: p.ms)
+    sizes = " ".join(f"{name}={base[name]}" for name in ("T", "V", "H") if base[name])
+    chart.suptitle(
+        f"{form}, {base['loss']}, {base['dtype']}, {sizes} unless said otherwise\n"
+        f"{rows[0].gpu_name}, torch {rows[0].torch}, Triton {rows[0].triton}, commit {rows[0].commit}"
+    )
+    drawn = {label: x for ax in axes.flat for x, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    chart.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=6, frameon=False)
+    return chart
+
+
+def providers(found: list[Point]) -> list[str]:
+    return [name for name in COLOURS if any(p.provider == name for p in found)]
+
+
+def against_T(
+    axes: Axes, found: list[Point], label: str, value: Callable[[Point], float], *, floor: bool = False
+) -> None:
+    """Lines over T; where there is one T only, bars."""
+    lengths = sorted({p.work["T"] for p in found})
+    if len(lengths) == 1:
+        grouped(axes, {f"T={lengths[0]}": found}, label, value)
+    for name in providers(found) if len(lengths) > 1 else ():
+        line = sorted((p.work["T"], value(p)) for p in found if p.provider == name)
+        axes.plot(*zip(*line, strict=True), marker="o", label=name, color=COLOURS[name])
+    if floor:
+        best = sorted({p.work["T"]: p.ms * p.pct_of_floor / 100 for p in found}.items())
+        if len(best) > 1:
+            axes.plot(*zip(*best, strict=True), "k--", label="floor")
+        else:
+            axes.axhline(best[0][1], color="k", linestyle="--", label="floor")
+    if len(lengths) > 1:
+        axes.set(xscale="log", yscale="log", xlabel="T, tokens", ylabel=label)
+        axes.set_xticks(lengths, [str(T) for T in lengths])
+        axes.minorticks_off()
+
+
+def grouped(
+    axes: Axes, groups: Mapping[str, list[Point]], label: str, value: Callable[[Point], float]
+) -> None:
+    """Bars, one of each provider in each group."""
+    groups = {name: group for name, group in groups.items() if group}
+    if not groups:
+        axes.set_axis_off()
+        return
+    names = providers([p for group in groups.values() for p in group])
+    width = 0.85 / len(names)
+    for number, name in enumerate(names):
+        bars = [
+            (at + (number - (len(names) - 1) / 2) * width, value(p))
+            for at, group in enumerate(groups.values())
+            for p in group
+            if p.provider == name
+        ]
+        drawn = axes.bar(*zip(*bars, strict=True), width, label=name, color=COLOURS[name])
+        axes.bar_label(drawn, fmt=lambda x: f"{x:.0f}" if x >= 100 else f"{x:.3g}", fontsize=7)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_ylabel(label)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
+    parser.add_argument("csv", nargs="*", type=Path, default=sorted(record.RESULTS.glob("*.csv")))
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder, default: docs")
+    args = parser.parse_args()
+    for path in args.csv:
+        if not record.is_run(path):
+            continue
+        rows = list(record.read(path))
+        for form in ("logits", "linear"):
+            if points(rows, form):
+                to = args.output / f"benchmarks_{path.stem}_{form}.png"
+                figure(rows, form).savefig(to, dpi=110)
+                print(to)
+
+
+if __name__ == "__main__":
+    main()
