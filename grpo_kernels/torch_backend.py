@@ -126,23 +126,6 @@ def statistics(
     return found, p, q
 
 
-def plain_statistics(z: Tensor, targets: Tensor, scratch: Scratch) -> tuple[RowStats, Tensor]:
-    """Statistics of softmax(z), by PyTorch's log_softmax, one pass where `statistics` takes four.
-
-    The shift is the logsumexp, read off the taken token as `z - log p`; what rounding takes from it goes into
-    `sum_exp`. The second result says where this is precise: for tokens that are not too unlikely, because
-    `log p` is rounded at its own size.
-    """
-    y = z.to(arithmetic_dtype(z))
-    log_p = torch.log_softmax(y, -1, out=scratch.like("policy d", y))
-    valid = (targets >= 0) & (targets < z.shape[-1])
-    column = torch.where(valid, targets, 0).unsqueeze(-1)
-    logps, taken = log_p.gather(-1, column).squeeze(-1), y.gather(-1, column).squeeze(-1)
-    shift = taken - logps
-    lost = (taken - shift) - logps
-    return RowStats(logps, shift, lost.exp()), valid & (logps > -16) & shift.isfinite()
-
-
 def gradient(
     p: Exponentials,
     q: Exponentials | None,
@@ -202,25 +185,9 @@ def row_stats(
     transform: LogitTransform,
 ) -> None:
     """Fills `out`; masked rows are not read and get zeros."""
-    plain = (
-        logits.device.type == "cpu"
-        and ref_logits is None
-        and out.entropy is None
-        and out.top1 is None
-        and temperature is None
-        and transform.softcap is None
-        and transform.scale == transform.temperature
-    )
     scratch = Scratch()
     for chunk in row_chunks(targets != MASKED, *(x for x in (logits, ref_logits) if x is not None)):
         z, ref_z = read(chunk, logits, ref_logits, transform)
-        if plain:
-            found, done = plain_statistics(z, targets[chunk.rows], scratch)
-            store(out, found, chunk.rows)
-            left = (~done).nonzero().view(-1)  # on the CPU: nothing waits
-            if not left.numel():
-                continue
-            chunk, z = chunk.pick(left), z[left]
         t = temperature_of(chunk, temperature, transform)
         found, _, _ = statistics(z, ref_z, targets[chunk.rows], t, transform, out, scratch)
         store(out, found, chunk.rows)
