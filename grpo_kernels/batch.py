@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import debug
 from .checks import check_integer
 from .distributed import VocabShard, is_dtensor
 from .objective import MASKED, arithmetic_dtype
 from .sequences import Layout
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def debug_enabled() -> bool:
-    return os.environ.get("GRPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -62,7 +58,7 @@ class Vocabulary(NamedTuple):
         if shard.stop - shard.start != columns:
             raise ValueError(f"shard is {shard.start}:{shard.stop}, but there are {columns} {what}")
         stop = shard.stop if vocab_size is None else min(shard.stop, vocab_size)
-        if debug_enabled():
+        if debug.enabled():
             size = shard.vocab_size(held.device)
             vocab_size = size if vocab_size is None else min(size, vocab_size)
         return cls(max(0, stop - shard.start), shard.start, vocab_size)
@@ -183,8 +179,9 @@ class Batch:
                 raise ValueError(f"{mask_name} must be real, got {mask.dtype}")
             unmasked = mask != 0
         ids = ids.to(torch.int64)
-        if not torch.compiler.is_compiling() and debug_enabled():
-            _check_ids(ids_name, ids, unmasked, vocab.size)
+        if debug.enabled():
+            debug.check_ids(ids_name, ids, unmasked, vocab.size)
+            debug.check_mask(mask_name, unmasked)
         columns = ids - vocab.start
         here = (columns >= 0) & (columns < vocab.width)
         targets = torch.where(unmasked, torch.where(here, columns, vocab.width), MASKED)
@@ -216,6 +213,13 @@ class Batch:
     def dtype(self) -> torch.dtype:
         """Of all arithmetic, and of every per-token tensor."""
         return self.layout.dtype
+
+    def look_at(self, **rows: Tensor | None) -> None:
+        """Under GRPO_KERNELS_DEBUG raises ValueError where one of these has a NaN that is not masked."""
+        if debug.enabled():
+            for name, x in rows.items():
+                if x is not None:
+                    debug.check_numbers(name, x.detach(), self.mask.view(self.shape))
 
     def require_sequences(self, what: str) -> None:
         if self.num_sequences is None:
@@ -264,6 +268,8 @@ class Batch:
             value = value[self.layout.sequence_ids]
         else:
             value = value.reshape(-1, 1).expand(self.shape).reshape(-1)
+        if debug.enabled():
+            debug.check_numbers(name, value.view(self.shape), self.mask.view(self.shape))
         return torch.where(self.mask, value.to(self.dtype), masked)
 
     def optional(self, name: str, value: Tensor | None, *, columns: bool = False) -> Tensor | None:
@@ -298,7 +304,7 @@ def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
             f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
         )
     # On the CPU the values are at hand; on a GPU reading them would make the host wait.
-    if not torch.compiler.is_compiling() and (seq_lens.device.type == "cpu" or debug_enabled()):
+    if not torch.compiler.is_compiling() and (seq_lens.device.type == "cpu" or debug.enabled()):
         total = int(seq_lens.sum())
         shortest = int(seq_lens.min()) if seq_lens.numel() else 0
         if total != source.shape[0] or shortest < 0:
@@ -306,12 +312,3 @@ def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
                 f"seq_lens must be non-negative and sum to N = {source.shape[0]}, got a sum of {total} and a "
                 f"smallest length of {shortest}"
             )
-
-
-def _check_ids(name: str, ids: Tensor, unmasked: Tensor, vocab_size: int | None) -> None:
-    # The host waits: this runs under GRPO_KERNELS_DEBUG only.
-    assert vocab_size is not None
-    outside = unmasked & ((ids < 0) | (ids >= vocab_size))
-    if bool(outside.any()):
-        position = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(f"{name}{list(position)} is {int(ids[position])}, outside [0, {vocab_size})")

@@ -110,6 +110,7 @@ def linear_grpo_loss(
         padded=vocab_size is not None,
         shard=shard,
     )
+    batch.look_at(hidden=hidden, ref_hidden=ref_hidden)
     config = linear_config(
         hidden,
         ref,

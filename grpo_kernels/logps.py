@@ -49,6 +49,7 @@ def selective_logps(
     check_logits("logits", logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, ids, mask, None, vocab, ids_name="ids", mask_name="mask")
+    batch.look_at(logits=logits[..., : vocab.width])
     transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
     config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy, shard=shard)
     stats = row_statistics(by_rows(logits), None, batch.targets, batch.temperatures(temperature), config)
@@ -149,6 +150,7 @@ def linear_token_statistics(
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, ids, mask, None, vocab, name="hidden", ids_name="ids", mask_name="mask")
+    batch.look_at(hidden=hidden)
     config = linear_config(
         hidden, None, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, compact=compact
     )

@@ -95,8 +95,9 @@ def grpo_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device, enum value or a missing companion; TypeError: a wrong type.
-            An unmasked id outside the vocabulary makes the loss NaN; with GRPO_KERNELS_DEBUG=1 it raises
-            ValueError.
+            An unmasked id outside the vocabulary, or a NaN among what is given, makes the loss NaN; with
+            GRPO_KERNELS_DEBUG=1 it raises ValueError with position and value, and a batch that is masked
+            altogether is logged as a warning.
     """
     spec, given = resolve_spec(spec), logits
     if shard is not None:
@@ -104,10 +105,12 @@ def grpo_loss(
     check_logits("logits", logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab)
+    batch.look_at(logits=logits[..., : vocab.width])
     check_reference(spec, ref_logits, ref_logps, "ref_logits")
     if ref_logits is not None:
         padded = vocab_size is not None
         check_logits("ref_logits", ref_logits, like=logits, width=vocab.width, padded=padded)
+        batch.look_at(ref_logits=ref_logits[..., : vocab.width])
         ref_logits = by_rows(ref_logits.detach())
     # A graph copies what its operators overwrite, or else cannot tell what shares memory with its inputs.
     inplace = inplace and not torch.compiler.is_compiling()

@@ -65,6 +65,7 @@ def policy_loss(
     def live(name: str, x: Tensor) -> Tensor:
         if tuple(check_tensor(name, x).shape) != batch.shape:
             raise ValueError(f"{name} must have shape {batch.shape}, as logps, got {tuple(x.shape)}")
+        batch.look_at(**{name: x})
         return torch.where(batch.mask, x.reshape(-1).to(batch.dtype), 0.0)
 
     stats = RowStats(live("logps", logps), entropy=None if entropy is None else live("entropy", entropy))

@@ -511,45 +511,6 @@ class TestConstruction:
         assert hash(described) == hash(type(described)())
 
 
-class TestDebug:
-    """GRPO_KERNELS_DEBUG=1 looks at the ids, which makes the host wait."""
-
-    @staticmethod
-    def wrong(value: int, shape: tuple[int, ...], at: tuple[int, ...]) -> Tensor:
-        found = ids(*shape)
-        found[at] = value
-        return found
-
-    @pytest.mark.parametrize("value", [-100, V, 2**31])
-    def test_position_and_id(self, monkeypatch: pytest.MonkeyPatch, value: int) -> None:
-        monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
-        at = self.wrong(value, (B, T), (1, 2))
-        check(
-            padded, {"completion_ids": at}, ValueError, f"completion_ids[1, 2] is {value}, outside [0, {V})"
-        )
-        check(logps, {"ids": at}, ValueError, f"ids[1, 2] is {value}, outside [0, {V})")
-        flat = self.wrong(value, (N,), (3,))
-        check(packed, {"completion_ids": flat}, ValueError, f"completion_ids[3] is {value}, outside [0, {V})")
-
-    def test_padding_columns_are_outside(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
-        changes = {"completion_ids": self.wrong(5, (B, T), (0, 1)), "vocab_size": 5}
-        check(padded, changes, ValueError, "completion_ids[0, 1] is 5, outside [0, 5)")
-
-    def test_masked_positions_do_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
-        mask = torch.ones(B, T)
-        mask[1, 2] = 0
-        assert padded(completion_ids=self.wrong(-100, (B, T), (1, 2)), completion_mask=mask).loss.isfinite()
-
-    @pytest.mark.parametrize("setting", [None, "", "0"])
-    def test_off(self, monkeypatch: pytest.MonkeyPatch, setting: str | None) -> None:
-        monkeypatch.delenv("GRPO_KERNELS_DEBUG", raising=False)
-        if setting is not None:
-            monkeypatch.setenv("GRPO_KERNELS_DEBUG", setting)
-        assert padded(completion_ids=self.wrong(V, (B, T), (1, 2)), advantages=torch.ones(B)).loss.isnan()
-
-
 def test_kernels_on_cpu_tensors_without_the_interpreter() -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET once."""
     program = """

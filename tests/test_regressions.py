@@ -149,12 +149,12 @@ class TestOracle:
 
 @pytest.mark.parametrize("return_entropy", [False, True])
 def test_the_tail_of_a_peaked_row(backend: str, device: str, return_entropy: bool) -> None:
-    """PyTorch's log_softmax on a CPU, once used here, drops what is small beside the largest: 2e-5, biased."""
+    """PyTorch's log_softmax on a CPU, once used here, drops part of what is small: 1e-5 off, and biased."""
     generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(8, 32000, generator=generator)
-    ids = torch.randint(32000, (8,), generator=generator)
-    logits[torch.arange(8), ids] = 14.0
-    truth = torch.log_softmax(logits.double(), -1)[torch.arange(8), ids]
+    logits = 2 * torch.randn(64, 32000, generator=generator)
+    ids = torch.randint(32000, (64,), generator=generator)
+    logits[torch.arange(64), ids] = 14.0
+    truth = torch.log_softmax(logits.double(), -1)[torch.arange(64), ids]
     options = {"return_entropy": return_entropy, "backend": backend}
     found = selective_logps(logits.to(device), ids.to(device), **options)
     logps = found[0] if return_entropy else found
