@@ -44,6 +44,7 @@ PEERS = [*TRAINER, "peft==0.21.2", "liger-kernel==0.8.5", "cut-cross-entropy==25
 TEST = [
     *BASE,
     *PYTEST,
+    *PLOTS,
     "pytest-xdist==3.8.0",
     'hypothesis==6.170.15; python_version >= "3.11"',
     'hypothesis==6.168.5; python_version < "3.11"',

@@ -9,7 +9,7 @@ and so for every other CSV that is named in this way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from . import record
@@ -24,58 +24,78 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], *, text_colu
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rules, *lines))
 
 
+def notes(reasons: Iterable[tuple[str, str]], works: Collection[str]) -> str:
+    """Why there are no figures, and of which works where it is not all of them: pairs of the two."""
+    of: dict[str, dict[str, None]] = {}
+    for why, work in reasons:
+        of.setdefault(why, {})[work] = None
+    return "".join(
+        f"* {why}{'' if len(x) == len(works) else ' (' + '; '.join(x) + ')'}\n" for why, x in of.items()
+    )
+
+
 def run_table(path: Path) -> str:
-    """A line for each provider and workload; those of which there is nothing to time are summed up below."""
+    """One for each form."""
     rows = list(record.read(path))
-    first, lines = rows[0], []
-    rates = [
+    first = rows[0]
+    where = f"{first.gpu_name}; torch {first.torch}, Triton {first.triton}, commit {first.commit}"
+    floors = (
         f"{r.kernel_provider} {r.y_value_50:.4g} {r.metric_unit}" for r in rows if r.kernel_name == "floor"
-    ]
-    parts: dict[tuple[str, str], dict[str, Row]] = {}
-    reasons: dict[str, list[str]] = {}
+    )
+    forms = dict.fromkeys(row.kernel_name.split()[0] for row in rows if row.kernel_name != "floor")
+    tables = (form_table(form, [r for r in rows if r.kernel_name.startswith(f"{form} ")]) for form in forms)
+    return "\n".join([f"{where}, {first.timestamp[:10]}. Floors: {', '.join(floors)}.\n", *tables])
+
+
+def form_table(form: str, rows: Sequence[Row]) -> str:
+    """A line for each provider and workload; those of which there is nothing to time are summed up below."""
+    sizes = dict.fromkeys(map(sizes_of, rows))
+    steps: dict[tuple[str, str], dict[str, Row]] = {}
+    reasons, works = [], {}
     for row in rows:
-        if row.kernel_name == "floor":
-            continue
-        work = description(row)
+        work = description(row, with_sizes=len(sizes) > 1)
+        works[work] = None
         if row.status == "ok":
             part = "memory" if row.metric_name == "memory" else row.kernel_operation_mode
-            parts.setdefault((work, row.kernel_provider), {})[part] = row
+            steps.setdefault((work, row.kernel_provider), {})[part] = row
         else:
-            reasons.setdefault(f"{row.kernel_provider}, {row.status}", []).append(work)
-    before = ""
-    for (work, provider), part in parts.items():
+            reasons.append((f"{row.kernel_provider}: {row.status}", work))
+    lines, before = [], ""
+    for (work, provider), part in steps.items():
         full = part["full"]
-        cells = (f"{part[name].y_value_50:.4g}" for name in ("forward", "backward"))
         lines.append((
             "" if work == before else f"{work}, floor {full.floor}",
             " ".join(filter(None, (provider, full.provider_version))),
             f"**{full.y_value_50:.4g}** ({full.y_value_20:.4g} to {full.y_value_80:.4g})",
-            *cells,
+            *(f"{part[name].y_value_50:.4g}" for name in ("forward", "backward")),
             f"{full.pct_of_floor:.0f}",
             f"{part['memory'].y_value_50:.0f}",
             f"{full.max_rel_err:.0e}",
         ))  # fmt: skip
         before = work
-    head = ("work", "provider", "ms (20 to 80 %)", "forward", "backward", "% of floor", "MiB", "error")
-    where = f"{first.gpu_name}; torch {first.torch}, Triton {first.triton}, commit {first.commit}"
-    said = "".join(f"* {why}: {', '.join(dict.fromkeys(works))}\n" for why, works in reasons.items())
-    return f"{where}, {first.timestamp[:10]}. Floors: {', '.join(rates)}.\n\n" + "\n".join(
-        filter(None, (markdown(head, lines, text_columns=2), said))
-    )
+    title = form if len(sizes) > 1 else f"{form}, {next(iter(sizes))}"
+    head = (title, "provider", "ms (20 to 80 %)", "forward", "backward", "% of floor", "MiB", "error")
+    return "\n".join(filter(None, (markdown(head, lines, text_columns=2), notes(reasons, works))))
 
 
-def description(row: Row) -> str:
+def description(row: Row, *, with_sizes: bool) -> str:
     work = record.config(row)
-    sizes = ", ".join(f"{name}={work[name]}" for name in ("T", "V", "H") if work[name])
     idle = [
         *(["half masked"] if work["masked"] == 0.5 else []),
         *(["half without advantage"] if work["inactive"] == 0.5 else []),
         *(["frozen head"] if work["frozen_head"] else []),
     ]
-    return ", ".join([row.kernel_name, sizes, *idle])
+    return ", ".join([work["loss"], *([sizes_of(row)] if with_sizes else []), *idle])
+
+
+def sizes_of(row: Row) -> str:
+    work = record.config(row)
+    return ", ".join(f"{name}={work[name]}" for name in ("T", "V", "H") if work[name])
 
 
 def table(path: Path) -> str:
+    if record.is_run(path):
+        return run_table(path)
     from . import compiled, traffic  # which make their tables with `markdown`
 
     tables = {
@@ -83,7 +103,7 @@ def table(path: Path) -> str:
         "traffic.csv": traffic.traffic_tables,
         "operations.csv": traffic.operations_table,
     }
-    return tables.get(path.name, run_table)(path)
+    return tables[path.name](path)
 
 
 def main() -> None:

@@ -260,16 +260,8 @@ def description(row: Row) -> str:
 
 
 def notes(rows: Sequence[Row]) -> str:
-    """Why there are no figures, and of which works where it is not all of them."""
-    every = dict.fromkeys(map(description, rows))
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["note"]:
-            reasons.setdefault(f"{row['provider']}: {row['note']}", []).append(description(row))
-    return "".join(
-        f"* {why}\n" if len(works) == len(every) else f"* {why} ({'; '.join(works)})\n"
-        for why, works in reasons.items()
-    )
+    reasons = ((f"{row['provider']}: {row['note']}", description(row)) for row in rows if row["note"])
+    return report.notes(reasons, dict.fromkeys(map(description, rows)))
 
 
 def sources(rows: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks import gate, measure, plans, record
+from benchmarks import gate, measure, plans, record, report
 from benchmarks.__main__ import Run, arguments
 from benchmarks.providers import PROVIDERS, Provider, eager, eager_linear, ours
 from benchmarks.workload import Batch, Workload, make_batch
@@ -163,6 +163,40 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert others["absent"].status == "skipped: no-such is not installed"
     assert others["wrong"].status.startswith("wrong: loss errs") and others["wrong"].max_rel_err > 0.9
     assert all(r.y_value_50 is None and r.pct_of_floor is None for r in others.values())
+
+    page = report.table(tmp_path / "a.csv")
+    assert "| grpo, half without advantage, floor 8E | grpo_kernels | **" in page
+    assert "* dies: failed: RuntimeError: out of luck\n* absent: skipped: no-such is not installed\n" in page
+
+
+def test_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One of each form, from the CSV alone, with every provider that was timed."""
+    plot = pytest.importorskip("benchmarks.plot", exc_type=ImportError)
+    assert plot.COLOURS.keys() == {name for form in PROVIDERS.values() for name in form}
+    providers = {name: PROVIDERS["logits"][name] for name in ("grpo_kernels", "eager")}
+    monkeypatch.setitem(PROVIDERS, "logits", providers)
+    run(
+        monkeypatch,
+        tmp_path / "b.csv",
+        "--shape",
+        "T=64,V=50",
+        "--shape",
+        "T=128,V=50",
+        "--shape",
+        "T=64,V=90",
+    )
+    rows = list(record.read(tmp_path / "b.csv"))
+    chart = plot.figure(rows, "logits")
+    lines, memory, floors, idle = chart.axes
+    assert [line.get_label() for line in lines.lines] == ["grpo_kernels", "eager", "floor"]
+    assert [line.get_label() for line in memory.lines] == ["grpo_kernels", "eager"]
+    timed = {(r.kernel_provider, r.x_value): r for r in rows if r.kernel_operation_mode == "full" and r.rate}
+    for line in lines.lines[:2]:
+        assert list(line.get_xdata()) == [64, 128]
+        assert line.get_ydata()[1] == timed[line.get_label(), 128].y_value_50
+    assert [text.get_text() for text in floors.get_xticklabels()] == ["V=50", "V=90"]
+    assert len(floors.patches) == 4 and len(idle.patches) == 2
+    assert plot.points(rows, "linear") == []
 
 
 def test_the_limit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
