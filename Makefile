@@ -3,7 +3,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
-LIMIT ?= 540
+LIMIT ?= 480
 
 # -s: each row says its median and its memory when it is done.
 BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ignore
@@ -40,7 +40,7 @@ bench: $(VENV)/.bench  ## run the benchmarks on the CPU (those of verl where `ma
 	$(PY) -m pytest benchmarks/ $(BENCHMARK) $(ARGS)
 	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/test_cpu_trainers.py -k verl $(BENCHMARK) $(ARGS)
 
-bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (stops after LIMIT=540 seconds)
+bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (starts nothing new after LIMIT=480 seconds)
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks --device cuda --limit $(LIMIT) $(ARGS)
 
 bench-tables: $(VENV)/.bench  ## machine code and traffic of ours and the peers' kernels; needs no GPU

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -21,8 +24,9 @@ import torch
 from . import gate, measure, record
 from .plans import plan
 from .providers import PROVIDERS, Provider
-from .workload import LOSSES, Batch, Workload, make_batch
+from .workload import LOSSES, SEQUENCES, Batch, Workload, make_batch
 
+GRACE = 40  # seconds after the limit
 QUANTILES = ("y_value_50", "y_value_20", "y_value_80")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,30 +46,47 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of --shape; default: bf16, on a CPU fp32")
     parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="start nothing new after this time")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.csv")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/<device>.csv, of a part <device>-partial.csv"
+    )
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def shape(text: str) -> dict[str, int]:
+    wanted = f"T=8192,V=151936 or, from hidden states, T=8192,V=151936,H=4096; T in {SEQUENCES}s"
     try:
-        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError as error:
-        wanted = "T=8192,V=151936 or, from hidden states, T=8192,V=151936,H=4096"
         raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}") from error
+    if not {"T", "V"} <= sizes.keys() <= {"T", "V", "H"} or sizes["T"] % SEQUENCES or min(sizes.values()) < 1:
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
+    return sizes
 
 
 def workloads(args: argparse.Namespace) -> list[Workload]:
+    forms = args.form or list(PROVIDERS)
     if not args.shape:
-        return plan(args.form or list(PROVIDERS), args.device, quick=args.quick)
+        return plan(forms, args.device, quick=args.quick)
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
     options = {"dtype": dtype, "masked": args.masked, "inactive": args.inactive}
-    return [
+    works = [
         Workload("linear", args.loss, **sizes, frozen_head=args.frozen_head, **options)
         if "H" in sizes
         else Workload("logits", args.loss, **sizes, **options)
         for sizes in args.shape
     ]
+    return [work for work in works if work.form in forms]
+
+
+def output(args: argparse.Namespace) -> Path:
+    """The published results are those of everything; a part does not replace them."""
+    part = args.form or args.provider or args.shape or args.quick
+    return record.RESULTS / f"{record.short_name(args.device)}{'-partial' if part else ''}.csv"
+
+
+def first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class Outcome(NamedTuple):
@@ -82,12 +103,17 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device: torch.device = args.device
-        self.only: list[str] | None = args.provider
         self.works = workloads(args)
+        self.todo = deque(
+            (work, provider)
+            for work in self.works
+            for provider in PROVIDERS[work.form].values()
+            if args.provider is None or provider.name in args.provider
+        )
         self.limit = args.limit
         self.started = time.monotonic()
         self.broken: str | None = None  # why nothing more can run
-        self.output = args.output or record.RESULTS / f"{record.short_name(self.device)}.csv"
+        self.output = args.output or output(args)
         self.table = record.Table(self.output)
         products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
         shapes = sorted(products) or [(4096, 1024, 4096)]
@@ -96,20 +122,44 @@ class Run:
     def __call__(self) -> None:
         self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
         self.write_rate("matrix product", self.floors.flop_per_s / 1e12, "TFLOP/s")
-        for work in self.works:
-            print(f"\n{work}: floor {work.floor.formula}, {self.floors.ms(work.floor):.3g} ms", flush=True)
-            batch = None
-            for provider in PROVIDERS[work.form].values():
-                if self.only is not None and provider.name not in self.only:
-                    continue
-                status = self.reason_against(provider, work)
-                if status is None:
-                    batch = batch or make_batch(work, self.device)
-                    outcome = self.measure(provider, batch)
-                else:
-                    outcome = Outcome(status)
-                self.write(work, provider, outcome)
+        watchdog = threading.Timer((self.limit or threading.TIMEOUT_MAX - GRACE) + GRACE, self.give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        batch: Batch | Outcome | None = None
+        last: Workload | None = None
+        while self.todo:
+            work, provider = self.todo[0]
+            if work != last:
+                print(
+                    f"\n{work}: floor {work.floor.formula}, {self.floors.ms(work.floor):.3g} ms", flush=True
+                )
+                batch, last = None, work
+            status = self.reason_against(provider, work)
+            if status is not None:
+                outcome = Outcome(status)
+            else:
+                batch = batch or self.make_batch(work)
+                outcome = self.attempt(provider, batch) if isinstance(batch, Batch) else batch
+                self.clean(provider)
+            self.write(work, provider, outcome)
+            self.todo.popleft()
+        watchdog.cancel()
         print(f"\n{self.output}")
+
+    def give_up(self) -> None:
+        """Something hangs, and would take the rest of the table with it."""
+        (work, provider), *rest = self.todo
+        self.write(work, provider, Outcome(f"failed: it had not ended {GRACE} s after the limit"))
+        for work, provider in rest:
+            self.write(work, provider, Outcome("not run: another provider hung"))
+        os._exit(1)
+
+    def make_batch(self, work: Workload) -> Batch | Outcome:
+        torch.compiler.reset()  # or after some sizes compiled code falls back to eager without a word
+        try:
+            return make_batch(work, self.device)
+        except RuntimeError as error:
+            return Outcome(f"failed: no batch: {first_line(error)}")
 
     def reason_against(self, provider: Provider, work: Workload) -> str | None:
         if self.broken is not None:
@@ -119,28 +169,26 @@ class Run:
         reason = provider.reason_against(work, self.device)
         return None if reason is None else f"skipped: {reason}"
 
-    def measure(self, provider: Provider, batch: Batch) -> Outcome:
-        if provider.name == "torch.compile":
-            torch.compiler.reset()  # or after some sizes it falls back to eager without a word
+    def attempt(self, provider: Provider, batch: Batch) -> Outcome:
         try:
             verdict = gate.check(provider, batch)
             if verdict.wrong is not None:
-                outcome = Outcome(f"wrong: {verdict.wrong}", verdict.error)
-            else:
-                subject = measure.Subject(provider, batch)
-                mib = measure.memory(subject, self.device)
-                outcome = Outcome("ok", verdict.error, measure.timings(subject, self.device), mib)
+                return Outcome(f"wrong: {verdict.wrong}", verdict.error)
+            subject = measure.Subject(provider, batch)
+            mib = measure.memory(subject, self.device)
+            return Outcome("ok", verdict.error, measure.timings(subject, self.device), mib)
         # Whatever a peer dies of belongs into the table, and the others go on.
         except Exception as error:
-            outcome = Outcome(f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return Outcome(f"failed: {type(error).__name__}: {first_line(error)}")
+
+    def clean(self, provider: Provider) -> None:
         gc.collect()
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError as error:
-                self.broken = f"{provider.name} has broken the GPU's context ({str(error).splitlines()[0]})"
-        return outcome
+                self.broken = f"{provider.name} has broken the GPU's context ({first_line(error)})"
 
     def write(self, work: Workload, provider: Provider, outcome: Outcome) -> None:
         """A row for each part of the step and one for its memory, or one that says why there are none."""

@@ -43,13 +43,14 @@ def full(form: str) -> Iterator[Workload]:
         yield replace(first, loss="cross_entropy")
         yield replace(first, frozen_head=True)
         yield replace(first, H=HIDDEN[1])
-        yield replace(first, T=65536)
     for T in TOKENS:
         yield replace(first, T=T)
     yield replace(first, loss="log_ratio")
     yield replace(first, loss="log_ratio", inactive=0.5)
     for V, T in itertools.product(VOCABULARIES, TOKENS):
         yield replace(first, T=T, V=V)
+    if form == "linear":
+        yield replace(first, T=65536)
     for H, loss, idle, T in itertools.product(
         HIDDEN if form == "linear" else (0,), (first.loss, other.loss), ({}, *IDLE), TOKENS
     ):

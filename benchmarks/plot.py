@@ -25,6 +25,7 @@ COLOURS = {
     "grpo_kernels": "#0b5cad",
     "grpo_kernels inplace": "#4d9fe0",
     "grpo_kernels skip_inactive": "#4d9fe0",
+    "grpo_kernels bf16 logits": "#7fd1c7",
     "grpo_kernels linear_logps": "#a9cdec",
     "eager": "#444444",
     "torch.compile": "#8a8a8a",
@@ -93,10 +94,20 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
     chart.suptitle(
         f"{form}, {base['loss']}, {base['dtype']}, {sizes} unless said otherwise\n"
         f"{rows[0].gpu_name}, torch {rows[0].torch}, Triton {rows[0].triton}, commit {rows[0].commit}"
+        + without_figures(rows, form)
     )
     drawn = {label: x for ax in axes.flat for x, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     chart.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=6, frameon=False)
     return chart
+
+
+def without_figures(rows: list[Row], form: str) -> str:
+    """Who is missing, and why: the first word of it."""
+    drawn = {p.provider for p in points(rows, form)}
+    of = (row for row in rows if row.kernel_name.startswith(f"{form} ") and row.kernel_provider not in drawn)
+    missing = {row.kernel_provider: row.status.split(":")[0] for row in of}
+    said = ", ".join(f"{name} ({why})" for name, why in missing.items())
+    return f"\nnot drawn: {said}" if said else ""
 
 
 def providers(found: list[Point]) -> list[str]:

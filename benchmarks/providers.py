@@ -28,7 +28,6 @@ class Provider:
     """`loss(batch, logits)` or `loss(batch, hidden, weight)`: 0-dim."""
 
     name: str
-    form: str
     loss: Loss
     package: str | None = None  # that has to be installed
     refuses: Callable[[Workload, torch.device], str | None] = lambda work, device: None
@@ -67,7 +66,7 @@ PROVIDERS: dict[str, dict[str, Provider]] = {"logits": {}, "linear": {}}
 
 def provider(name: str, form: str, **how: Any) -> Callable[[Loss], Loss]:
     def add(loss: Loss) -> Loss:
-        PROVIDERS[form][name] = Provider(name, form, loss, **how)
+        PROVIDERS[form][name] = Provider(name, loss, **how)
         return loss
 
     return add
@@ -165,14 +164,13 @@ def liger(batch: Batch, logits: Tensor) -> Tensor:
 # With the entropy, which its GRPO trainer always takes.
 @provider("trl", "logits", package="trl")
 def trl(batch: Batch, logits: Tensor) -> Tensor:
-    from trl.trainer import utils
-
-    if interpreting():
+    if logits.is_cuda or interpreting():  # where its utilities call the kernels, too
         from trl.kernels import selective_log_softmax_and_entropy as both
 
         logps_of: Callable[..., Tensor] = lambda *args, **how: both(*args, **how)[0]  # noqa: E731
     else:
-        both, logps_of = utils.selective_log_softmax_and_entropy, utils.selective_log_softmax
+        from trl.trainer.utils import selective_log_softmax as logps_of
+        from trl.trainer.utils import selective_log_softmax_and_entropy as both
 
     ref_logps = None
     if batch.ref_logits is not None:
@@ -210,6 +208,15 @@ def ours_skipping(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
     return ours_linear(batch, hidden, weight, skip_inactive=True)
 
 
+def refused_but_in_bf16(work: Workload, device: torch.device) -> str | None:
+    return None if work.dtype == torch.bfloat16 else "logits are held in the dtype of the factors"
+
+
+@provider("grpo_kernels bf16 logits", "linear", refuses=refused_but_in_bf16)
+def ours_in_bf16(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
+    return ours_linear(batch, hidden, weight, logits_dtype=torch.bfloat16)
+
+
 def from_logps(logps_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Loss:
     """A loss of `logps_of(hidden, weight, ids, mask)`."""
 
@@ -245,16 +252,18 @@ def compiled_from_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor
 provider("torch.compile", "linear")(compiled_from_hidden)
 
 
+TRL_CHUNK = 32768  # words: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of 1.16
+
+
 @provider("trl", "linear", package="trl")
 @from_logps
 def trl_linear(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     """Its chunked head. As in its forward, masked rows are left out where its Triton kernels run."""
     from trl.kernels import chunked_logprob
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     rows = mask if chunked_logprob._use_triton(hidden.device) else torch.ones_like(mask)
-    logps, *_ = _ChunkedLogProbFunction.apply(
-        *(hidden[rows], weight, None, ids[rows], 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+    logps, *_ = chunked_logprob.ChunkedLogProbFunction.apply(
+        *(hidden[rows], weight, None, ids[rows], 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
     )
     return logps.new_zeros(mask.shape).masked_scatter(rows, logps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -63,9 +64,6 @@ class Table:
         self._writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()})
         self._file.flush()
 
-    def close(self) -> None:
-        self._file.close()
-
 
 def read(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as file:
@@ -105,7 +103,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout; empty without git. A "+" says that there were changes beside the results."""
+    """Of the checkout; a "+" says that there were changes. Without git, $COMMIT."""
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -118,7 +116,7 @@ def commit() -> str:
             "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs"
         )
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("COMMIT", "")
     return head + ("+" if changed.strip() else "")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from . import record
 from .record import Row
 
+IDLE = {"masked": "masked", "inactive": "without advantage"}
 PAGE = record.ROOT / "docs" / "benchmarks.md"
 SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -67,7 +68,7 @@ def form_table(form: str, rows: Sequence[Row]) -> str:
             "" if work == before else f"{work}, floor {full.floor}",
             " ".join(filter(None, (provider, full.provider_version))),
             f"**{full.y_value_50:.4g}** ({full.y_value_20:.4g} to {full.y_value_80:.4g})",
-            *(f"{part[name].y_value_50:.4g}" for name in ("forward", "backward")),
+            *(f"{part[name].y_value_50:.4g}" if name in part else "" for name in ("forward", "backward")),
             f"{full.pct_of_floor:.0f}",
             f"{part['memory'].y_value_50:.0f}",
             f"{full.max_rel_err:.0e}",
@@ -81,11 +82,14 @@ def form_table(form: str, rows: Sequence[Row]) -> str:
 def description(row: Row, *, with_sizes: bool) -> str:
     work = record.config(row)
     idle = [
-        *(["half masked"] if work["masked"] == 0.5 else []),
-        *(["half without advantage"] if work["inactive"] == 0.5 else []),
+        *(f"{share(work[name])} {what}" for name, what in IDLE.items() if work[name]),
         *(["frozen head"] if work["frozen_head"] else []),
     ]
     return ", ".join([work["loss"], *([sizes_of(row)] if with_sizes else []), *idle])
+
+
+def share(fraction: float) -> str:
+    return "half" if fraction == 0.5 else f"{fraction:.0%}"
 
 
 def sizes_of(row: Row) -> str:

@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -36,7 +35,7 @@ from grpo_kernels import heads
 
 from . import record, report
 from .addresses import Traffic, quick_interpreter, recording
-from .providers import PROVIDERS, Provider, ours_linear
+from .providers import PROVIDERS, Provider
 from .workload import Batch, Workload, make_batch
 
 # Rows so long that what is per token counts for little, and end within a block of every kernel. None of them
@@ -48,13 +47,12 @@ BASES = {
 LOSSES = {"logits": ("grpo", "grpo_kl", "log_ratio"), "linear": ("grpo", "grpo_kl")}
 FRACTIONS = tuple(itertools.product((0.0, 0.5), repeat=2))  # masked, without advantage
 
-IN_BF16 = Provider("grpo_kernels bf16 logits", "linear", partial(ours_linear, logits_dtype=torch.bfloat16))
 FROM_LOGITS, FROM_HIDDEN = PROVIDERS["logits"], PROVIDERS["linear"]
 COMPARED = {
     "logits": [FROM_LOGITS[name] for name in ("grpo_kernels", "grpo_kernels inplace", "liger", "trl")],
     "linear": [
         FROM_HIDDEN["grpo_kernels"],
-        IN_BF16,
+        FROM_HIDDEN["grpo_kernels bf16 logits"],
         FROM_HIDDEN["grpo_kernels skip_inactive"],
         FROM_HIDDEN["grpo_kernels linear_logps"],
         *(FROM_HIDDEN[name] for name in ("trl", "liger", "eager")),
@@ -92,7 +90,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     with quick_interpreter():
         found = [one for form in BASES for one in measurements(form)]
-    products = [one for one in found if one.batch.work.form == "linear" and one.provider != IN_BF16]
+    # What logits are held in changes no product.
+    of_products = (one for one in found if one.batch.work.form == "linear")
+    products = [one for one in of_products if one.provider.name != "grpo_kernels bf16 logits"]
     for name, rows, table in (
         ("traffic.csv", [row for one in found for row in traffic_rows(one)], traffic_tables),
         ("operations.csv", [row for one in products for row in operations_rows(one)], operations_table),

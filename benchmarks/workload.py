@@ -163,15 +163,16 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
             ref_hidden = (hidden.float() + 0.1 * normal(B, L, work.H)).to(work.dtype)
             ref_weight = weight.clone()
 
+    heads = [None if x is None else x.double() for x in (weight, ref_weight)]
     ids = torch.empty(B, L, dtype=torch.int64, device=device)
     logps = torch.empty(B, L, dtype=torch.float64, device=device)
     ref_logps = torch.empty_like(logps) if work.reference else None
     for b, rows in row_chunks(B, L, V):
-        log_p = torch.log_softmax(exact_logits(logits, hidden, weight, b, rows), -1)
+        log_p = torch.log_softmax(exact_logits(logits, hidden, heads[0], b, rows), -1)
         ids[b, rows] = torch.multinomial(log_p.exp().float(), 1, generator=generator)[:, 0]
         logps[b, rows] = log_p.gather(-1, ids[b, rows, None])[:, 0]
         if ref_logps is not None:
-            ref_log_p = torch.log_softmax(exact_logits(ref_logits, ref_hidden, ref_weight, b, rows), -1)
+            ref_log_p = torch.log_softmax(exact_logits(ref_logits, ref_hidden, heads[1], b, rows), -1)
             ref_logps[b, rows] = ref_log_p.gather(-1, ids[b, rows, None])[:, 0]
 
     lengths = L * (1 - 2 * work.masked * (torch.arange(B, device=device) + 0.5) / B)
@@ -199,9 +200,9 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     return batch._replace(truth=truth._replace(dhidden=dhidden, dweight=dweight))
 
 
-def exact_dlogits(batch: Batch, b: int, rows: slice) -> Tensor:
-    """`[rows, V]` fp64: dlogp (1[v = y] - p_v)."""
-    p = torch.softmax(exact_logits(batch.logits, batch.hidden, batch.weight, b, rows), -1)
+def exact_dlogits(batch: Batch, b: int, rows: slice, weight: Tensor | None = None) -> Tensor:
+    """`[rows, V]` fp64: dlogp (1[v = y] - p_v). `weight`: the head's, in fp64."""
+    p = torch.softmax(exact_logits(batch.logits, batch.hidden, weight, b, rows), -1)
     dlogps = batch.truth.dlogps[b, rows, None]
     return (-dlogps * p).scatter_add_(-1, batch.ids[b, rows, None], dlogps)
 
@@ -211,7 +212,7 @@ def exact_linear_gradients(batch: Batch) -> tuple[Tensor, Tensor]:
     weight = batch.weight.double()
     dhidden, dweight = torch.empty_like(batch.hidden, dtype=torch.float32), torch.zeros_like(weight)
     for b, rows in row_chunks(*batch.ids.shape, batch.work.V):
-        dlogits = exact_dlogits(batch, b, rows)
+        dlogits = exact_dlogits(batch, b, rows, weight)
         dhidden[b, rows] = (dlogits @ weight).float()
         dweight += dlogits.t() @ batch.hidden[b, rows].double()
     return dhidden, dweight.float()
@@ -228,8 +229,8 @@ def row_chunks(sequences: int, length: int, V: int) -> Iterator[tuple[int, slice
 def exact_logits(
     logits: Tensor | None, hidden: Tensor | None, weight: Tensor | None, b: int, rows: slice
 ) -> Tensor:
-    """`[rows, V]` fp64, of what a batch holds: logits, or hidden states and the head's weight."""
+    """`[rows, V]` fp64, of what a batch holds: logits, or hidden states and the head's weight in fp64."""
     if logits is not None:
         return logits[b, rows].double()
     assert hidden is not None and weight is not None
-    return hidden[b, rows].double() @ weight.double().t()
+    return hidden[b, rows].double() @ weight.t()

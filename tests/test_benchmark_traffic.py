@@ -114,7 +114,7 @@ def test_the_counts_can_fail() -> None:
         return ours(batch, logits) + ours(batch, logits)
 
     forward = {
-        loss: traffic.measure(Provider("", "logits", loss), batch).steps["forward"].moved
+        loss: traffic.measure(Provider("", loss), batch).steps["forward"].moved
         for loss in (ours, without_mask, twice)
     }
     reads = {loss: moved["logits", "reads"] for loss, moved in forward.items()}
@@ -130,14 +130,14 @@ def test_products_in_place_are_counted() -> None:
         logits = torch.zeros(16, V, dtype=hidden.dtype)
         return logits.addmm_(hidden.flatten(0, 1), weight.t()).sum()
 
-    one = traffic.measure(Provider("", "linear", loss), batch_of("linear"))
+    one = traffic.measure(Provider("", loss), batch_of("linear"))
     assert [one.steps[step].products for step in STEPS] == [2, 4]
 
 
 def test_every_provider_has_its_rows(tmp_path: Path) -> None:
     """With figures, or with the reason that there are none."""
     batches = {form: batch_of(form) for form in BASES}
-    absent = Provider("absent", "logits", ours, package="no-such-package")
+    absent = Provider("absent", ours, package="no-such-package")
     found = [measured("grpo_kernels", batches["logits"]), traffic.measure(absent, batches["logits"])]
     found += [measured(name, batches["linear"]) for name in ("grpo_kernels", "eager")]
     path = tmp_path / "traffic.csv"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from benchmarks import gate, measure, plans, record, report
-from benchmarks.__main__ import Run, arguments
+from benchmarks.__main__ import Run, arguments, output, shape
 from benchmarks.providers import PROVIDERS, Provider, eager, eager_linear, ours
 from benchmarks.workload import Batch, Workload, make_batch
 
@@ -64,7 +67,7 @@ def broken(change: str, form: str) -> Provider:
         }
         return wrong.get(change, right)
 
-    return Provider(change, form, loss)
+    return Provider(change, loss)
 
 
 CHANGES = ["no KL", "one id", "loss only", "gradient only", "no gradient", "NaN", "twice"]
@@ -80,7 +83,7 @@ def test_a_wrong_provider_is_caught(work: Workload, change: str) -> None:
 
 def test_masked_positions_must_have_no_gradient() -> None:
     batch = make_batch(replace(LOGITS, masked=0.5))
-    everywhere = Provider("", "logits", lambda batch, x: eager(batch, x) + 1e-2 * x[~batch.mask].norm())
+    everywhere = Provider("", lambda batch, x: eager(batch, x) + 1e-2 * x[~batch.mask].norm())
     assert gate.check(everywhere, batch).wrong is not None
 
 
@@ -135,8 +138,8 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise RuntimeError("out of\nluck")
 
     extra = {
-        "dies": Provider("dies", "logits", dies),
-        "absent": Provider("absent", "logits", ours, "no-such"),
+        "dies": Provider("dies", dies),
+        "absent": Provider("absent", ours, "no-such"),
     }
     providers = {
         "grpo_kernels": PROVIDERS["logits"]["grpo_kernels"],
@@ -188,6 +191,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = list(record.read(tmp_path / "b.csv"))
     chart = plot.figure(rows, "logits")
     lines, memory, floors, idle = chart.axes
+    assert "not drawn" not in chart.get_suptitle()
     assert [line.get_label() for line in lines.lines] == ["grpo_kernels", "eager", "floor"]
     assert [line.get_label() for line in memory.lines] == ["grpo_kernels", "eager"]
     timed = {(r.kernel_provider, r.x_value): r for r in rows if r.kernel_operation_mode == "full" and r.rate}
@@ -207,21 +211,22 @@ def test_the_limit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert {r.status for r in rows} == {"not run: the limit of 0 s was reached"}
 
 
-def test_what_is_timed_on_a_gpu_is_prepared_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a driver whose clock a call moves on by 1, 2, 3 ... ms: do_bench's own loop, without a GPU."""
+@pytest.fixture
+def fake_driver(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs do_bench's own loop without a GPU; tells when it makes the cache cold."""
     from triton import testing
 
-    clock, order = [0.0], []
+    order: list[str] = []
 
     class Event:
         def __init__(self, **how: object) -> None:
             self.at = 0.0
 
         def record(self) -> None:
-            self.at = clock[0]
+            self.at = time.perf_counter()
 
         def elapsed_time(self, other: Event) -> float:
-            return other.at - self.at
+            return 1e3 * (other.at - self.at)
 
     interface = SimpleNamespace(Event=Event, synchronize=lambda: None)
     driver = SimpleNamespace(
@@ -230,14 +235,84 @@ def test_what_is_timed_on_a_gpu_is_prepared_anew(monkeypatch: pytest.MonkeyPatch
         clear_cache=lambda cache: order.append("cold"),
     )
     monkeypatch.setattr(testing, "runtime", SimpleNamespace(driver=SimpleNamespace(active=driver)))
-    monkeypatch.setattr(measure, "GPU_MS", 100)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure, "GPU_MS", 30)
+    return order
 
+
+def test_each_timed_call_is_prepared_and_finds_a_cold_cache(fake_driver: list[str]) -> None:
     def call() -> None:
-        order.append("call")
-        clock[0] += 1 + order.count("call") % 10
+        fake_driver.append("call")
+        time.sleep(1e-3)
 
-    timing = measure.on_gpu(call, lambda: order.append("prepare"))
-    calls = [at for at, what in enumerate(order) if what == "call"]
-    timed = calls[-(100 // 6) :]
-    assert all(set(order[at - 2 : at]) == {"prepare", "cold"} for at in timed)
-    assert timing.low < timing.median < timing.high
+    timing = measure.on_gpu(call, lambda: fake_driver.append("prepare"))
+    calls = [at for at, what in enumerate(fake_driver) if what == "call"]
+    assert all("prepare" in fake_driver[max(0, at - 2) : at] for at in calls)
+    assert all(set(fake_driver[at - 2 : at]) == {"prepare", "cold"} for at in calls[-5:])
+    assert 1 <= timing.low <= timing.median <= timing.high
+
+
+@pytest.mark.parametrize("work", [LOGITS, replace(LINEAR, loss="grpo", inactive=0.5)], ids=str)
+def test_every_provider_can_be_timed_on_a_gpu(work: Workload, fake_driver: list[str]) -> None:
+    """A graph serves one backward, and an overwritten input one step."""
+    batch = make_batch(work)
+    for provider in PROVIDERS[work.form].values():
+        if provider.name != "torch.compile" and provider.reason_against(work, torch.device("cpu")) is None:
+            subject = measure.Subject(provider, batch)
+            found = measure.timings(subject, torch.device("cuda"))
+            assert set(found) <= {"full", "forward", "backward"} and found["full"].median > 0
+
+
+def test_the_gate_at_a_large_vocabulary() -> None:
+    """Most rows of the head's gradient are next to nothing there, and bf16 logits round coarsely."""
+    work = Workload("linear", "grpo_kl", 64, 151936, 64, inactive=0.5)
+    batch = make_batch(work)
+    for provider in (broken("", "linear"), PROVIDERS["linear"]["grpo_kernels"]):
+        assert gate.check(provider, batch).wrong is None
+    assert gate.check(broken("one id", "linear"), batch).wrong is not None
+
+
+def test_what_dies_before_a_provider_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_memory(*given: object) -> Batch:
+        raise torch.OutOfMemoryError("there is none")
+
+    monkeypatch.setattr("benchmarks.__main__.make_batch", no_memory)
+    rows = run(monkeypatch, tmp_path / "a.csv", "--shape", "T=64,V=50", "--provider", "eager")
+    assert rows[-1].status == "failed: no batch: there is none"
+
+
+def test_a_provider_that_hangs_is_said(tmp_path: Path) -> None:
+    """In a process of its own, which is ended."""
+    program = f"""
+import sys, time
+sys.argv = ["benchmarks", "--device", "cpu", "--output", {str(tmp_path / "a.csv")!r},
+            "--shape", "T=64,V=50", "--limit", "9"]
+from benchmarks import __main__ as benchmarks, measure
+from benchmarks.providers import PROVIDERS, Provider
+benchmarks.GRACE = 1
+measure.COPY_BYTES = {{"cpu": 2**16}}
+eager = PROVIDERS["logits"]["eager"]
+PROVIDERS["logits"] = {{"hangs": Provider("hangs", lambda batch, logits: time.sleep(60)), "eager": eager}}
+benchmarks.Run(benchmarks.arguments())()
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=record.ROOT, timeout=50, check=False)
+    assert done.returncode == 1
+    statuses = {r.kernel_provider: r.status for r in record.read(tmp_path / "a.csv")}
+    assert statuses["hangs"] == "failed: it had not ended 1 s after the limit"
+    assert statuses["eager"] == "not run: another provider hung"
+
+
+@pytest.mark.parametrize("text", ["T=100,V=50", "T=64", "T=64,V=50,K=3", "T=0,V=50", "64x50"])
+def test_shapes_that_make_no_sense(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected T=8192,V=151936"):
+        shape(text)
+
+
+def test_a_part_does_not_replace_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv, name in (
+        ([], "cpu.csv"),
+        (["--quick"], "cpu-partial.csv"),
+        (["--form", "linear"], "cpu-partial.csv"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", *argv])
+        assert output(arguments()).name == name

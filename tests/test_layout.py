@@ -38,7 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "aggregation": {"spec", "sequences"},
     "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss"},
     "distributed": {"checks", "objective"},
-    "batch": {"checks", "objective", "sequences", "distributed"},
+    "debug": set(),
+    "batch": {"checks", "objective", "sequences", "distributed", "debug"},
     "normalizers": {"checks", "spec", "batch"},
     "advantages": {"checks"},
     "weights": {"checks"},
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "policy_loss": {"spec", "objective", "arguments", "batch", "autograd"},
     "linear": {"objective", "distributed"},
     "heads": {"checks", "distributed", "batch", "linear"},
-    "linear_passes": {"spec", "objective", "backend", "autograd", "linear"},
+    "linear_passes": {"checks", "spec", "objective", "backend", "autograd", "linear"},
     "linear_autograd": {
         *("spec", "objective", "row_loss", "backend", "autograd", "linear", "linear_passes"),
     },

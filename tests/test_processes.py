@@ -60,18 +60,25 @@ def test_two_threads_at_once(backend: str, device: str, linear: bool) -> None:
 
 
 class Losses(Dataset):
-    """Computes in the worker, on its CPU, as a loader that scores completions may."""
+    """Computed in the worker, on its CPU, as a loader that scores completions may.
+
+    Without a gradient: PyTorch built for GPUs refuses a backward where its parent has run one.
+    """
 
     def __len__(self) -> int:
         return 4
 
+    @torch.no_grad()
     def __getitem__(self, index: int) -> Tensor:
-        return results(index, "cpu", "torch", linear=index % 2 == 1)[0]
+        x = make_batch(2, 3 + index, 300, seed=index)
+        given = {"completion_mask": x.completion_mask, "old_logps": x.old_logps, "ref_logits": x.ref_logits}
+        return grpo_loss(x.logits, x.completion_ids, x.advantages, spec=SPEC, **given).loss
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_workers() -> None:
     """After the parent has used the losses, threads and all."""
+    results(0, "cpu", "torch", linear=False)
     alone = [Losses()[index] for index in range(4)]
     loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     torch.testing.assert_close(torch.stack(list(loader)), torch.stack(alone))
