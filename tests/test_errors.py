@@ -32,6 +32,7 @@ from grpo_kernels import (
     log_ratio_loss,
     selective_logps,
 )
+from grpo_kernels.policy_loss import policy_loss
 from grpo_kernels.spec import PRESETS
 
 B, T, V = 2, 3, 7  # a padded batch
@@ -535,3 +536,20 @@ for call in (
     for message in messages:
         assert message.startswith("backend='triton' needs GPU tensors, got logits on cpu")
         assert "TRITON_INTERPRET=1" in message
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"logps": zeros(1, B, T)}, "logps must be [B, T] or packed [N], got shape (1, 2, 3)"),
+        ({"spec": LossSpec(entropy_coef=0.1)}, "entropy_coef is 0.1: it needs entropy"),
+        ({"entropy": zeros(B, T + 1)}, "entropy must have shape (2, 3), as logps, got (2, 4)"),
+        ({"spec": LossSpec(kl=KL("exact")), "ref_logps": zeros(B, T)}, "KL("),
+    ],
+)
+def test_policy_loss(changes: dict[str, Any], message: str) -> None:
+    def of_logps(**changes: Any) -> Any:
+        return policy_loss(**{"logps": zeros(B, T), "advantages": zeros(B), "spec": LossSpec(), **changes})
+
+    of_logps()
+    check(of_logps, changes, ValueError, message)
