@@ -26,6 +26,7 @@ def check_ids(name: str, ids: Tensor, unmasked: Tensor, vocab_size: int | None) 
 
 def check_mask(name: str, unmasked: Tensor) -> None:
     """Warns where no token is left."""
+    # The host waits, under GRPO_KERNELS_DEBUG only, to know whether to warn.
     if unmasked.numel() and not bool(unmasked.any()):
         logger.warning("%s masks all of %s: the loss and its gradient are 0", name, tuple(unmasked.shape))
 
@@ -45,4 +46,5 @@ def check_numbers(name: str, x: Tensor, unmasked: Tensor) -> None:
 
 def first(wrong: Tensor) -> tuple[int, ...] | None:
     """The position of the first True."""
+    # The host waits, under GRPO_KERNELS_DEBUG only: an error has to be raised here.
     return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None

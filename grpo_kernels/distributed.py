@@ -63,8 +63,8 @@ class VocabShard:
 
     def vocab_size(self, device: torch.device) -> int:
         """Of all parts together. Raises ValueError where they do not join. The host waits."""
-        # This runs under GRPO_KERNELS_DEBUG only.
         bounds = torch.tensor([self.start, self.stop], device=device)
+        # The host waits, under GRPO_KERNELS_DEBUG only: ids are held against the sum.
         parts = sorted((start, stop) for start, stop in self.gather(bounds).tolist() if start < stop)
         end = 0
         for start, stop in parts:

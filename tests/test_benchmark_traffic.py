@@ -51,18 +51,23 @@ def expected(**moved: dict[str, float]) -> Any:
 ROW, TAKEN = 2, 2 / V
 
 
+def once(work: Workload) -> tuple[dict[str, float], dict[str, float]]:
+    """Each unmasked row of the policy, and of the reference, read by statistics."""
+    unmasked = 1 - work.masked
+    row = {"reads": unmasked * (ROW + TAKEN), "rereads": unmasked * TAKEN}
+    return row, {kind: x * work.reference for kind, x in row.items()}
+
+
 @idle
 @pytest.mark.parametrize("loss", LOSSES["logits"])
 def test_two_kernels_read_once_more_what_learns(loss: str, fractions: dict[str, float]) -> None:
     batch = batch_of("logits", loss, **fractions)
-    work, one = batch.work, measured("grpo_kernels", batch)
-    unmasked, learning = 1 - work.masked, traffic.learning(batch)
-    row = {"reads": unmasked * (ROW + TAKEN), "rereads": unmasked * TAKEN}
-    reference = {kind: x * work.reference for kind, x in row.items()}
+    work, one, learning = batch.work, measured("grpo_kernels", batch), traffic.learning(batch)
+    row, reference = once(work)
     assert large(one, "forward") == expected(logits=row, reference=reference)
     assert large(one, "backward") == expected(logits={"reads": learning * ROW}, gradient={"writes": ROW})
     total = sum(x for step in STEPS for (_, kind), x in large(one, step).items() if kind != "rereads")
-    rows_read = 1 + work.reference
+    unmasked, rows_read = 1 - work.masked, 1 + work.reference
     assert total == pytest.approx(
         work.floor.amount / (work.T * V) + learning * ROW + unmasked * rows_read * TAKEN
     )
@@ -72,10 +77,8 @@ def test_two_kernels_read_once_more_what_learns(loss: str, fractions: dict[str, 
 @pytest.mark.parametrize("loss", LOSSES["logits"])
 def test_in_place_the_second_read_is_of_the_same_launch(loss: str, fractions: dict[str, float]) -> None:
     batch = batch_of("logits", loss, **fractions)
-    work, one = batch.work, measured("grpo_kernels inplace", batch)
-    unmasked, learning = 1 - work.masked, traffic.learning(batch)
-    row = {"reads": unmasked * (ROW + TAKEN), "rereads": unmasked * TAKEN}
-    reference = {kind: x * work.reference for kind, x in row.items()}
+    one, learning = measured("grpo_kernels inplace", batch), traffic.learning(batch)
+    row, reference = once(batch.work)
     logits = {kind: x + learning * ROW for kind, x in row.items()}
     assert large(one, "forward") == expected(logits=logits, reference=reference, gradient={"writes": ROW})
     assert not large(one, "backward")

@@ -50,6 +50,28 @@ SPECS = {
 }
 by_ratio = pytest.mark.parametrize("surrogate", [PPOClip(), ImportanceRatio()], ids=["PPO", "ratio"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# What holds the loss of a negative advantage, and at how much.
+bounded = pytest.mark.parametrize(
+    "surrogate, clamp, bound",
+    [
+        (PPOClip(), None, INF),
+        (PPOClip(), 20.0, INF),
+        (PPOClip(), 2.0, INF),
+        (PPOClip(dual_clip=3.0), None, 3.0),
+        (PPOClip(delta=4.0), None, 4.0),
+    ],
+    ids=["as TRL", "clamp 20", "clamp 2", "dual_clip", "delta"],
+)
+# Tensors per token `[B, 4]` that are not contiguous.
+not_contiguous = pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: torch.cat([x, x], 1)[:, :4],
+        lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: x.t().contiguous().t(),
+    ],
+    ids=["sliced", "every other", "transposed"],
+)
 
 
 def specs(*names: str) -> pytest.MarkDecorator:
@@ -152,17 +174,7 @@ class TestCases1And2HugeRatio:
         assert not got.grad.any()
 
     @pytest.mark.parametrize("log_ratio", [200.0, 3.0])
-    @pytest.mark.parametrize(
-        "surrogate, clamp, bound",
-        [
-            (PPOClip(), None, INF),
-            (PPOClip(), 20.0, INF),
-            (PPOClip(), 2.0, INF),
-            (PPOClip(dual_clip=3.0), None, 3.0),
-            (PPOClip(delta=4.0), None, 4.0),
-        ],
-        ids=["as TRL", "clamp 20", "clamp 2", "dual_clip", "delta"],
-    )
+    @bounded
     def test_case_2_negative_advantage(
         self,
         path: Options,
@@ -558,15 +570,7 @@ class TestCase13Strides:
 class TestCase14Layouts:
     """Whatever layout and dtype the tensors per token have, the bits are those of contiguous fp32, int64."""
 
-    @pytest.mark.parametrize(
-        "layout",
-        [
-            lambda x: torch.cat([x, x], 1)[:, :4],
-            lambda x: torch.stack([x, x], -1)[..., 0],
-            lambda x: x.t().contiguous().t(),
-        ],
-        ids=["sliced", "every other", "transposed"],
-    )
+    @not_contiguous
     def test_layouts(self, path: Options, device: str, layout: Callable[[Tensor], Tensor]) -> None:
         case = random_case(LossSpec(PPOClip(), KL("k3")), 3, 4, 37, device=device)
         case = case.with_options(ref_logits=None, ref_logps=case.options["old_logps"] - 0.1)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from linear_cases import LinearCase, LinearResult, assert_gradients, from_logits, linear_oracle, run_linear
 from parity import AGGREGATIONS, SURROGATES, Case, Oracle, Result, oracle, run
-from test_hard_cases import INF, NAN, SUM, TWO_BLOCKS, assert_same_bits, by_ratio, dtypes
+from test_hard_cases import INF, NAN, SUM, TWO_BLOCKS, assert_same_bits, by_ratio, dtypes, not_contiguous
 from test_hard_cases import random_case as logits_case
 from test_linear_paths import local_and_not, random_case
 from torch import Tensor
@@ -520,15 +520,7 @@ def test_case_13_strides(spec: LossSpec, strides: str, weights: str, backend: st
 class TestCase14Layouts:
     """The bits are those of contiguous fp32 and int64."""
 
-    @pytest.mark.parametrize(
-        "layout",
-        [
-            lambda x: torch.cat([x, x], 1)[:, :4],
-            lambda x: torch.stack([x, x], -1)[..., 0],
-            lambda x: x.t().contiguous().t(),
-        ],
-        ids=["sliced", "every other", "transposed"],
-    )
+    @not_contiguous
     def test_layouts(
         self, spec: LossSpec, layout: Callable[[Tensor], Tensor], backend: str, device: str
     ) -> None:

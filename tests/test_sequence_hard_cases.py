@@ -14,7 +14,17 @@ import pytest
 import test_hard_cases
 import torch
 from parity import AGGREGATIONS, SEQUENCE_LEVEL, SURROGATES, Case, Result, run
-from test_hard_cases import INF, NAN, SUM, Options, assert_right, assert_same_bits, dtypes, every_tensor
+from test_hard_cases import (
+    INF,
+    NAN,
+    SUM,
+    Options,
+    assert_right,
+    assert_same_bits,
+    bounded,
+    dtypes,
+    every_tensor,
+)
 from test_hard_cases import random_case as padded_case
 from torch import Tensor
 
@@ -90,17 +100,7 @@ class TestCases1And2HugeRatio:
         assert not got.grad.any()
 
     @pytest.mark.parametrize("log_ratio", [200.0, 3.0])
-    @pytest.mark.parametrize(
-        "surrogate, clamp, bound",
-        [
-            (PPOClip(), None, INF),
-            (PPOClip(), 20.0, INF),
-            (PPOClip(), 2.0, INF),
-            (PPOClip(dual_clip=3.0), None, 3.0),
-            (PPOClip(delta=4.0), None, 4.0),
-        ],
-        ids=["as TRL", "clamp 20", "clamp 2", "dual_clip", "delta"],
-    )
+    @bounded
     def test_case_2_negative_advantage(
         self,
         path: Options,

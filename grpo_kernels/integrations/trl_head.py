@@ -68,8 +68,8 @@ class FusedLogProbs:
         outputs: tuple[str, ...] = PerToken._fields[1:],
     ) -> PerToken:
         weight, bias = as_multiplied(hidden, weight, bias)
-        # With the entropy even where nobody asks for it, as of a reference: only then do policy and reference
-        # round alike, and their KL is exactly 0 at the start.
+        # With the entropy even where nobody asks for it, as of a reference: the same code then rounds policy
+        # and reference alike, and their KL is exactly 0 at the start.
         found = linear_token_statistics(
             hidden,
             weight,
