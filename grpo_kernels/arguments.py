@@ -107,6 +107,7 @@ def loss_output(
     stats: RowStats,  # constants
     inputs: TokenInputs,
     derivatives: Coefficients,
+    backend: str,
     ran: Tensor | None = None,  # [B * T] bool: the rows whose statistics are known; None: all unmasked ones
 ) -> LossOutput:
     reference = reference_logps(stats, inputs)
@@ -114,7 +115,7 @@ def loss_output(
         reference = torch.where(ran, reference, 0.0)
     return LossOutput(
         loss,
-        metrics(spec, stats, inputs, derivatives, batch.layout, ran),
+        metrics(spec, stats, inputs, derivatives, batch.layout, backend, ran),
         batch.shaped(stats.logps),
         None if reference is None else batch.shaped(reference),
         None if stats.entropy is None else batch.shaped(stats.entropy),

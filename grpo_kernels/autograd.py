@@ -13,7 +13,6 @@ from torch import Tensor
 from . import backend
 from .distributed import VocabShard, merge
 from .objective import Coefficients, RowStats, TokenInputs, arithmetic_dtype
-from .row_loss import row_loss
 from .sequences import Layout
 from .spec import LogitTransform, LossSpec
 
@@ -173,12 +172,12 @@ def fused_loss(
 
 
 def loss_of_statistics(
-    live: RowStats, spec: LossSpec, inputs: TokenInputs, layout: Layout
+    live: RowStats, spec: LossSpec, inputs: TokenInputs, layout: Layout, backend_name: str
 ) -> tuple[Tensor, RowStats, Coefficients]:
     """Any loss of differentiable statistics: 0-dim, and the constants that its metrics are made of."""
     stats = live.detach()
-    values, derivatives = row_loss(spec, stats, inputs, layout)
-    loss = KnownGradient.apply(values.sum(), derivatives, live.logps, live.entropy, live.kl, live.kl_forward)
+    values, derivatives = backend.row_loss(spec, stats, inputs, layout, backend_name)
+    loss = KnownGradient.apply(values, derivatives, live.logps, live.entropy, live.kl, live.kl_forward)
     return loss, stats, derivatives
 
 
@@ -236,12 +235,12 @@ class RowStatistics(torch.autograd.Function):
 
 
 class KnownGradient(torch.autograd.Function):
-    """The loss: a value whose derivatives by the statistics have been computed beside it."""
+    """The loss: a sum of values whose derivatives by the statistics have been computed beside them."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        value: Tensor,  # 0-dim
+        values: Tensor,  # [N]
         coefficients: Coefficients,
         logps: Tensor,
         entropy: Tensor | None,
@@ -249,7 +248,7 @@ class KnownGradient(torch.autograd.Function):
         kl_forward: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(*coefficients)
-        return value.clone()
+        return values.sum()
 
     @staticmethod
     @first_order

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from . import torch_backend
 from .checks import check_choice, values
 from .objective import Coefficients, RowStats, TokenInputs, unbounded
+from .row_loss import coefficients, reference_logps
+from .row_loss import row_loss as in_torch
+from .sequences import Layout
 from .spec import LogitTransform, LossSpec
 from .surrogates import Surrogate
 
@@ -127,8 +131,6 @@ def fused_loss(
         return
     from .kernels import fused
 
-    surrogate, kl = spec.surrogate, spec.sampled_kl or spec.exact_kl
-    assert surrogate is None or isinstance(surrogate, Surrogate)
     fused.fused_loss(
         dlogits,
         logits,
@@ -146,21 +148,106 @@ def fused_loss(
         inputs.ref_logps,
         inputs.token_weights,
         inputs.entropy_weights,
-        surrogate=None if surrogate is None else surrogate.statement,
-        rests_at_zero=surrogate is None or surrogate.rests_at_zero,
-        anchor=None if surrogate is None else surrogate.anchor,
-        params=() if surrogate is None else surrogate.params,
-        log_ratio_clamp=unbounded(spec.log_ratio_clamp),
-        kl_kind=None if kl is None else kl.kind,
-        kl_beta=0.0 if kl is None else float(kl.beta),
-        kl_clamp=unbounded(None if kl is None else kl.clamp),
-        kl_output_clamp=unbounded(None if kl is None else kl.output_clamp),
-        straight_through=kl is not None and kl.straight_through,
-        ratio_corrected=kl is not None and kl.ratio_corrected,
+        **_loss_arguments(spec),
         ref_logits=ref_logits,
         temperatures=temperatures,
         **asdict(transform),
     )
+
+
+def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
+    """Whether what a loss makes of its statistics takes one launch, and not one for each operation."""
+    return (
+        backend == "triton"
+        and not spec.couples_tokens
+        and logps.dtype == torch.float32
+        and logps.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
+
+
+def row_loss(
+    spec: LossSpec, stats: RowStats, inputs: TokenInputs, layout: Layout | None, backend: str
+) -> tuple[Tensor, Coefficients]:
+    """As `row_loss.row_loss`."""
+    if not has_token_kernels(spec, stats.logps, backend):
+        return in_torch(spec, stats, inputs, layout)
+    from .kernels import token_loss
+
+    value, dlogp = torch.empty_like(stats.logps), torch.empty_like(stats.logps)
+    token_loss.token_losses(
+        value,
+        dlogp,
+        inputs.mask,
+        stats.logps,
+        inputs.old_logps,
+        reference_logps(stats, inputs),
+        stats.entropy,
+        stats.kl,
+        stats.kl_forward,
+        inputs.advantages,
+        inputs.row_weights,
+        inputs.token_weights,
+        inputs.entropy_weights,
+        **_loss_arguments(spec),
+    )
+    return value, coefficients(spec, inputs, dlogp)
+
+
+def token_metrics(
+    spec: LossSpec,
+    stats: RowStats,
+    inputs: TokenInputs,
+    derivatives: Coefficients,
+    ran: Tensor,
+    *,
+    ratio: bool,
+    clip: tuple[str | None, float, float],
+) -> dict[str, Tensor]:
+    """Every metric of `metrics.metrics`, where `has_token_kernels`; of those that do not apply, anything."""
+    from .kernels import token_loss
+
+    kind, low, high = clip
+    assert derivatives.dlogp is not None
+    dkl = derivatives.dkl if derivatives.dkl_forward is None else derivatives.dkl_forward
+    return token_loss.token_metrics(
+        inputs.mask,
+        ran,
+        stats.logps,
+        inputs.old_logps,
+        reference_logps(stats, inputs),
+        stats.entropy,
+        stats.kl,
+        stats.kl_forward,
+        inputs.advantages,
+        derivatives.dlogp,
+        derivatives.dentropy,
+        dkl,
+        ratio=ratio,
+        clip=kind,
+        low=low,
+        high=high,
+        **_loss_arguments(spec),
+    )
+
+
+def _loss_arguments(spec: LossSpec) -> dict[str, Any]:
+    """Of a token-local loss, for the kernels."""
+    surrogate, kl = spec.surrogate, spec.sampled_kl or spec.exact_kl
+    assert surrogate is None or isinstance(surrogate, Surrogate)
+    return {
+        "surrogate": None if surrogate is None else surrogate.statement,
+        "rests_at_zero": surrogate is None or surrogate.rests_at_zero,
+        "anchor": None if surrogate is None else surrogate.anchor,
+        "params": () if surrogate is None else surrogate.params,
+        "log_ratio_clamp": unbounded(spec.log_ratio_clamp),
+        "kl_kind": None if kl is None else kl.kind,
+        "kl_beta": 0.0 if kl is None else float(kl.beta),
+        "kl_clamp": unbounded(None if kl is None else kl.clamp),
+        "kl_output_clamp": unbounded(None if kl is None else kl.output_clamp),
+        "straight_through": kl is not None and kl.straight_through,
+        "ratio_corrected": kl is not None and kl.ratio_corrected,
+    }
 
 
 def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:

@@ -181,7 +181,7 @@ class Batch:
         if debug.enabled():
             debug.check_ids(ids_name, ids, unmasked, vocab.size)
             debug.check_mask(mask_name, unmasked)
-        columns = ids - vocab.start
+        columns = ids - vocab.start if vocab.start else ids
         here = (columns >= 0) & (columns < vocab.width)
         targets = torch.where(unmasked, torch.where(here, columns, vocab.width), MASKED)
         num_sequences = shape[0] if len(shape) == 2 else None

@@ -17,7 +17,6 @@ from .autograd import RowConfig, first_order, outside_graphs
 from .linear import Chunk, Chunks, Gradients, Head, HeadGradients, LinearConfig, RowPlan
 from .linear_passes import LinearRows
 from .objective import RowStats, TokenInputs, arithmetic_dtype
-from .row_loss import row_loss
 from .spec import LossSpec
 
 
@@ -146,7 +145,7 @@ def chunk_loss(
     of, how = (chunk.logits, targets, stats), (rows.transform, rows.backend)
     backend.row_stats(*of, chunk.ref_logits, temperatures, *how)
     stats.copy_(rows.merged(stats, targets, temperatures))
-    shares, coefficients = row_loss(spec, stats, inputs)
+    shares, coefficients = backend.row_loss(spec, stats, inputs, None, rows.backend)
     assert coefficients.dlogp is not None
     value.copy_(shares)
     dlogp.copy_(coefficients.dlogp)

@@ -156,8 +156,8 @@ def linear_grpo_loss(
     else:
         targets = torch.where(ran, batch.targets, MASKED)
         live = linear_row_statistics(head, ref, targets, temperatures, config, rows)
-        loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.layout)
-    return loss_output(spec, batch, loss, stats, inputs, derivatives, ran)
+        loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.layout, rows.backend)
+    return loss_output(spec, batch, loss, stats, inputs, derivatives, rows.backend, ran)
 
 
 class LinearGRPOLoss(LossModule):

@@ -148,9 +148,9 @@ def grpo_loss(
         derivatives = coefficients(spec, inputs, dlogp)
     else:
         loss, stats, derivatives = loss_of_statistics(
-            row_statistics(*tensors, config), spec, inputs, batch.layout
+            row_statistics(*tensors, config), spec, inputs, batch.layout, config.backend
         )
-    return loss_output(spec, batch, loss, stats, inputs, derivatives)
+    return loss_output(spec, batch, loss, stats, inputs, derivatives, config.backend)
 
 
 def log_ratio_loss(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .arguments import LossOutput, check_reference, loss_output, resolve_spec, token_inputs
 from .autograd import loss_of_statistics
+from .backend import choose_backend
 from .batch import Batch, Vocabulary, check_dtype, check_tensor
 from .objective import RowStats
 from .spec import LossSpec
@@ -69,5 +70,6 @@ def policy_loss(
         return torch.where(batch.mask, x.reshape(-1).to(batch.dtype), 0.0)
 
     stats = RowStats(live("logps", logps), entropy=None if entropy is None else live("entropy", entropy))
-    loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout)
-    return loss_output(spec, batch, loss, stats, inputs, derivatives)
+    backend = choose_backend("auto", logps)
+    loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout, backend)
+    return loss_output(spec, batch, loss, stats, inputs, derivatives, backend)

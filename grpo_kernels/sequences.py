@@ -29,18 +29,19 @@ class Layout:
     def total(self, x: Tensor) -> Tensor:
         """The sum over the unmasked tokens of each token's sequence, `[N]`; in fp64, where there is one."""
         wide = torch.where(self.mask, x, 0.0).to(x.dtype if x.device.type == "mps" else torch.float64)
+        return self._sums(wide).to(x.dtype)
+
+    def _sums(self, x: Tensor) -> Tensor:
         if self.seq_lens is None or self.sequence_ids is None:
-            sums = wide.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
-        else:
-            # Not index_add, which on a GPU adds in any order.
-            sums = torch.segment_reduce(wide, "sum", lengths=self.seq_lens, unsafe=True)[self.sequence_ids]
-        return sums.to(x.dtype)
+            return x.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
+        # Not index_add, which on a GPU adds in any order.
+        return torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True)[self.sequence_ids]
 
     @property
     def lengths(self) -> Tensor:
         """Unmasked tokens of each token's sequence, `[N]`, at least 1."""
         if self._lengths is None:  # counted once; torch.compile does not know functools.cached_property
-            self._lengths = self.total(self.mask.to(self.dtype)).clamp(min=1)
+            self._lengths = self._sums(self.mask.to(self.dtype)).clamp(min=1)
         return self._lengths
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -336,19 +336,23 @@ def test_accumulation_over_uneven_micro_batches(device: str, backend: str, inpla
 
 @NEEDS_DYNAMO
 class TestCompile:
-    """One graph without a break, forward and backward, and equal bits."""
+    """One graph without a break, forward and backward, and equal bits; of Triton's kernels but for roundings
+    of the loss itself, which a graph states in PyTorch and eager code in one launch.
+    """
+
+    ROUNDINGS: ClassVar = {"torch": {"rtol": 0, "atol": 0}, "triton": {"rtol": 1e-6, "atol": 1e-8}}
 
     @pytest.fixture(autouse=True)
     def nan_in_new_memory(self) -> None:
         """Not here: Dynamo cannot look into an allocation that fills what it allocates."""
         torch._dynamo.reset()
 
-    @staticmethod
-    def assert_equal_to_eager(case: Case, **options: Any) -> None:
+    def assert_equal_to_eager(self, case: Case, **options: Any) -> None:
         eager = run(grpo_loss, case, **options)
         compiled = run(torch.compile(grpo_loss, fullgraph=True, backend="aot_eager"), case, **options)
-        torch.testing.assert_close(compiled.grad, eager.grad, rtol=0, atol=0)
-        torch.testing.assert_close(tuple(compiled.out), tuple(eager.out), rtol=0, atol=0)
+        near = self.ROUNDINGS[options["backend"]]
+        torch.testing.assert_close(compiled.grad, eager.grad, **near)
+        torch.testing.assert_close(tuple(compiled.out), tuple(eager.out), **near)
 
     @pytest.mark.parametrize(
         "spec, how",
@@ -403,7 +407,7 @@ class TestCompile:
         compiled = run(
             torch.compile(grpo_loss, fullgraph=True, backend="aot_eager"), case, backend=backend, inplace=True
         )
-        torch.testing.assert_close(compiled.grad, eager.grad, rtol=0, atol=0)
+        torch.testing.assert_close(compiled.grad, eager.grad, **self.ROUNDINGS[backend])
 
     def test_dynamic_shapes_compile_once(self, device: str) -> None:
         from torch._dynamo.testing import CompileCounterWithBackend

@@ -16,7 +16,7 @@ import grpo_kernels
 PACKAGE = Path(grpo_kernels.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
-KERNELS = {f"kernels/{name}" for name in ("launch", "row_stats", "dlogits", "fused")}
+KERNELS = {f"kernels/{name}" for name in ("launch", "row_stats", "dlogits", "token_loss", "fused")}
 
 # What each module may import of the package, anywhere in it. Imports point one way: each module stands below
 # those it imports. `reference` is alone, for it is to share no mistake with what it judges.
@@ -31,12 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "kernels/launch": set(),
     "kernels/row_stats": {"kernels/device", "kernels/launch"},
     "kernels/dlogits": {"kernels/device", "kernels/launch"},
-    "kernels/fused": {"kernels/device", "kernels/launch", "kernels/row_stats", "kernels/dlogits"},
+    "kernels/token_loss": {"kernels/device", "kernels/launch"},
+    "kernels/fused": KERNELS - {"kernels/fused"} | {"kernels/device"},
     "objective": set(),
     "sequences": {"spec", "surrogates", "objective"},
     "row_loss": {"spec", "surrogates", "objective", "sequences"},
     "aggregation": {"spec", "sequences"},
-    "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss"},
     "distributed": {"checks", "objective"},
     "debug": set(),
     "batch": {"checks", "objective", "sequences", "distributed", "debug"},
@@ -45,8 +45,12 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"checks"},
     "row_chunks": set(),
     "torch_backend": {"spec", "objective", "row_loss", "row_chunks"},
-    "backend": {"checks", "spec", "surrogates", "objective", "torch_backend", *KERNELS},
-    "autograd": {"spec", "objective", "sequences", "row_loss", "distributed", "backend"},
+    "backend": {
+        *("checks", "spec", "surrogates", "objective", "sequences", "row_loss", "torch_backend"),
+        *KERNELS,
+    },
+    "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss", "backend"},
+    "autograd": {"spec", "objective", "sequences", "distributed", "backend"},
     "arguments": {
         *("checks", "surrogates", "spec", "objective", "sequences", "row_loss", "aggregation"),
         *("metrics", "batch"),
@@ -54,12 +58,12 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {
         *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
     },
-    "policy_loss": {"spec", "objective", "arguments", "batch", "autograd"},
+    "policy_loss": {"spec", "objective", "arguments", "batch", "backend", "autograd"},
     "linear": {"objective", "distributed"},
     "heads": {"checks", "distributed", "batch", "linear"},
     "linear_passes": {"checks", "spec", "objective", "backend", "autograd", "linear"},
     "linear_autograd": {
-        *("spec", "objective", "row_loss", "backend", "autograd", "linear", "linear_passes"),
+        *("spec", "objective", "backend", "autograd", "linear", "linear_passes"),
     },
     "linear_losses": {
         *("spec", "objective", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),

@@ -1,16 +1,14 @@
 """Statistics, token-local loss and gradient in one launch; the gradient may overwrite the logits."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import (
-    KL_ESTIMATORS,
     MASKED,
-    SURROGATES,
-    kl_estimate,
     load_optional,
-    log_ratio_to,
     logit_factors,
     row_pointer,
     store_optional,
@@ -18,6 +16,7 @@ from .device import (
 from .dlogits import row_gradient, zero_columns
 from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
 from .row_stats import log_prob, row_statistics, taken_logit
+from .token_loss import loss_arguments, token_loss
 
 
 @triton.jit(
@@ -78,47 +77,20 @@ def fused_loss_kernel(
     if ref_ptr is not None:
         ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
 
-    old_logp = None
+    old_logp, token_weight, dentropy = None, None, None
     if old_logps_ptr is not None:
         old_logp = tl.load(old_logps_ptr + row)
-    row_weight = tl.load(row_weights_ptr + row)
-    value, dlogp = tl.full((), 0.0, DTYPE), tl.full((), 0.0, DTYPE)
-    if SURROGATE is not None:
-        advantage = tl.load(advantages_ptr + row)
-        if ANCHOR == "ref":
-            log_ratio = log_ratio_to(logp, ref_logp)
-        else:
-            log_ratio = log_ratio_to(logp, old_logp)
-        value, by_logp, by_log_ratio = SURROGATE(
-            logp, log_ratio, advantage, log_ratio_clamp, surrogate_params
-        )
-        dlogp = by_logp + by_log_ratio
-        inactive = RESTS_AT_ZERO & (advantage == 0)
-        if token_weights_ptr is not None:
-            token_weight = tl.load(token_weights_ptr + row)
-            value *= token_weight
-            dlogp *= token_weight
-            inactive |= token_weight == 0
-        # A select, never a product: a zero advantage beside an infinite ratio would be 0 * inf = NaN.
-        value = tl.where(inactive, 0.0, value * row_weight)
-        dlogp = tl.where(inactive, 0.0, dlogp * row_weight)
-    dkl, dkl_forward = tl.full((), 0.0, DTYPE), tl.full((), 0.0, DTYPE)
-    if KL_KIND == "sampled":
-        kl_value, slope = kl_estimate(
-            logp, log_ratio_to(logp, old_logp), ref_logp, ESTIMATOR, kl_clamp, kl_output_clamp,
-            STRAIGHT_THROUGH, RATIO_CORRECTED, log_ratio_clamp,
-        )  # fmt: skip
-        value += kl_beta * row_weight * kl_value
-        dlogp += kl_beta * row_weight * slope
-    if KL_KIND == "exact":
-        dkl = kl_beta * row_weight
-        value += dkl * kl
-    if KL_KIND == "exact_forward":
-        dkl_forward = kl_beta * row_weight
-        value += dkl_forward * kl_forward
-    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)
+    if token_weights_ptr is not None:
+        token_weight = tl.load(token_weights_ptr + row)
     if entropy_weights_ptr is not None:
-        value += dentropy * entropy
+        dentropy = tl.load(entropy_weights_ptr + row)
+    value, dlogp, dkl, dkl_forward = token_loss(
+        logp, old_logp, ref_logp, entropy, kl, kl_forward,
+        tl.load(advantages_ptr + row), tl.load(row_weights_ptr + row), token_weight, dentropy,
+        surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
+        SURROGATE, ANCHOR, RESTS_AT_ZERO, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
+    )  # fmt: skip
+    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)
 
     store_optional(value_ptr, row, value)
     store_optional(dlogp_ptr, row, dlogp)
@@ -161,17 +133,6 @@ def fused_loss(
     token_weights: Tensor | None,
     entropy_weights: Tensor | None,
     *,
-    surrogate: str | None,
-    anchor: str | None,
-    rests_at_zero: bool,
-    params: tuple[float, ...],
-    log_ratio_clamp: float,
-    kl_kind: str | None,
-    kl_beta: float,
-    kl_clamp: float,
-    kl_output_clamp: float,
-    straight_through: bool,
-    ratio_corrected: bool,
     ref_logits: Tensor | None,
     temperatures: Tensor | None,
     vocab_size: int,
@@ -180,11 +141,12 @@ def fused_loss(
     ref_scale: float,
     ref_softcap: float | None,
     temperature: float,
+    **loss: Any,  # see `loss_arguments`
 ) -> None:
     """Fills the outputs, and `out` with the gradient of `sum(value)`."""
     capped = softcap is not None or ref_softcap is not None
     shape = blocking(vocab_size, out, logits, ref_logits=ref_logits, capped=capped)
-    estimator = KL_ESTIMATORS.get(kl_kind or "")
+    numbers, loss_shape = loss_arguments(**loss)
     with on_device_of(logits):
         fused_loss_kernel[(targets.numel(),)](
             out, *row_strides(out),
@@ -195,11 +157,7 @@ def fused_loss(
             value, dlogp, logps, entropy, ref_logps, kl, kl_forward,
             logits.shape[1], vocab_size, out.shape[2],
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
-            params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-            SURROGATE=None if surrogate is None else SURROGATES[surrogate],
-            ANCHOR=anchor, RESTS_AT_ZERO=rests_at_zero,
-            KL_KIND="sampled" if estimator is not None else kl_kind, ESTIMATOR=estimator,
-            STRAIGHT_THROUGH=straight_through, RATIO_CORRECTED=ratio_corrected,
+            *numbers, **loss_shape,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[value.dtype],
             **shape._asdict(),
         )  # fmt: skip
