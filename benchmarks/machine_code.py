@@ -91,17 +91,18 @@ def given(kernel: Any, name: str) -> bool:
 
 OPTIONAL = ("ref", "entropy", "kl_forward", "top1", "dentropy", "dkl", "dkl_forward", "temperature")
 SHAPING = ("BLOCK", "BLOCK_N", "BLOCK_SIZE", "BLOCK_B", "BLOCK_V", "BLOCK_D", "GROUP")
-CHOSEN = ("SURROGATE", "ANCHOR", "KL_KIND", "ESTIMATOR")
+CHOSEN = ("SURROGATE", "ANCHOR", "CLIP", "KL_KIND", "ESTIMATOR")
 FLAGS = ("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED")
 
 
 def variant(kernel: Any) -> str:
     """What tells this binary from the kernel's others, in a few words."""
     names, fixed = kernel.src.fn.arg_names, constants(kernel)
-    words = [element_type(kernel)]
+    element = element_type(kernel)
+    words = [] if element is None else [element]
     gradient = kernel.src.signature.get("out_ptr", "").lstrip("*")
-    if gradient not in ("", words[0]):
-        words = [f"{words[0]}->{gradient}"]
+    if gradient not in ("", element):
+        words = [f"{element}->{gradient}"]
     if package(kernel) == OURS:
         words += [name for name in OPTIONAL if given(kernel, f"{name}_ptr")]
     for name in (*SHAPING, *CHOSEN):
@@ -117,8 +118,10 @@ ROWS = ("logits_ptr", "x_ptr", "LOGITS", "mm_ptr", "E")
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def element_type(kernel: Any) -> str:
-    return next(kernel.src.signature[name] for name in ROWS if name in kernel.src.signature).lstrip("*")
+def element_type(kernel: Any) -> str | None:
+    """Of the rows; None: the kernel runs over tokens."""
+    found = next((kernel.src.signature[name] for name in ROWS if name in kernel.src.signature), None)
+    return None if found is None else found.lstrip("*")
 
 
 def read_passes(kernel: Any, threads: int) -> tuple[Pass, ...]:

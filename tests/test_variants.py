@@ -94,17 +94,21 @@ def counted(variants: dict[str, set[str]]) -> dict[str, int]:
     [(False, ["row_stats_kernel", "dlogits_kernel"]), (True, ["fused_loss_kernel", "scale_rows_kernel"])],
 )
 def test_no_recompilation(inplace: bool, kernels: list[str], vocab: int, target: str, count: int) -> None:
+    of_tokens = ["token_metrics_kernel", *([] if inplace else ["token_loss_kernel"])]
     assert len(set(LENGTHS)) == 50
     with variants_for(TARGETS[target]) as variants:
         for length, temperature, clip_range in itertools.product(LENGTHS, TEMPERATURES, CLIP_RANGES):
             launch(length, vocab, temperature=temperature, clip_range=clip_range, inplace=inplace)
-    assert counted(variants) == dict.fromkeys(kernels, count)
+    assert counted(variants) == dict.fromkeys(kernels, count) | dict.fromkeys(of_tokens, 1)
 
 
 @pytest.mark.parametrize("vocab", [1024, 1031])  # the chunks' rows are aligned in either
 @pytest.mark.parametrize(
     ("local", "kernels"),
-    [(True, ["fused_loss_kernel", "row_stats_kernel"]), (False, ["row_stats_kernel", "dlogits_kernel"])],
+    [
+        (True, ["fused_loss_kernel", "row_stats_kernel", "token_metrics_kernel"]),
+        (False, ["row_stats_kernel", "dlogits_kernel"]),
+    ],
 )
 def test_no_recompilation_of_the_linear_form(
     local: bool, kernels: list[str], vocab: int, monkeypatch: pytest.MonkeyPatch
@@ -120,4 +124,5 @@ def test_another_variant_is_seen() -> None:
     with variants_for(TARGETS["sm_90"]) as variants:
         launch(512, 151936)
         launch(512, 151937)  # rows not aligned
-    assert counted(variants) == {"row_stats_kernel": 2, "dlogits_kernel": 2}
+    found = counted(variants)
+    assert found["row_stats_kernel"] == found["dlogits_kernel"] == 2
