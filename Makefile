@@ -16,16 +16,22 @@ INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-compile test-verl study bench bench-gpu bench-tables bench-docs lint clean
+.PHONY: help demo test test-gpu test-compile test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS="..." is handed on)
 	$(PY) examples/addition.py $(ARGS)
 
 test: $(VENV)/.test  ## run the tests (in Triton's interpreter where there is no GPU)
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+
+# Without PyTorch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
+test-gpu:  ## run the tests on the GPU, with the Python at hand; then every kernel under compute-sanitizer
+	env -u TRITON_INTERPRET $(PYTHON) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+	env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m pytest -q tests/test_launches.py tests/test_token_statistics.py
 
 test-compile: $(VENV)/.test  ## compile every kernel for seven GPUs and read its machine code; needs none of them
 	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile $(ARGS)
@@ -42,6 +48,9 @@ bench: $(VENV)/.bench  ## run the benchmarks on the CPU (those of verl where `ma
 
 bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (starts nothing new after LIMIT=480 seconds)
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks --device cuda --limit $(LIMIT) $(ARGS)
+
+experiments-gpu:  ## run the experiments of docs/tuning.md on the GPU, with the Python at hand
+	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.experiments --device cuda --limit $(LIMIT) $(ARGS)
 
 bench-tables: $(VENV)/.bench  ## machine code and traffic of ours and the peers' kernels; needs no GPU
 	$(PY) -m benchmarks.compiled

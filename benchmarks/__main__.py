@@ -103,13 +103,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device: torch.device = args.device
-        self.works = workloads(args)
-        self.todo = deque(
-            (work, provider)
-            for work in self.works
-            for provider in PROVIDERS[work.form].values()
-            if args.provider is None or provider.name in args.provider
-        )
+        self.todo = deque(self.plan(args))
+        self.works = list(dict.fromkeys(work for work, _ in self.todo))
         self.limit = args.limit
         self.started = time.monotonic()
         self.broken: str | None = None  # why nothing more can run
@@ -118,6 +113,18 @@ class Run:
         products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
         shapes = sorted(products) or [(4096, 1024, 4096)]
         self.floors = measure.floors(self.device, shapes, self.works[0].dtype)
+
+    def plan(self, args: argparse.Namespace) -> list[tuple[Workload, Provider]]:
+        return [
+            (work, provider)
+            for work in workloads(args)
+            for provider in PROVIDERS[work.form].values()
+            if args.provider is None or provider.name in args.provider
+        ]
+
+    def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
+        """The name of its rows, and what they were run with."""
+        return f"{work.form} {work.loss}", asdict(work) | {"dtype": str(work.dtype)[6:]}
 
     def __call__(self) -> None:
         self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
@@ -193,11 +200,12 @@ class Run:
     def write(self, work: Workload, provider: Provider, outcome: Outcome) -> None:
         """A row for each part of the step and one for its memory, or one that says why there are none."""
         floor_ms = self.floors.ms(work.floor)
+        name, config = self.describe(work, provider)
         common = {
-            "kernel_name": f"{work.form} {work.loss}",
+            "kernel_name": name,
             "kernel_provider": provider.name,
             "x_value": work.T,
-            "extra_benchmark_config_str": json.dumps(asdict(work) | {"dtype": str(work.dtype)[6:]}),
+            "extra_benchmark_config_str": json.dumps(config),
             "floor": work.floor.formula,
             "max_rel_err": outcome.error,
             "status": outcome.status,

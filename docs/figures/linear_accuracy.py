@@ -1,6 +1,6 @@
 """The accuracy tables of docs/kernels.md: log-probabilities and weight gradients from bf16 hidden states.
 
-    python docs/figures/linear_accuracy.py
+    python docs/figures/linear_accuracy.py              # --device cuda --H 4096 --V 151936
 
 Errors are those of fp64 arithmetic on the same bf16 numbers. As on a GPU, factors of matrix products stay in
 bf16 and products are summed in fp32 (on a CPU the package would widen them, and round less).
@@ -8,6 +8,7 @@ bf16 and products are summed in fp32 (on a CPU the package would widen them, and
 
 from __future__ import annotations
 
+import argparse
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Numbers(NamedTuple):
 
 def draw(N: int, H: int, V: int, *, seed: int = 0) -> Numbers:
     """Logits of standard deviation 4: as peaked as a language model's, a mean log-probability near -4."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     hidden = torch.randn(1, N, H, generator=generator).bfloat16()
     weight = (torch.randn(V, H, generator=generator) * 4 / H**0.5).bfloat16()
     probs = torch.softmax(hidden[0].float() @ weight.float().t(), -1)
@@ -88,12 +89,19 @@ def weight_gradient_errors(
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--H", type=int, default=1024)
+    parser.add_argument("--V", type=int, default=32000)
+    args = parser.parse_args()
+    torch.set_default_device(args.device)
     heads.multiplies_mixed = lambda device: True
-    print("| log-probabilities, H=1024, V=32000 | max error | mean error |\n|---|---:|---:|")
-    for name, (largest, mean) in logp_errors().items():
+    sizes, named = {"H": args.H, "V": args.V}, f"H={args.H}, V={args.V}"
+    print(f"| log-probabilities, {named} | max error | mean error |\n|---|---:|---:|")
+    for name, (largest, mean) in logp_errors(**sizes).items():
         print(f"| {name} | {largest:.1e} | {mean:.1e} |")
-    print("\n| weight gradient, H=1024, V=32000 | relative error | mean of rows |\n|---|---:|---:|")
-    for name, (whole, rows) in weight_gradient_errors().items():
+    print(f"\n| weight gradient, {named} | relative error | mean of rows |\n|---|---:|---:|")
+    for name, (whole, rows) in weight_gradient_errors(**sizes).items():
         print(f"| {name} | {whole:.1e} | {rows:.1e} |")
 
 
