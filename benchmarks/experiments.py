@@ -168,7 +168,9 @@ LINEAR = Workload("linear", "grpo", 8192, 151936, 4096)
 LOGITS = Workload("logits", "grpo_kl", 8192, 151936)
 VOCABULARIES = tuple(replace(LOGITS, V=V) for V in (151936, 128256, 32000))
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
-BLOCKS = tuple((block, warps) for block in (1024, 2048, 4096, 8192) for warps in (2, 4, 8))
+# 128 columns of each row per thread spill.
+BLOCKS = tuple((b, w) for b in (1024, 2048, 4096, 8192) for w in (2, 4, 8) if b < 128 * 32 * w)
+
 
 EXPERIMENTS = {
     "1": Experiment(

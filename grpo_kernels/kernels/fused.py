@@ -18,6 +18,8 @@ from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
 from .row_stats import log_prob, row_statistics, taken_logit
 from .token_loss import loss_arguments, token_loss
 
+KEEP = False
+
 
 @triton.jit(
     do_not_specialize=[
