@@ -65,17 +65,16 @@ def softcapped(z, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def load_block(
-    ptr, start, V, scale, softcap,
-    CAPPED: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    ptr, columns, V, scale, softcap,
+    CAPPED: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """`y` of a block of a row; -inf beyond the vocabulary."""
-    columns = start + tl.arange(0, BLOCK)
-    if TAIL:
-        z = tl.load(ptr + columns, mask=columns < V, other=float("-inf"))
+    """`y` of a block of a row; PARTIAL: -inf beyond the vocabulary. EVICTION: from the L2 cache."""
+    if PARTIAL:
+        z = tl.load(ptr + columns, mask=columns < V, other=float("-inf"), eviction_policy=EVICTION)
     else:
-        z = tl.load(ptr + columns)
+        z = tl.load(ptr + columns, eviction_policy=EVICTION)
     y = softcapped(z.to(DTYPE), scale, softcap, CAPPED)
-    if CAPPED and TAIL:
+    if CAPPED and PARTIAL:
         y = tl.where(columns < V, y, float("-inf"))  # the softcap has made -softcap of it
     return y
 

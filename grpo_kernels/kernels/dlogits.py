@@ -27,14 +27,19 @@ def zero_columns(out_ptr, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def gradient_block(
-    out_ptr, logits_ptr, ref_ptr, start, target, V,
+    out_ptr, logits_ptr, ref_ptr, start, columns, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
     by_p, taken, constant, by_d, by_ref_d, by_ref_p,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
-    TAKEN: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row of the gradient; TAKEN: it may hold the taken token. See `row_gradient`."""
-    y = load_block(logits_ptr, start, V, scale, softcap, CAPPED, TAIL, BLOCK, DTYPE)
+    """One block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
+
+    TAKEN: it may hold the taken token; PARTIAL: it may end beyond the vocabulary. In both, where columns are
+    compared, `start` is 0. Elsewhere it is the block's, and `columns` are constants of the machine code.
+    """
+    EVICTION: tl.constexpr = "evict_first" if KEPT else ""
+    y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
     d = y * k - shift
     e = tl.exp2(d)
     per_p = constant
@@ -44,24 +49,30 @@ def gradient_block(
         # Where p_v = 0 its logarithm is -inf, and 0 * inf is not the 0 that is meant.
         per_p = tl.maximum(d, LOWEST) * by_d + per_p
     if ref_ptr is not None:
-        ref_y = load_block(ref_ptr, start, V, ref_scale, ref_softcap, REF_CAPPED, TAIL, BLOCK, DTYPE)
+        ref_y = load_block(
+            ref_ptr + start, columns, V, ref_scale, ref_softcap, REF_CAPPED, PARTIAL, DTYPE, EVICTION
+        )
         ref_d = ref_y * ref_k - ref_shift
         if not KL_FORWARD:
             per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
     grad = e * per_p
     if KL_FORWARD:
         grad += by_ref_p * tl.exp2(ref_d)
-    columns = start + tl.arange(0, BLOCK)
     if TAKEN:
         grad += tl.where(columns == target, taken, e * by_p)
     if CAPPED:
         tanh = y / softcap
         grad *= 1 - tanh * tanh
-    grad = grad.to(out_ptr.dtype.element_ty)
-    if TAIL:
-        tl.store(out_ptr + columns, grad, mask=columns < V)
+    if PARTIAL:
+        grad = tl.where(columns < V, grad, 0.0)
+        tl.store(
+            out_ptr + columns,
+            grad.to(out_ptr.dtype.element_ty),
+            mask=columns < WIDTH,
+            eviction_policy=EVICTION,
+        )
     else:
-        tl.store(out_ptr + columns, grad)
+        tl.store(out_ptr + start + columns, grad.to(out_ptr.dtype.element_ty), eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -71,9 +82,11 @@ def row_gradient(
     logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
     dlogp, dentropy, dkl, dkl_forward,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Writes one row of the gradient; `out_ptr` may be `logits_ptr`. WHOLE_ROW: more than dlogp counts.
+    """Writes one row of the gradient, and zeros from V to WIDTH; `out_ptr` may be `logits_ptr`.
+
+    WHOLE_ROW: more than dlogp counts. KEPT: the L2 cache was asked to keep the row until now.
 
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
@@ -98,34 +111,38 @@ def row_gradient(
             by_ref_p = -slope * dkl_forward / ref_sum_exp
         constant *= slope_p
         by_d = slope_p * (dkl - dentropy) * LN2
+    # An id outside of the vocabulary is no column's. Columns compared with int64 would be int64 themselves.
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+    # Made once: LLVM merges what two branches make to values that it no longer knows to be constants, and of
+    # rows that are not aligned each then takes a register.
+    offsets = tl.arange(0, BLOCK)
     # The taken token's block comes by itself: the loop over the others then compares no columns.
     full = V // BLOCK * BLOCK
-    own = (target // BLOCK).to(tl.int32) * BLOCK
+    own = target // BLOCK * BLOCK
     stop = full
     if own < full:
         stop = full - BLOCK
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, own, target, V,
+            out_ptr, logits_ptr, ref_ptr, 0, own + offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(0, stop, BLOCK):
         other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, other, target, V,
+            out_ptr, logits_ptr, ref_ptr, other, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, KEPT,
         )  # fmt: skip
-    if full < V:
+    for start in range(full, WIDTH, TAIL):
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, full, target, V,
+            out_ptr, logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, taken, constant, by_d, by_ref_d, by_ref_p,
-            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, BLOCK,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, KEPT,
         )  # fmt: skip
-    zero_columns(out_ptr, V, WIDTH, BLOCK)
 
 
 @triton.jit(
@@ -145,7 +162,7 @@ def dlogits_kernel(
     T, V, WIDTH, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out_ptr = row_pointer(out_ptr, out_batch_stride, out_time_stride, row, T, GROUP)
@@ -156,7 +173,7 @@ def dlogits_kernel(
     dkl_forward = load_optional(dkl_forward_ptr, row, DTYPE)
     inactive = (dlogp == 0) & (dentropy == 0) & (dkl == 0) & (dkl_forward == 0)
     if inactive | (target == MASKED):
-        zero_columns(out_ptr, 0, WIDTH, BLOCK)
+        zero_columns(out_ptr, 0, WIDTH, TAIL)
         return
     logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
     if ref_ptr is not None:
@@ -172,7 +189,7 @@ def dlogits_kernel(
         load_optional(ref_sum_exp_ptr, row, DTYPE), load_optional(kl_ptr, row, DTYPE),
         dlogp, dentropy, dkl, dkl_forward,
         CAPPED, REF_CAPPED, dentropy_ptr is not None or ref_ptr is not None, dkl_forward_ptr is not None,
-        DTYPE, BLOCK,
+        DTYPE, BLOCK, TAIL, False,
     )  # fmt: skip
 
 
@@ -215,5 +232,5 @@ def dlogits(
             logits.shape[1], vocab_size, logits.shape[2],
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
-            BLOCK=shape.BLOCK, GROUP=shape.GROUP, num_warps=shape.num_warps,
+            BLOCK=shape.BLOCK, TAIL=shape.TAIL, GROUP=shape.GROUP, num_warps=shape.num_warps,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from .row_stats import log_prob, row_statistics, taken_logit
 from .token_loss import loss_arguments, token_loss
 
 KEEP = False
+"""Whether the L2 cache is asked to keep a row between its two reads: experiment 4 of docs/tuning.md."""
 
 
 @triton.jit(
@@ -44,7 +45,7 @@ def fused_loss_kernel(
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out_ptr = row_pointer(out_ptr, out_batch_stride, out_time_stride, row, T, GROUP)
@@ -58,7 +59,7 @@ def fused_loss_kernel(
         store_optional(ref_logps_ptr, row, zero)
         store_optional(kl_ptr, row, zero)
         store_optional(kl_forward_ptr, row, zero)
-        zero_columns(out_ptr, 0, WIDTH, BLOCK)
+        zero_columns(out_ptr, 0, WIDTH, TAIL)
         return
     logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
     scale, softcap, k = logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED, DTYPE)
@@ -72,7 +73,8 @@ def fused_loss_kernel(
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
     shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = row_statistics(
         logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
-        CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE, BLOCK, THREADS, GROUP,
+        CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
+        BLOCK, TAIL, THREADS, GROUP, KEEP,
     )  # fmt: skip
     logp = log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED)
     ref_logp = load_optional(given_ref_logps_ptr, row, DTYPE)
@@ -102,7 +104,7 @@ def fused_loss_kernel(
     store_optional(kl_ptr, row, kl)
     store_optional(kl_forward_ptr, row, kl_forward)
     if (dlogp == 0) & (dentropy == 0) & (dkl == 0) & (dkl_forward == 0):
-        zero_columns(out_ptr, 0, WIDTH, BLOCK)
+        zero_columns(out_ptr, 0, WIDTH, TAIL)
     else:
         gradient_ref_ptr = None
         if KL_KIND == "exact" or KL_KIND == "exact_forward":
@@ -113,7 +115,7 @@ def fused_loss_kernel(
             logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
             CAPPED, REF_CAPPED, entropy_weights_ptr is not None or gradient_ref_ptr is not None,
-            KL_KIND == "exact_forward", DTYPE, BLOCK,
+            KL_KIND == "exact_forward", DTYPE, BLOCK, TAIL, KEEP,
         )  # fmt: skip
 
 
@@ -161,7 +163,7 @@ def fused_loss(
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             *numbers, **loss_shape,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[value.dtype],
-            **shape._asdict(),
+            KEEP=KEEP, **shape._asdict(),
         )  # fmt: skip
 
 

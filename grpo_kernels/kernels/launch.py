@@ -26,9 +26,14 @@ DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Blocking(NamedTuple):
-    """How a row is cut: BLOCK columns at a time, of which a thread holds GROUP neighbours in one load."""
+    """How a row is cut: BLOCK columns at a time, of which a thread holds GROUP neighbours in one load.
+
+    What is left of the row, less than BLOCK, comes TAIL columns at a time: its elements are predicated one by
+    one, and as many of them as a block has would take more registers than all else in a kernel.
+    """
 
     BLOCK: int
+    TAIL: int
     THREADS: int
     GROUP: int
     num_warps: int
@@ -53,7 +58,8 @@ def blocking(
     group = 16 // itemsize if all(map(rows_aligned, given)) else 1
     threads = num_warps * (32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size)
     fitting = 1 << (vocab.bit_length() - 1)
-    return Blocking(max(threads * group, min(block, fitting)), threads, group, num_warps)
+    block = max(threads * group, min(block, fitting))
+    return Blocking(block, min(block, 8 * threads), threads, group, num_warps)
 
 
 def rows_aligned(tensor: Tensor) -> bool:

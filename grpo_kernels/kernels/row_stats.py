@@ -50,16 +50,20 @@ def rescaled(total, alpha):
 @triton.jit
 def fold_rows(
     shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-    logits_ptr, ref_ptr, start, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logits_ptr, ref_ptr, start, columns, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
-    TAIL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+    PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One block of the policy's and the reference's row.
+    """One block of the policy's and the reference's row: `columns`, counted from `start`.
 
     total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
     2^d. Each is kept relative to the running maximum: when that moves by delta, d does too.
     """
-    y = load_block(logits_ptr, start, V, scale, softcap, CAPPED, TAIL, BLOCK, DTYPE)
+    BLOCK: tl.constexpr = columns.shape[0]
+    EVICTION: tl.constexpr = "evict_last" if KEEP else ""
+    REF_EVICTION: tl.constexpr = "evict_first" if KEEP else ""
+    y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
     shift, delta, d = fold(y, k, shift, BLOCK, THREADS, GROUP)
     e = tl.exp2(d)
     alpha = tl.exp2(delta)
@@ -67,7 +71,9 @@ def fold_rows(
         # Where d = -inf, e is 0, and any finite d gives the 0 that is meant.
         spread = (spread + total * delta) * alpha + in_thread_sum(e * tl.maximum(d, LOWEST))
     if ref_ptr is not None:
-        ref_y = load_block(ref_ptr, start, V, ref_scale, ref_softcap, REF_CAPPED, TAIL, BLOCK, DTYPE)
+        ref_y = load_block(
+            ref_ptr + start, columns, V, ref_scale, ref_softcap, REF_CAPPED, PARTIAL, DTYPE, REF_EVICTION
+        )
         ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
@@ -85,11 +91,14 @@ def fold_rows(
 def row_statistics(
     logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Scalars of one row: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
 
-    The distribution is softmax(k * y). What is not asked for is 0.
+    The distribution is softmax(k * y). What is not asked for is 0. KEEP: the L2 cache is asked to keep the
+    row, which will be read again, and not the reference's.
     """
     k, ref_k = k * LOG2E, ref_k * LOG2E
     zeros = tl.zeros([THREADS], DTYPE)
@@ -99,14 +108,16 @@ def row_statistics(
     for start in range(0, full, BLOCK):
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, start, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
-            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, False, DTYPE, BLOCK, THREADS, GROUP,
+            logits_ptr, ref_ptr, start, tl.arange(0, BLOCK), V,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap,
+            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, False, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
-    if full < V:
+    for start in range(full, V, TAIL):
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, full, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
-            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, DTYPE, BLOCK, THREADS, GROUP,
+            logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), V,
+            k, scale, softcap, ref_k, ref_scale, ref_softcap,
+            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
 
     row_shift = tl.max(shift, 0)
@@ -161,7 +172,7 @@ def row_stats_kernel(
     T, V, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -189,7 +200,8 @@ def row_stats_kernel(
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
     shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = row_statistics(
         logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
-        CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE, BLOCK, THREADS, GROUP,
+        CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
+        BLOCK, TAIL, THREADS, GROUP, False,
     )  # fmt: skip
     store_optional(logps_ptr, row, log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED))
     store_optional(shift_ptr, row, shift)
