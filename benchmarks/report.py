@@ -1,9 +1,10 @@
-"""The tables of docs/benchmarks.md, from the CSVs and from nothing else.
+"""The tables of docs/benchmarks.md and docs/tuning.md, from the CSVs and from nothing else.
 
     python -m benchmarks.report
 
 replaces what stands between `<!-- cpu.csv -->` and `<!-- end -->` by the table of benchmarks/results/cpu.csv,
-and so for every other CSV that is named in this way.
+and so for every other CSV that is named in this way; `<!-- predictions -->` stands for what experiments are
+expected to show.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from . import record
 from .record import Row
 
 IDLE = {"masked": "masked", "inactive": "without advantage"}
-PAGE = record.ROOT / "docs" / "benchmarks.md"
-SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = tuple(record.ROOT / "docs" / name for name in ("benchmarks.md", "tuning.md"))
+SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv|predictions) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
@@ -98,11 +99,14 @@ def sizes_of(row: Row) -> str:
 
 
 def table(path: Path) -> str:
-    if record.is_run(path):
-        return run_table(path)
-    from . import compiled, traffic  # which make their tables with `markdown`
+    from . import compiled, experiments, traffic  # which make their tables with `markdown`
 
+    if path.stem.endswith("-experiments"):
+        return experiments.table(path)
+    if path.name != "predictions" and record.is_run(path):
+        return run_table(path)
     tables = {
+        "predictions": lambda path: experiments.predictions(),
         "compiled.csv": compiled.tables,
         "traffic.csv": traffic.traffic_tables,
         "operations.csv": traffic.operations_table,
@@ -111,11 +115,12 @@ def table(path: Path) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(
-        SECTION.sub(lambda m: f"{m[1]}\n{table(record.RESULTS / m[2])}\n{m[3]}", text), encoding="utf-8"
-    )
-    print(PAGE)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(
+            SECTION.sub(lambda m: f"{m[1]}\n{table(record.RESULTS / m[2])}\n{m[3]}", text), encoding="utf-8"
+        )
+        print(page)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_a_factor_costs_one_pass(traffic: Traffic) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
 def test_tokens(traffic: Traffic, inplace: bool) -> None:
-    """What is per token is read by the loss and by its metrics, never where it is masked, and written once."""
+    """What is per token is read by the loss and by its metrics, never where masked, and written once."""
     given = arguments(LossSpec(PPOClip(), KL("k3")), 37)
     logits, ref_logits = given.pop("logits").requires_grad_().clone(), given.pop("ref_logits")
     given["token_weights"] = torch.ones(2, 3)
