@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.workload import CLIP
 from grpo_kernels import linear_grpo_loss
 from grpo_kernels.testing import peak_memory, relative_error
 
@@ -30,7 +31,6 @@ transformers = pytest.importorskip("transformers")
 
 B, T, H, V = 8, 256, 256, 32000
 ROUNDS = 5
-CLIP = 0.2
 
 
 class Batch(NamedTuple):
@@ -87,50 +87,28 @@ def plain_linear(folder: Path) -> Subject:
 
 
 def trl(folder: Path, *, fused_loss: bool = False, fused_logps: bool = False) -> Subject:
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets")
     trl = pytest.importorskip("trl")
-    from tokenizers import Tokenizer, models
-
+    from benchmarks import trainers
     from grpo_kernels.integrations.trl import FusedGRPOTrainer
-    from grpo_kernels.integrations.trl_head import FusedLogProbs, head_function
 
-    vocabulary = models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")
-    trainer = (FusedGRPOTrainer if fused_loss else trl.GRPOTrainer)(
+    trainer = trainers.grpo_trainer(
+        FusedGRPOTrainer if fused_loss else trl.GRPOTrainer,
         make_model(),
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=trl.GRPOConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=B,
-            num_generations=B,
-            max_completion_length=T,
-            loss_type="bnpo",
-            beta=0.0,
-            epsilon=CLIP,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
-        ),
-        train_dataset=datasets.Dataset.from_list([{"prompt": "<eos>"}] * B),
-        processing_class=transformers.PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(vocabulary), pad_token="<pad>", eos_token="<eos>"
-        ),
+        folder,
+        B,
+        per_device_train_batch_size=B,
+        max_completion_length=T,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
     )
     trainer.current_gradient_accumulation_steps = 1
 
     def loss(batch: Batch) -> Tensor:
-        prompts, completions = batch.ids[:, :1], batch.ids[:, 1:]
-        inputs = {
-            "prompt_ids": prompts,
-            "prompt_mask": torch.ones_like(prompts),
-            "completion_ids": completions,
-            "completion_mask": torch.ones_like(completions),
-            "advantages": batch.advantages,
-            "old_per_token_logps": batch.old_logps,
-        }
-        # What fuse_trl_logps() does, for this row only.
-        with head_function(FusedLogProbs()) if fused_logps else nullcontext():
-            return trainer._compute_loss(trainer.model, inputs)
+        with trainers.fused_logps() if fused_logps else nullcontext():
+            return trainer._compute_loss(trainer.model, trainers.grpo_inputs(*batch))
 
     return Subject(trainer.model, loss)
 
