@@ -90,9 +90,13 @@ def given(kernel: Any, name: str) -> bool:
 
 
 OPTIONAL = ("ref", "entropy", "kl_forward", "top1", "dentropy", "dkl", "dkl_forward", "temperature")
+OF_TOKENS = (
+    *("old_logps", "ref_logps", "entropy", "kl", "kl_forward"),
+    *("token_weights", "entropy_weights", "dentropy", "dkl"),
+)
 SHAPING = ("BLOCK", "BLOCK_N", "BLOCK_SIZE", "BLOCK_B", "BLOCK_V", "BLOCK_D", "GROUP")
 CHOSEN = ("SURROGATE", "ANCHOR", "CLIP", "KL_KIND", "ESTIMATOR")
-FLAGS = ("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED")
+FLAGS = ("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED", "RATIO")
 
 
 def variant(kernel: Any) -> str:
@@ -104,7 +108,8 @@ def variant(kernel: Any) -> str:
     if gradient not in ("", element):
         words = [f"{element}->{gradient}"]
     if package(kernel) == OURS:
-        words += [name for name in OPTIONAL if given(kernel, f"{name}_ptr")]
+        optional = OF_TOKENS if element is None else OPTIONAL
+        words += [name for name in optional if given(kernel, f"{name}_ptr")]
     for name in (*SHAPING, *CHOSEN):
         if fixed.get(name) is not None:
             words.append(f"{name.lower()}={getattr(fixed[name], '__name__', fixed[name])}")

@@ -236,7 +236,7 @@ class Sass:
         widest = max(range(len(blocks)), key=lambda b: max(i.loaded_bits for i in blocks[b]))
         after = [_reachable(b, successors) for b in range(len(blocks))]
         passed = [b for b in range(len(blocks)) if b in after[widest] or widest in after[b]]
-        return [i for b in passed for i in blocks[b]]
+        return [i for b in passed for i in blocks[b] if i.opcode != "NOP"]
 
     @cached_property
     def loops(self) -> list[Loop]:
@@ -251,7 +251,10 @@ class Sass:
         for head, ends in tails.items():
             body = set().union(*(_reaching(end, head, successors) for end in ends))
             every_time = body.intersection(*(dominators[end] for end in ends))
-            both = (tuple(i for b in sorted(part) for i in blocks[b]) for part in (body, every_time))
+            both = (
+                tuple(i for b in sorted(part) for i in blocks[b] if i.opcode != "NOP")
+                for part in (body, every_time)
+            )
             loops.append(Loop(blocks[head][0].address, *both))
         return loops
 
@@ -267,9 +270,7 @@ class Sass:
         for instruction in self.instructions:
             if instruction.address in starts:
                 blocks.append([])
-            if instruction.opcode != "NOP":
-                blocks[-1].append(instruction)
-        blocks = [block for block in blocks if block]
+            blocks[-1].append(instruction)
         at = {block[0].address: number for number, block in enumerate(blocks)}
         successors: list[list[int]] = []
         for number, block in enumerate(blocks):
