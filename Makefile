@@ -16,7 +16,7 @@ INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu test-compile test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
+.PHONY: help demo test test-gpu sanitize-gpu test-compile test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -27,9 +27,11 @@ demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS
 test: $(VENV)/.test  ## run the tests (in Triton's interpreter where there is no GPU)
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
 
-# Without PyTorch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
-test-gpu:  ## run the tests on the GPU, with the Python at hand; then every kernel under compute-sanitizer
+test-gpu:  ## run the tests on the GPU, with the Python at hand
 	env -u TRITON_INTERPRET $(PYTHON) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+
+# Without PyTorch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
+sanitize-gpu:  ## run every kernel under compute-sanitizer's memcheck, with the Python at hand
 	env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 		$(PYTHON) -m pytest -q tests/test_launches.py tests/test_token_statistics.py
 

@@ -30,13 +30,13 @@ class Clip(NamedTuple):
     @classmethod
     def of(cls, surrogate: Surrogate | None) -> Clip:
         if isinstance(surrogate, PPOClip):
-            return cls("band", 1 - surrogate.eps_low, 1 + surrogate.eps_high)
+            return cls("band", 1.0 - surrogate.eps_low, 1.0 + surrogate.eps_high)
         if isinstance(surrogate, CISPO):
-            return cls("band", surrogate.ratio_min, surrogate.ratio_max)
+            return cls("band", float(surrogate.ratio_min), float(surrogate.ratio_max))
         if isinstance(surrogate, GMPO):
             return cls("log band", -surrogate.eps_low, surrogate.eps_high)
         if isinstance(surrogate, ImportanceRatio) and surrogate.max_ratio is not None:
-            return cls("cap", high=surrogate.max_ratio)
+            return cls("cap", high=float(surrogate.max_ratio))
         return cls("region") if isinstance(surrogate, DPPO) else cls()
 
 

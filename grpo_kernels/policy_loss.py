@@ -25,6 +25,7 @@ def policy_loss(
     token_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    backend: str = "auto",
 ) -> LossOutput:
     """`grpo_loss` of the taken tokens' log-probabilities, as `selective_logps` and `linear_logps` give them.
 
@@ -70,6 +71,6 @@ def policy_loss(
         return torch.where(batch.mask, x.reshape(-1).to(batch.dtype), 0.0)
 
     stats = RowStats(live("logps", logps), entropy=None if entropy is None else live("entropy", entropy))
-    backend = choose_backend("auto", logps)
+    backend = choose_backend(backend, logps)
     loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout, backend)
     return loss_output(spec, batch, loss, stats, inputs, derivatives, backend)

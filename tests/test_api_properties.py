@@ -60,7 +60,7 @@ def test_a_loss_of_log_probabilities(problem: Problem, backend: str) -> None:
         logps, entropy = selective_logps(
             logits, completion_ids, mask=mask, return_entropy=True, backend=backend, **how
         )
-        return policy_loss(logps, advantages, spec=case.spec, entropy=entropy, **options)
+        return policy_loss(logps, advantages, spec=case.spec, entropy=entropy, backend=backend, **options)
 
     got = run(loss, case, problem.view)
     assert_close(got, problem._replace(case=case).run(backend, return_entropy=True), problem)

@@ -56,7 +56,8 @@ class Step(ForwardLoss):
 
     def loss_of_logps(self) -> Tensor:
         """Our loss of `logps` and `entropy`, for its gradient."""
-        return policy_loss(self.logps, self.advantages, entropy=self.entropy, **self.arguments).loss
+        options = {"backend": self.options.get("backend", "auto"), "entropy": self.entropy, **self.arguments}
+        return policy_loss(self.logps, self.advantages, **options).loss
 
     def gradient(self, loss: Tensor) -> Tensor:
         """`[2, B, T]`, by `logps` and `entropy`."""

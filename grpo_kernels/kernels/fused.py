@@ -94,7 +94,7 @@ def fused_loss_kernel(
         surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
         SURROGATE, ANCHOR, RESTS_AT_ZERO, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
     )  # fmt: skip
-    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)
+    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)  # None to the loss is 0 to the gradient
 
     store_optional(value_ptr, row, value)
     store_optional(dlogp_ptr, row, dlogp)

@@ -18,7 +18,7 @@ PER_ROW = (
     *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr", "top1_ptr"),
     *("dlogp_ptr", "dentropy_ptr", "dkl_ptr", "dkl_forward_ptr", "value_ptr"),
     *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
-    "entropy_weights_ptr",
+    *("entropy_weights_ptr", "mask_ptr", "ran_ptr"),
 )
 """Of these a program takes one element: alignment is of no use, and any slice of a batch has one variant."""
 

@@ -1,6 +1,6 @@
 """A token-local loss, its derivatives by the statistics and its metrics, many rows at a time.
 
-PyTorch does the same in some 70 launches (`row_loss.py`, `metrics.py`), each on a few kilobytes.
+PyTorch does the same (`row_loss.py`, `metrics.py`) in up to a hundred launches, each on a few kilobytes.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ METRICS = (
     *("log_ratio", "ratio", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
     *("kl", "kl_exact", "entropy", "active_fraction"),
 )
-"""What `token_metrics` sums up, in this order; after them come the counts `ran` and `unmasked`."""
+"""What `token_metrics` sums up: their order is that of the sums, which two counts follow."""
 
 
 @triton.jit
@@ -117,14 +117,19 @@ def token_metrics_kernel(
     RATIO: tl.constexpr, CLIP: tl.constexpr,
     SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
-    STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
+    STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sums_ptr += tl.program_id(0) * 11
+    """A row of sums: METRICS in their order, then the number of tokens that ran, and of unmasked ones."""
+    sums_ptr += tl.program_id(0) * WIDTH
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     unmasked = tl.load(mask_ptr + i, mask=i < N, other=0) != 0
     ran = tl.load(ran_ptr + i, mask=i < N, other=0) != 0
-    logp, old_logp = load_given(logps_ptr, i, ran), load_given(old_logps_ptr, i, ran)
-    ref_logp, kl = load_given(ref_logps_ptr, i, ran), load_given(kl_ptr, i, ran)
+    # One by one: Triton before 3.7 makes no tuple of what a function has returned if that may be None.
+    logp = load_given(logps_ptr, i, ran)
+    old_logp = load_given(old_logps_ptr, i, ran)
+    ref_logp = load_given(ref_logps_ptr, i, ran)
+    kl = load_given(kl_ptr, i, ran)
     if RATIO:
         advantage = load_given(advantages_ptr, i, ran)
         if ANCHOR == "ref":
@@ -253,9 +258,10 @@ def token_metrics(
         token_metrics_kernel[(programs,)](
             sums, mask, ran, logps, old_logps, ref_logps, entropy, kl, kl_forward,
             advantages, dlogp, dentropy, dkl, count, low, high, *numbers,
-            RATIO=ratio, CLIP=clip, **shape, BLOCK=BLOCK,
+            RATIO=ratio, CLIP=clip, **shape, WIDTH=sums.shape[1], BLOCK=BLOCK,
         )  # fmt: skip
-    total = sums.sum(0)
-    counts = total[-2:].clamp(min=1)
-    means = (total[:-3] / counts[0]).unbind()
-    return dict(zip(METRICS, (*means, total[-3] / counts[1]), strict=True))
+    total, counts = sums.sum(0).split([len(METRICS), 2])
+    ran_count, unmasked_count = counts.clamp(min=1).unbind()
+    # The last, active_fraction, is one of all unmasked tokens.
+    means = (*(total[:-1] / ran_count).unbind(), total[-1] / unmasked_count)
+    return dict(zip(METRICS, means, strict=True))
