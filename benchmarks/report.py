@@ -99,14 +99,16 @@ def sizes_of(row: Row) -> str:
 
 
 def table(path: Path) -> str:
-    from . import compiled, experiments, traffic  # which make their tables with `markdown`
+    # The other modules make their tables with `markdown`.
+    if path.name == "predictions" or path.stem.endswith("-experiments"):
+        from . import experiments
 
-    if path.stem.endswith("-experiments"):
-        return experiments.table(path)
-    if path.name != "predictions" and record.is_run(path):
+        return experiments.predictions() if path.name == "predictions" else experiments.table(path)
+    if record.is_run(path):
         return run_table(path)
+    from . import compiled, traffic
+
     tables = {
-        "predictions": lambda path: experiments.predictions(),
         "compiled.csv": compiled.tables,
         "traffic.csv": traffic.traffic_tables,
         "operations.csv": traffic.operations_table,

@@ -81,7 +81,7 @@ def budget(k: Figures, what: str) -> int | None:
 def test_keeps_its_budget(case: str, target: str, farm: Farm) -> None:
     for k in farm[case, target].result():
         if not k.variant.startswith("fp64"):
-            assert tuple(p.name for p in k.passes) == PASSES[k.kernel]
+            assert tuple(p.name for p in k.passes) == PASSES.get(k.kernel, ())
             assert k.resources.registers <= REGISTERS, k
         for p in k.passes:
             assert p.calls == 0, (k.kernel, k.variant, p)  # a division's slow path, say: its cost is not seen
