@@ -12,7 +12,7 @@ from torch import Tensor
 from .device import KL_ESTIMATORS, SURROGATES, clamped_ratio, kl_estimate, log_ratio_to
 from .launch import PER_ROW, on_device_of
 
-BLOCK = 256
+BLOCK = 128
 
 METRICS = (
     *("log_ratio", "ratio", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
