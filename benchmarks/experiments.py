@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grpo_kernels import backend, grpo_loss, linear_losses, selective_logps
+from grpo_kernels import backend, linear_losses, selective_logps
 
 from . import record
 from .__main__ import Outcome, Run
@@ -40,7 +40,7 @@ from .providers import (
 from .report import markdown
 from .split_rows import VARIANTS as SPLIT
 from .split_rows import in_place_of_fused
-from .workload import LOSSES, Batch, Workload
+from .workload import Batch, Workload
 
 # Of an H200, until a run has measured its own.
 NOMINAL = Floors(4.3e12, 790e12)
@@ -114,13 +114,7 @@ def tokens_in_torch() -> AbstractContextManager[object]:
 def reference_by_itself(batch: Batch, logits: Tensor) -> Tensor:
     assert batch.ref_logits is not None
     ref_logps = selective_logps(batch.ref_logits[:, :-1], batch.ids, mask=batch.mask)
-    return grpo_loss(
-        *(logits, batch.ids, batch.advantages),
-        spec=LOSSES[batch.work.loss],
-        completion_mask=batch.mask,
-        old_logps=batch.old_logps,
-        ref_logps=ref_logps,
-    ).loss
+    return ours(batch._replace(ref_logits=None), logits, ref_logps=ref_logps)
 
 
 def in_chunks(tokens: int) -> Callable[[Batch, Tensor, Tensor], Tensor]:

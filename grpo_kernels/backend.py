@@ -179,13 +179,7 @@ def row_loss(
         value,
         dlogp,
         inputs.mask,
-        stats.logps,
-        inputs.old_logps,
-        reference_logps(stats, inputs),
-        stats.entropy,
-        stats.kl,
-        stats.kl_forward,
-        inputs.advantages,
+        *_of_tokens(stats, inputs),
         inputs.row_weights,
         inputs.token_weights,
         inputs.entropy_weights,
@@ -213,13 +207,7 @@ def token_metrics(
     return token_loss.token_metrics(
         inputs.mask,
         ran,
-        stats.logps,
-        inputs.old_logps,
-        reference_logps(stats, inputs),
-        stats.entropy,
-        stats.kl,
-        stats.kl_forward,
-        inputs.advantages,
+        *_of_tokens(stats, inputs),
         derivatives.dlogp,
         derivatives.dentropy,
         dkl,
@@ -228,6 +216,21 @@ def token_metrics(
         low=low,
         high=high,
         **_loss_arguments(spec),
+    )
+
+
+def _of_tokens(
+    stats: RowStats, inputs: TokenInputs
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """What loss and metrics are made of, in the order of the kernels over tokens."""
+    kls = stats.kl, stats.kl_forward
+    return (
+        stats.logps,
+        inputs.old_logps,
+        reference_logps(stats, inputs),
+        stats.entropy,
+        *kls,
+        inputs.advantages,
     )
 
 
