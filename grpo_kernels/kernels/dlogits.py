@@ -9,6 +9,7 @@ from .device import (
     LOG2E,
     LOWEST,
     MASKED,
+    exponent,
     expm1,
     load_block,
     load_optional,
@@ -40,7 +41,7 @@ def gradient_block(
     """
     EVICTION: tl.constexpr = "evict_first" if KEPT else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
-    d = y * k - shift
+    d = exponent(y, shift, k)
     e = tl.exp2(d)
     per_p = constant
     if not TAKEN:
@@ -52,7 +53,7 @@ def gradient_block(
         ref_y = load_block(
             ref_ptr + start, columns, V, ref_scale, ref_softcap, REF_CAPPED, PARTIAL, DTYPE, EVICTION
         )
-        ref_d = ref_y * ref_k - ref_shift
+        ref_d = exponent(ref_y, ref_shift, ref_k)
         if not KL_FORWARD:
             per_p = tl.maximum(ref_d, LOWEST) * by_ref_d + per_p
     grad = e * per_p

@@ -9,8 +9,10 @@ from .device import (
     LOG2E,
     LOWEST,
     MASKED,
+    exponent,
     load_block,
     logit_factors,
+    lowest_logit,
     row_pointer,
     softcapped,
     store_optional,
@@ -20,20 +22,22 @@ from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
 
 @triton.jit
 def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
-    """Raises the running maxima `shift` `[THREADS]` of k * y, in log2 units, to those of a block.
+    """Raises the running maxima `shift` `[THREADS]` of y to those of a block.
 
-    Returns the new maxima, `delta` (by how much they moved: log2 of what earlier sums must be scaled by), and
-    the block's exponents `d = k * y - shift`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`: that is how a
-    block lies in registers, GROUP elements of one 16-byte load at a time, so that the reductions over the
-    outer dimensions stay inside a thread and the loop needs neither shuffles nor barriers.
-
-    The maximum is carried already multiplied and rounded. Were it multiplied anew, the compiler would
-    contract `old * k - new * k` to an FMA, whose result for an unmoved maximum is a rounding error and not 0,
-    in every block.
+    Returns the new maxima, `delta` (log2 of the factor that earlier sums must be scaled by), and the block's exponents
+    `d = k * (y - shift)`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`. A block lies in registers in this shape,
+    GROUP elements of one 16-byte load at a time, so the reductions over the outer dimensions stay inside a thread and
+    the loop needs neither shuffles nor barriers.
     """
     y = tl.reshape(y, [BLOCK // (THREADS * GROUP), THREADS, GROUP])
-    new_shift = tl.maximum(shift, tl.max(tl.max(y, 2), 0) * k)
-    return new_shift, shift - new_shift, y * k - new_shift[None, :, None]
+    new_shift = tl.maximum(shift, tl.max(tl.max(y, 2), 0))
+    return new_shift, moved(shift, new_shift, k), exponent(y, new_shift[None, :, None], k)
+
+
+@triton.jit
+def moved(shift, new_shift, k):
+    """The exponent of the old maximum under the new one; finite, since the sums of no columns at all are 0."""
+    return tl.maximum(exponent(shift, new_shift, k), LOWEST)
 
 
 @triton.jit
@@ -77,10 +81,10 @@ def fold_rows(
         ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
-        moved = delta - ref_delta
-        cross = rescaled(cross + total * moved, alpha) + in_thread_sum(tl.where(e > 0, e * (d - ref_d), e))
+        gap = delta - ref_delta
+        cross = rescaled(cross + total * gap, alpha) + in_thread_sum(tl.where(e > 0, e * (d - ref_d), e))
         if KL_FORWARD:
-            ref_cross = rescaled(ref_cross + ref_total * moved, ref_alpha)
+            ref_cross = rescaled(ref_cross + ref_total * gap, ref_alpha)
             ref_cross += in_thread_sum(tl.where(ref_e > 0, ref_e * (d - ref_d), -ref_e))
         ref_total = ref_total * ref_alpha + in_thread_sum(ref_e)
     total = total * alpha + in_thread_sum(e)
@@ -97,12 +101,12 @@ def row_statistics(
 ):  # fmt: skip
     """Scalars of one row: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
 
-    The distribution is softmax(k * y). What is not asked for is 0. KEEP: the L2 cache is asked to keep the
+    The distribution is softmax(k * y), `shift` the largest y. What is not asked for is 0. KEEP: the L2 cache is asked to keep the
     row, which will be read again, and not the reference's.
     """
     k, ref_k = k * LOG2E, ref_k * LOG2E
     zeros = tl.zeros([THREADS], DTYPE)
-    shift, ref_shift = zeros + LOWEST, zeros + LOWEST
+    shift, ref_shift = zeros + lowest_logit(DTYPE), zeros + lowest_logit(DTYPE)
     total, spread, ref_total, cross, ref_cross = zeros, zeros, zeros, zeros, zeros
     full = V // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
@@ -121,7 +125,7 @@ def row_statistics(
         )  # fmt: skip
 
     row_shift = tl.max(shift, 0)
-    delta = shift - row_shift
+    delta = moved(shift, row_shift, k)
     alpha = tl.exp2(delta)
     sum_exp = tl.sum(total * alpha, 0)
     log_sum = tl.log(sum_exp)
@@ -132,16 +136,16 @@ def row_statistics(
         entropy = tl.where(entropy < 0, 0.0, entropy)
     if ref_ptr is not None:
         ref_row_shift = tl.max(ref_shift, 0)
-        ref_delta = ref_shift - ref_row_shift
+        ref_delta = moved(ref_shift, ref_row_shift, ref_k)
         ref_alpha = tl.exp2(ref_delta)
         ref_sum_exp = tl.sum(ref_total * ref_alpha, 0)
         ref_log_sum = tl.log(ref_sum_exp)
-        moved = delta - ref_delta
-        mean = tl.sum(rescaled(cross + total * moved, alpha), 0) / sum_exp
+        gap = delta - ref_delta
+        mean = tl.sum(rescaled(cross + total * gap, alpha), 0) / sum_exp
         kl = mean * LN2 - log_sum + ref_log_sum
         kl = tl.where(kl < 0, 0.0, kl)
         if KL_FORWARD:
-            mean = tl.sum(rescaled(ref_cross + ref_total * moved, ref_alpha), 0) / ref_sum_exp
+            mean = tl.sum(rescaled(ref_cross + ref_total * gap, ref_alpha), 0) / ref_sum_exp
             kl_forward = log_sum - ref_log_sum - mean * LN2
             kl_forward = tl.where(kl_forward < 0, 0.0, kl_forward)
     return row_shift, sum_exp, entropy, ref_row_shift, ref_sum_exp, kl, kl_forward
@@ -155,8 +159,8 @@ def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
 
 @triton.jit
 def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
-    y = softcapped(z, scale, softcap, CAPPED)
-    return (y * (k * LOG2E) - shift) * LN2 - tl.log(sum_exp)
+    # In nats: times log2(e) a finite logit might overflow.
+    return exponent(softcapped(z, scale, softcap, CAPPED), shift, k) - tl.log(sum_exp)
 
 
 @triton.jit(
@@ -208,9 +212,7 @@ def row_stats_kernel(
     store_optional(sum_exp_ptr, row, sum_exp)
     store_optional(entropy_ptr, row, entropy)
     if top1_ptr is not None:
-        # Multiplied and rounded as the maximum was.
-        y = softcapped(z, scale, softcap, CAPPED)
-        tl.store(top1_ptr + row, (y * (k * LOG2E) >= shift).to(DTYPE))
+        tl.store(top1_ptr + row, (softcapped(z, scale, softcap, CAPPED) >= shift).to(DTYPE))
     if ref_ptr is not None:
         ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
         store_optional(ref_logps_ptr, row, ref_logp)
