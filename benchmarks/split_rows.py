@@ -38,17 +38,18 @@ from grpo_kernels.kernels.device import (
     KL_ESTIMATORS,
     LN2,
     LOG2E,
-    LOWEST,
     MASKED,
     expm1,
+    exponent,
     load_optional,
     logit_factors,
+    lowest_logit,
     row_pointer,
     store_optional,
 )
 from grpo_kernels.kernels.dlogits import zero_columns
-from grpo_kernels.kernels.launch import PER_ROW, on_device_of, row_strides, rows_aligned
-from grpo_kernels.kernels.row_stats import fold, in_thread_sum, log_prob, rescaled
+from grpo_kernels.kernels.launch import PER_ROW, compile_options, on_device_of, row_strides, rows_aligned
+from grpo_kernels.kernels.row_stats import fold, in_thread_sum, log_prob, moved, rescaled
 from grpo_kernels.kernels.token_loss import loss_arguments, token_loss
 
 from . import report
@@ -108,16 +109,16 @@ def incomplete(words, KINDS: tl.constexpr):
 
 
 @triton.jit
-def merged(shift, total, ref_shift, ref_total, cross, KINDS: tl.constexpr):
+def merged(shift, total, ref_shift, ref_total, cross, k, ref_k, KINDS: tl.constexpr):
     """Scalars of vectors of partial statistics, each relative to its own shift: see `fold_rows`."""
     whole_shift = tl.max(shift, 0)
-    delta = shift - whole_shift
+    delta = moved(shift, whole_shift, k)
     alpha = tl.exp2(delta)
     whole_total = tl.sum(total * alpha, 0)
     whole_ref_shift, whole_ref_total, whole_cross = 0 * whole_total, 0 * whole_total, 0 * whole_total
     if KINDS > 1:
         whole_ref_shift = tl.max(ref_shift, 0)
-        ref_delta = ref_shift - whole_ref_shift
+        ref_delta = moved(ref_shift, whole_ref_shift, ref_k)
         whole_ref_total = tl.sum(ref_total * tl.exp2(ref_delta), 0)
         if KINDS > 2:
             whole_cross = tl.sum(rescaled(cross + total * (delta - ref_delta), alpha), 0)
@@ -180,7 +181,7 @@ def slice_statistics(
 ):  # fmt: skip
     """Statistics of a slice, chunk by chunk: all at once, every logit would be held in fp32 as well."""
     zeros = tl.zeros([THREADS], tl.float32)
-    shift, ref_shift = zeros + LOWEST, zeros + LOWEST
+    shift, ref_shift = zeros + lowest_logit(tl.float32), zeros + lowest_logit(tl.float32)
     total, ref_total, cross = zeros, zeros, zeros
     for i in tl.static_range(CHUNKS):
         shift, delta, d = fold(in_fp32(chunks[i], PAIRS), k, shift, BLOCK, THREADS, GROUP)
@@ -190,11 +191,11 @@ def slice_statistics(
             ref_y = in_fp32(ref_chunks[i], PAIRS)
             ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
             if KINDS > 2:
-                moved = rescaled(cross + total * (delta - ref_delta), alpha)
-                cross = moved + in_thread_sum(tl.where(e > 0, e * (d - ref_d), e))
+                earlier = rescaled(cross + total * (delta - ref_delta), alpha)
+                cross = earlier + in_thread_sum(tl.where(e > 0, e * (d - ref_d), e))
             ref_total = ref_total * tl.exp2(ref_delta) + in_thread_sum(tl.exp2(ref_d))
         total = total * alpha + in_thread_sum(e)
-    return merged(shift, total, ref_shift, ref_total, cross, KINDS)
+    return merged(shift, total, ref_shift, ref_total, cross, k, ref_k, KINDS)
 
 
 @triton.jit(
@@ -282,27 +283,25 @@ def split_loss_kernel(
                 words = poll(row_words_ptr, KINDS, PARTS)
             lanes = tl.arange(0, LANES)
             is_part = lanes < PARTS
-            shifts = tl.where(is_part, first_of(words[0]), LOWEST)
+            shifts = tl.where(is_part, first_of(words[0]), lowest_logit(tl.float32))
             totals = tl.where(is_part, second_of(words[0]), 0.0)
             ref_shifts, ref_totals, crosses = shifts, totals, totals
             z = tl.sum(tl.where(lanes == PARTS, first_of(words[0]), 0.0), 0)
             ref_z = z
             if KINDS > 1:
-                ref_shifts = tl.where(is_part, first_of(words[1]), LOWEST)
+                ref_shifts = tl.where(is_part, first_of(words[1]), lowest_logit(tl.float32))
                 ref_totals = tl.where(is_part, second_of(words[1]), 0.0)
                 ref_z = tl.sum(tl.where(lanes == PARTS, first_of(words[1]), 0.0), 0)
             if KINDS > 2:
                 crosses = tl.where(is_part, first_of(words[2]), 0.0)
-            shift, total, ref_shift, ref_total, cross = merged(
-                shifts, totals, ref_shifts, ref_totals, crosses, KINDS
-            )
             _, _, k = logit_factors(scale, 1.0, temperature_ptr, temperature, row, False, tl.float32)
+            _, _, ref_k = logit_factors(ref_scale, 1.0, temperature_ptr, temperature, row, False, tl.float32)
+            shift, total, ref_shift, ref_total, cross = merged(
+                shifts, totals, ref_shifts, ref_totals, crosses, k * LOG2E, ref_k * LOG2E, KINDS
+            )
             logp = log_prob(z, k, 1.0, 1.0, shift, total, False)
             ref_logp = load_optional(given_ref_logps_ptr, row, tl.float32)
             if KINDS > 1:
-                _, _, ref_k = logit_factors(
-                    ref_scale, 1.0, temperature_ptr, temperature, row, False, tl.float32
-                )
                 ref_logp = log_prob(ref_z, ref_k, 1.0, 1.0, ref_shift, ref_total, False)
             if KINDS > 2:
                 kl = cross / total * LN2 - tl.log(total) + tl.log(ref_total)
@@ -333,7 +332,7 @@ def split_loss_kernel(
         else:
             for i in tl.static_range(CHUNKS):
                 columns = i * BLOCK + tl.arange(0, BLOCK)
-                grad = tl.exp2(in_fp32(held[i], PAIRS) * (k * LOG2E) - shift) * by_p
+                grad = tl.exp2(exponent(in_fp32(held[i], PAIRS), shift, k * LOG2E)) * by_p
                 tl.store(slice_ptr + columns, grad.to(slice_ptr.dtype.element_ty), mask=columns < stop)
             if own & inside:
                 # dlogp (1 - p), of which the loop has stored -dlogp p: a comparison less for each element.
@@ -477,6 +476,7 @@ def split_fused_loss(
             PREFETCH=planned.PREFETCH, PARTS=planned.PARTS,
             CHUNKS=planned.CHUNKS, BLOCK=planned.BLOCK, THREADS=planned.THREADS, GROUP=planned.GROUP,
             num_warps=planned.num_warps, num_stages=1, maxnreg=planned.maxnreg, launch_cooperative_grid=True,
+            **compile_options(),
         )  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class RowConfig:
         """Of the whole vocabulary, where these are a part's."""
         if self.shard is None:
             return stats
-        nats = backend.nats_per_shift(self.transform, temperatures, self.backend)
+        nats = backend.nats_per_shift(self.transform, temperatures)
         return merge(stats, targets, self.transform.vocab_size, nats, self.shard)
 
     def coefficients(self, grads: tuple[Tensor | None, ...]) -> Coefficients | None:

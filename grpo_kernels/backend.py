@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -80,11 +79,9 @@ def row_stats(
 
 
 def nats_per_shift(
-    transform: LogitTransform, temperatures: Tensor | None, backend: str
+    transform: LogitTransform, temperatures: Tensor | None
 ) -> tuple[Tensor | float, Tensor | float]:
     """What 1 is worth in the units of `RowStats.shift` and `ref_shift`."""
-    if backend == "triton":  # whose kernels exponentiate by exp2
-        return math.log(2), math.log(2)
     scale = 1.0 if transform.softcap is not None else transform.scale
     ref_scale = 1.0 if transform.ref_softcap is not None else transform.ref_scale
     temperature = transform.temperature if temperatures is None else temperatures

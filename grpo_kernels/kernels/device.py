@@ -11,8 +11,8 @@ import triton.language as tl
 MASKED = tl.constexpr(-1)  # in targets: a row that takes no part
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# A bound on exponents, in log2 units, for the factors of what is 0 or infinite: 2^LOWEST is 0, and LOWEST times any
-# coefficient is finite, where -inf would give 0 * inf.
+# A lower bound on exponents, in log2 units. 2^LOWEST is 0, and LOWEST times a coefficient is finite, where
+# -inf would give 0 * inf.
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -81,18 +81,19 @@ def load_block(
 
 @triton.jit
 def lowest_logit(DTYPE: tl.constexpr):
-    """The lowest finite number: where a running maximum starts, so that columns of -inf leave no -inf - -inf."""
-    return tl.full((), -3.4028234663852886e38 if DTYPE == tl.float32 else -1.7976931348623157e308, DTYPE)
+    """The lowest finite number. Running maxima start here, so that columns of -inf give no -inf - -inf."""
+    lowest: tl.constexpr = -1.7976931348623157e308 if DTYPE is tl.float64 else -3.4028234663852886e38
+    return tl.full((), lowest, DTYPE)
 
 
 @triton.jit
 def exponent(y, shift, k):
-    """`k * (y - shift)`: 0 or less where `shift` is a maximum that `y` belongs to, and exactly 0 at that maximum.
+    """`k * (y - shift)`, which is exactly 0 at the maximum `shift` of the row, compiled or not.
 
-    `k * y - k * shift` would take one instruction less and is not 0 there: the compiler contracts it to an FMA, whose
-    result is the rounding error of `k * shift`. A mask of -1e10 makes that error 2^9, and 2^(2^9) overflows.
-
-    `tl.fma` for the product keeps it out of another FMA: `d - ref_d` of two equal rows is then exactly 0, too.
+    `k * y - k * shift` takes one instruction less, but the compiler contracts it to an FMA, whose result at
+    the maximum is the rounding error of `k * shift`: up to 2^9 for a mask of -1e10, and exp2 of that overflows.
+    The product is a `tl.fma` so that it cannot be contracted with what follows: `d - ref_d` of two equal rows
+    is exactly 0.
     """
     return tl.fma(y - shift, tl.zeros_like(y) + k, tl.zeros_like(y))
 

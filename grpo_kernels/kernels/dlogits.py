@@ -9,14 +9,14 @@ from .device import (
     LOG2E,
     LOWEST,
     MASKED,
-    exponent,
     expm1,
+    exponent,
     load_block,
     load_optional,
     logit_factors,
     row_pointer,
 )
-from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
+from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, row_strides
 
 
 @triton.jit
@@ -91,9 +91,10 @@ def row_gradient(
 
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
-    With e = 2^d, p_v = e / sum_exp, log p_v = LN2 d - log sum_exp, and likewise q_v, this is
-    e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. At the taken token dlogp (1 - p_y) stands
-    for e by_p, as -dlogp expm1(logp), which keeps the digits that p_y near 1 would cancel.
+    With d = k (y - shift) in log2 units and e = 2^d, p_v = e / sum_exp and log p_v = LN2 d - log sum_exp, and
+    likewise q_v. The gradient is then e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. The taken
+    token has dlogp (1 - p_y) in place of e by_p, computed as -dlogp expm1(logp), which keeps the digits that
+    1 - p_y would cancel where p_y is nearly 1.
     """
     slope = k
     if CAPPED:
@@ -234,4 +235,5 @@ def dlogits(
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
             BLOCK=shape.BLOCK, TAIL=shape.TAIL, GROUP=shape.GROUP, num_warps=shape.num_warps,
+            **compile_options(),
         )  # fmt: skip

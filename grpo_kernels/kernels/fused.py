@@ -14,7 +14,7 @@ from .device import (
     store_optional,
 )
 from .dlogits import row_gradient, zero_columns
-from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
+from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, row_strides
 from .row_stats import log_prob, row_statistics, taken_logit
 from .token_loss import loss_arguments, token_loss
 
@@ -163,7 +163,7 @@ def fused_loss(
             temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             *numbers, **loss_shape,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[value.dtype],
-            KEEP=KEEP, **shape._asdict(),
+            KEEP=KEEP, **shape._asdict(), **compile_options(),
         )  # fmt: skip
 
 
@@ -188,5 +188,5 @@ def scale_rows(x: Tensor, factor: Tensor) -> None:
     with on_device_of(x):
         scale_rows_kernel[(x.shape[0] * x.shape[1],)](
             x, *row_strides(x), factor, x.shape[1], x.shape[2],
-            BLOCK=shape.BLOCK, GROUP=shape.GROUP, num_warps=shape.num_warps,
+            BLOCK=shape.BLOCK, GROUP=shape.GROUP, num_warps=shape.num_warps, **compile_options(),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -71,6 +72,20 @@ def rows_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(
         s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:2]
     )
+
+
+@functools.cache
+def compile_options() -> dict[str, bool]:
+    """Options of every launch: FMA contraction, because Triton's default for it changes between versions.
+
+    Empty if this Triton does not know the option, because it would reject it. The interpreter drops options.
+    """
+    option = "enable_fp_fusion"
+    if not INTERPRETED:
+        target = triton.runtime.driver.active.get_current_target()
+        if not hasattr(triton.compiler.make_backend(target).parse_options({}), option):
+            return {}
+    return {option: True}
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:

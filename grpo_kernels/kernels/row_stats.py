@@ -17,17 +17,17 @@ from .device import (
     softcapped,
     store_optional,
 )
-from .launch import DTYPES, PER_ROW, blocking, on_device_of, row_strides
+from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, row_strides
 
 
 @triton.jit
 def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
     """Raises the running maxima `shift` `[THREADS]` of y to those of a block.
 
-    Returns the new maxima, `delta` (log2 of the factor that earlier sums must be scaled by), and the block's exponents
-    `d = k * (y - shift)`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`. A block lies in registers in this shape,
-    GROUP elements of one 16-byte load at a time, so the reductions over the outer dimensions stay inside a thread and
-    the loop needs neither shuffles nor barriers.
+    Returns the new maxima, `delta` (log2 of the factor that earlier sums must be scaled by), and exponents
+    `d = k * (y - shift)`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`. A block has this shape in registers,
+    GROUP elements of one 16-byte load at a time, so the reductions over the outer dimensions stay inside a
+    thread and the loop needs neither shuffles nor barriers.
     """
     y = tl.reshape(y, [BLOCK // (THREADS * GROUP), THREADS, GROUP])
     new_shift = tl.maximum(shift, tl.max(tl.max(y, 2), 0))
@@ -36,7 +36,7 @@ def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.cons
 
 @triton.jit
 def moved(shift, new_shift, k):
-    """The exponent of the old maximum under the new one; finite, since the sums of no columns at all are 0."""
+    """The exponent of the old maximum relative to the new one; finite, because it multiplies sums of 0."""
     return tl.maximum(exponent(shift, new_shift, k), LOWEST)
 
 
@@ -101,8 +101,8 @@ def row_statistics(
 ):  # fmt: skip
     """Scalars of one row: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
 
-    The distribution is softmax(k * y), `shift` the largest y. What is not asked for is 0. KEEP: the L2 cache is asked to keep the
-    row, which will be read again, and not the reference's.
+    The distribution is softmax(k * y), and `shift` is the largest y. What is not asked for is 0. KEEP: the L2
+    cache is asked to keep the row, which will be read again, and not the reference's.
     """
     k, ref_k = k * LOG2E, ref_k * LOG2E
     zeros = tl.zeros([THREADS], DTYPE)
@@ -257,5 +257,5 @@ def row_stats(
             ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1,
             logits.shape[1], vocab_size, temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
             CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
-            **shape._asdict(),
+            **shape._asdict(), **compile_options(),
         )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import KL_ESTIMATORS, SURROGATES, clamped_ratio, kl_estimate, log_ratio_to
-from .launch import PER_ROW, on_device_of
+from .launch import PER_ROW, compile_options, on_device_of
 
 BLOCK = 128
 
@@ -225,7 +225,7 @@ def token_losses(
             value, dlogp,
             mask, logps, old_logps, ref_logps, entropy, kl, kl_forward,
             advantages, row_weights, token_weights, entropy_weights, count,
-            *numbers, **shape, BLOCK=BLOCK,
+            *numbers, **shape, BLOCK=BLOCK, **compile_options(),
         )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ def token_metrics(
         token_metrics_kernel[(programs,)](
             sums, mask, ran, logps, old_logps, ref_logps, entropy, kl, kl_forward,
             advantages, dlogp, dentropy, dkl, count, low, high, *numbers,
-            RATIO=ratio, CLIP=clip, **shape, WIDTH=sums.shape[1], BLOCK=BLOCK,
+            RATIO=ratio, CLIP=clip, **shape, WIDTH=sums.shape[1], BLOCK=BLOCK, **compile_options(),
         )  # fmt: skip
     total, counts = sums.sum(0).split([len(METRICS), 2])
     ran_count, unmasked_count = counts.clamp(min=1).unbind()
