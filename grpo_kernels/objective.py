@@ -255,9 +255,9 @@ MASKED = -1
 class RowStats(NamedTuple):
     """What the loss knows of each row of logits, `[N]` each; absent where it was not asked for.
 
-    `shift` is the row's largest logit, softcapped but not yet multiplied by scale or temperature. `sum_exp` is
-    the sum of the exponentials relative to it. A logsumexp alone would lose, in fp32, the digits of a row far
-    from zero.
+    `shift` is the row's largest logit, softcapped but not yet multiplied by scale or temperature. `sum_exp`
+    is the sum of the exponentials relative to it. A logsumexp alone would lose, in fp32, the digits of a row
+    far from zero.
     """
 
     logps: Tensor

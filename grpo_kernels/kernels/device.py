@@ -91,7 +91,7 @@ def exponent(y, shift, k):
     """`k * (y - shift)`, which is exactly 0 at the maximum `shift` of the row, compiled or not.
 
     `k * y - k * shift` takes one instruction less, but the compiler contracts it to an FMA, whose result at
-    the maximum is the rounding error of `k * shift`: up to 2^9 for a mask of -1e10, and exp2 of that overflows.
+    the maximum is the rounding error of `k * shift`: up to 2^9 for a mask of -1e10, which overflows exp2.
     The product is a `tl.fma` so that it cannot be contracted with what follows: `d - ref_d` of two equal rows
     is exactly 0.
     """
