@@ -86,7 +86,11 @@ ALLOWED |= {  # which nothing imports but their users
     "integrations/trl": {
         *("surrogates", "spec", "backend", "autograd", "policy_loss", "integrations/trl_head"),
     },
-    "integrations/verl_logps": {"distributed", "logps"},
+    "integrations/verl_engine": set(),
+    "integrations/verl_heads": {"backend", "integrations/verl_engine"},
+    "integrations/verl_logps": {
+        *("distributed", "logps", "integrations/verl_engine", "integrations/verl_heads"),
+    },
     "integrations/verl": {
         *("surrogates", "spec", "arguments", "backend", "policy_loss"),
         *("integrations/versions", "integrations/verl_logps"),
@@ -96,6 +100,8 @@ TRAINERS = {
     "integrations/trl": {"trl"},
     "integrations/trl_head": {"trl"},
     "integrations/verl": {"verl"},
+    "integrations/verl_engine": {"verl"},
+    "integrations/verl_heads": {"verl"},
     "integrations/verl_logps": {"verl"},
 }
 # Where a few need more than torch, and what a trainer brings.

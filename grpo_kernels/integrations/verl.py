@@ -41,7 +41,12 @@ installed = require("verl", "verl", tested="0.9.1")
 from verl.trainer.ppo import core_algos  # noqa: E402
 from verl.workers.utils import losses as actor_losses  # noqa: E402
 
-from .verl_logps import fuse_verl_logps, replace_in_verl  # noqa: E402
+try:
+    from .verl_logps import fuse_verl_logps, replace_in_verl
+except ImportError as error:
+    raise ImportError(
+        f"verl {installed} has other fused kernels than verl 0.9.1, and needs a newer grpo_kernels: {error}"
+    ) from error
 
 # verl's names are bare ("gspo"), and registering one again would replace verl's loss without a word.
 PREFIX = "grpo_kernels."

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from verl.models.transformers import monkey_patch
 from verl.utils.experimental import torch_functional
 from verl.utils.kernel import linear_cross_entropy as cross_entropy_module
 
 from ..distributed import VocabShard
 from ..logps import linear_logps
+from .verl_engine import current_call, find_engines
+from .verl_heads import FIX, LogitRule, current_head, patch_forward_with_backends
 
 IGNORED_LABEL = -100
 
@@ -20,8 +23,10 @@ IGNORED_LABEL = -100
 def fuse_verl_logps() -> None:
     """Puts `linear_logps` in the place of verl's own fused kernels: its backends "torch" and "triton".
 
-    They run where `actor_rollout_ref.model.use_fused_kernels=True`. The backend "liger" stays Liger's.
+    They run where `actor_rollout_ref.model.use_fused_kernels=True`. The backend "liger" stays Liger's. Models
+    that verl patches after this call also get the bias, scale and softcap of their logits.
     """
+    replace_in_verl(monkey_patch, "patch_forward_with_backends", patch_forward_with_backends)
     replace_in_verl(torch_functional, "FusedLinearForPPOFunction", FusedLinearForPPOFunction)
     replace_in_verl(cross_entropy_module, "linear_cross_entropy", linear_cross_entropy)
 
@@ -36,10 +41,10 @@ class FusedLinearForPPOFunction:
         input_ids: Tensor,  # [B, T] or [N]
         temperature: float | Tensor = 1.0,
         chunk_size: int = 512,  # of verl's implementation
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities in fp32, entropies in the dtype of the hidden states; shaped as `input_ids`."""
         logps, entropy = logps_and_entropy(hidden_states, vocab_weights, input_ids, temperature)
-        return logps, entropy.to(hidden_states.dtype)
+        return logps, None if entropy is None else entropy.to(hidden_states.dtype)
 
 
 def linear_cross_entropy(
@@ -49,10 +54,12 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     reduction: str = "none",
     dist_process_group: torch.distributed.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """In the place of verl's function of this name: log-probabilities and entropies `[N]`, both fp32."""
     if reduction.lower() != "none":
         raise ValueError(f"reduction must be 'none', the only one that verl uses, got {reduction!r}")
+    if dist_process_group is not None:
+        check_megatron_logits()
     shard = None
     if dist_process_group is not None and dist_process_group.size() > 1:
         start = dist_process_group.rank() * weight.shape[0]
@@ -80,23 +87,41 @@ def logps_and_entropy(
     labels: Tensor,
     temperature: float | Tensor,
     shard: VocabShard | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """Of the model whose forward is running; the entropy is None if the running engine does not use it."""
+    head, call = current_head(), current_call.get()
     if isinstance(temperature, Tensor) and temperature.numel() == 1:
         temperature = temperature.reshape(())
     found = linear_logps(
         hidden,
         weight,
         labels,
+        lm_head_bias=head.bias,
         temperature=temperature,
+        logit_scale=head.rule.scale,
+        logit_softcap=head.rule.softcap,
         mask=labels != IGNORED_LABEL,
-        return_entropy=True,
+        return_entropy=call is None or call.entropy,
         shard=shard,
     )
-    assert isinstance(found, tuple)
     # As the outputs of a model they must not be views: FSDP2's hook on one would not survive an in-place
     # operation.
-    logps, entropy = found
-    return logps.clone(), entropy.clone()
+    if isinstance(found, tuple):
+        return found[0].clone(), found[1].clone()
+    return found.clone(), None
+
+
+def check_megatron_logits() -> None:
+    """Refuses a model with a scale or a softcap, which Megatron's fused forward does not apply."""
+    call = current_call.get()
+    if call is None:
+        # This is the first that we see of Megatron's engine. Its next batch is checked.
+        find_engines()
+    elif call.config is not None and (rule := LogitRule.of(call.config)) != LogitRule():
+        raise ValueError(
+            f"verl's fused kernels would be wrong for {call.config.model_type} under Megatron: the config "
+            f"names {rule} after the head's product, and verl's fused forward does not apply it. {FIX}"
+        )
 
 
 def replace_in_verl(home: ModuleType, name: str, ours: Any) -> None:

@@ -31,7 +31,7 @@ core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 
 import verl  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
-from verl.models.transformers.monkey_patch import patch_forward_with_backends  # noqa: E402
+from verl.models.transformers import monkey_patch  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
 from verl.utils.experimental import torch_functional  # noqa: E402
 from verl.utils.experimental.torch_functional import FusedLinearForPPO  # noqa: E402
@@ -48,6 +48,7 @@ VERLS_LOSSES = dict(core_algos.POLICY_LOSS_REGISTRY)
 VERLS_FUNCTION = torch_functional.FusedLinearForPPOFunction
 VERLS_CROSS_ENTROPY = cross_entropy_module.linear_cross_entropy
 VERLS_PPO_LOSS = actor_losses.ppo_loss
+VERLS_PATCH = monkey_patch.patch_forward_with_backends
 
 # Of our presets, with verl's configuration, verl's losses.
 TWINS = {
@@ -84,6 +85,7 @@ def integration() -> Iterator[ModuleType]:
     verl_logps().replace_in_verl(torch_functional, "FusedLinearForPPOFunction", VERLS_FUNCTION)
     verl_logps().replace_in_verl(cross_entropy_module, "linear_cross_entropy", VERLS_CROSS_ENTROPY)
     verl_logps().replace_in_verl(actor_losses, "ppo_loss", VERLS_PPO_LOSS)
+    verl_logps().replace_in_verl(monkey_patch, "patch_forward_with_backends", VERLS_PATCH)
 
 
 @pytest.fixture
@@ -591,12 +593,12 @@ def learn(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
 def test_a_model(backend: str, tied: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With verl's forward of each backend; verl's own kernel of "triton" does not run on a CPU."""
     model, ids = tiny_model(tied=tied), torch.randint(83, (1, 21), generator=torch.Generator().manual_seed(2))
-    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
     runs = [{}, {"shift_labels": ids.flip(-1)}]
     found = [learn(model, ids, **options) for options in runs]
     assert calls == ([(1, 21, 32)] * 2 if backend == "torch" else [(21, 32)] * 2)
 
-    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
     monkeypatch.setattr(torch_functional, "FusedLinearForPPOFunction", VERLS_FUNCTION)
     for one, options in zip(found, runs, strict=True):
         expected = learn(model, ids, **options)
@@ -618,7 +620,7 @@ def test_the_engine(backend: str, packed: bool, calls: list[Any], monkeypatch: p
 
     monkeypatch.setattr(transformer_impl, "get_device_id", lambda: "cpu")
     model = tiny_model(tied=False)
-    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
     engine = transformer_impl.FSDPEngineWithLMHead.__new__(transformer_impl.FSDPEngineWithLMHead)
     engine.module, engine._autocast_dtype = model, torch.float32
     engine.use_ulysses_sp = engine.pad_to_length = False
@@ -658,7 +660,7 @@ def test_the_engine(backend: str, packed: bool, calls: list[Any], monkeypatch: p
 
     found, grads = step("grpo_kernels.dapo")
     assert len(calls) == 1
-    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
     monkeypatch.setattr(torch_functional, "FusedLinearForPPOFunction", VERLS_FUNCTION)
     expected, other = step("vanilla")
     assert len(calls) == 1
@@ -694,15 +696,17 @@ def sharded_head() -> None:
         torch.testing.assert_close(dweight.full_tensor(), mean, rtol=1e-4, atol=1e-6)
 
 
-@cases.add(wrapper=["fsdp", "fsdp2"], backend=["torch", "triton"])
-def sharded_model(wrapper: str, backend: str) -> None:
+@cases.add(wrapper=["fsdp", "fsdp2"], backend=["torch", "triton"], bias=[False, True])
+def sharded_model(wrapper: str, backend: str, bias: bool) -> None:
     """verl's forward in a model that FSDP has sharded, against the two ranks' sequences one by one."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     import_external_libs(MODULE)
     sequences = torch.randint(83, (2, 1, 21), generator=torch.Generator().manual_seed(2))
     model = tiny_model(tied=False)
-    patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(83))
+    monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
     expected = [learn(model, ids) for ids in sequences]
     expected = [{name: x.clone() for name, x in one.items()} for one in expected]
     if wrapper == "fsdp":
@@ -805,6 +809,14 @@ def test_newer_verl(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="tested with verl 0.9.1; verl 0.10.0.dev is newer") as caught:
         imported_anew(monkeypatch)
     assert len(caught) == 1
+
+
+def test_verl_with_other_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (f"{MODULE}_logps", f"{MODULE}_heads"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(monkey_patch, "patch_forward_with_backends")
+    with pytest.raises(ImportError, match=r"other fused kernels than verl 0\.9\.1.*patch_forward"):
+        imported_anew(monkeypatch)
 
 
 def test_what_the_import_says(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

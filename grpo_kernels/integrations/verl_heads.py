@@ -1,0 +1,205 @@
+"""What a model does between its head's product and its logits. verl's fused forwards leave it out.
+
+They hand over the hidden states and the head's weight. The bias of the head, and the scale and the softcap of
+the logits, are read here from the model whose forward is running.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from verl.models.transformers.monkey_patch import patch_forward_with_backends as verl_patch
+from verl.utils.experimental import torch_functional
+
+from ..backend import warn_once
+from .verl_engine import find_engines
+
+FIX = "Set actor_rollout_ref.model.use_fused_kernels=False."
+# The logits are multiplied by the first of these that the model's config has: Cohere, Muse, Falcon-H1.
+MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# Gemma, RecurrentGemma.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+# Logits that differ by less are equal: a model may round them to bf16 more than once.
+TOLERANCE = 2**-6
+
+
+class LogitRule(NamedTuple):
+    """`z -> softcap * tanh(z * scale / softcap)` for the products `z`, bias included."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitRule:
+        """The rule that a transformers config names, under the names that its models use."""
+        config = config.get_text_config()
+
+        def first(names: tuple[str, ...]) -> Any:
+            return next((x for name in names if (x := getattr(config, name, None)) is not None), None)
+
+        scale = first(MULTIPLIERS)
+        divisor = getattr(config, "logits_scaling", None)
+        if scale is None and divisor is not None:
+            # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
+            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+        if scale is None and getattr(config, "dim_model_base", None) is not None:
+            # MiniCPM, whose hidden states are divided by the inverse before the head.
+            scale = config.dim_model_base / config.hidden_size
+        return cls(1.0 if scale is None else scale, first(SOFTCAPS))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def __str__(self) -> str:
+        parts = [] if self.scale == 1 else [f"a factor of {self.scale:g}"]
+        if self.softcap is not None:
+            parts.append(f"a softcap of {self.softcap:g}")
+        return " and ".join(parts) or "nothing"
+
+
+class LogitHead(NamedTuple):
+    """What `linear_logps` takes besides the head's weight."""
+
+    bias: Tensor | None = None  # [V]
+    rule: LogitRule = LogitRule()
+
+    @classmethod
+    def of(cls, model: Any) -> LogitHead:
+        """The head of a causal language model. Raises ValueError if it is more than a linear layer."""
+        head = model.lm_head
+        # These have the weight of the layer that they wrap: FSDP, and PEFT for `modules_to_save`.
+        for name in ("_fsdp_wrapped_module", "original_module"):
+            head = getattr(head, name, head)
+        if type(head).forward is not torch.nn.Linear.forward:
+            raise ValueError(
+                f"the lm_head of {type(model).__name__} is of {type(head)}, whose forward is not that of a "
+                f"linear layer (LoRA on the head, for example), and verl's fused forward hands over its "
+                f"weight only. {FIX}"
+            )
+        return cls(getattr(model.lm_head, "bias", None), LogitRule.of(model.config))
+
+
+# The model whose forward, patched by verl, is running.
+current_model: ContextVar[Any] = ContextVar("current_model", default=None)
+
+
+def current_head() -> LogitHead:
+    """The head of the model whose forward is running; a plain one outside of verl's forwards."""
+    model = current_model.get()
+    return LogitHead() if model is None else LogitHead.of(model)
+
+
+def patch_forward_with_backends(
+    model: Any,
+    use_fused_kernels: bool = False,
+    fused_kernels_backend: str | None = None,
+    **options: Any,
+) -> None:
+    """verl's function of this name, whose fused forward then also tells us its model.
+
+    Raises:
+        ValueError: the model's own forward computes its logits in another way than its config names, or the
+            backend is Liger's and the logits are more than `hidden @ weight.T`.
+    """
+    find_engines()  # an engine builds this model
+    stock = getattr(type(model).forward, "stock", type(model).forward)
+    if use_fused_kernels and fused_kernels_backend is not None:
+        check_logits(model, stock, fused_kernels_backend)
+    verl_patch(model, use_fused_kernels, fused_kernels_backend, **options)
+    if use_fused_kernels and type(model).forward.__module__.startswith("verl."):
+        type(model).forward = with_model(type(model).forward, stock)
+
+
+def with_model(verl_forward: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A fused forward of verl, during which `current_head` is that of its model."""
+
+    @functools.wraps(verl_forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = current_model.set(self)
+        try:
+            return verl_forward(self, *args, **kwargs)
+        finally:
+            current_model.reset(token)
+
+    forward.stock = stock  # type: ignore[attr-defined]  # verl patches the class once for each model of it
+    return forward
+
+
+def check_logits(model: Any, stock: Callable[..., Any], backend: str) -> None:
+    """Refuses a model whose fused log-probabilities would be those of other logits than its own."""
+    name, rule = type(model).__name__, LogitRule.of(model.config)
+    bias = getattr(getattr(model, "lm_head", None), "bias", None)
+    liger = backend == "liger" and torch_functional._LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY is not None
+    if liger and (rule != LogitRule() or bias is not None):
+        raise ValueError(
+            f"the backend 'liger' of verl's fused kernels takes hidden @ weight.T as the logits of {name}. "
+            f"The model has {'no' if bias is None else 'a'} bias in its head and {rule} after it. Set "
+            f"actor_rollout_ref.model.fused_kernel_options.impl_backend=torch or triton, which apply these."
+        )
+    if stock.__module__.startswith("verl."):
+        return  # of a vision-language model, whose logits verl takes from the head as they are
+    try:
+        z, logits = probe(model, stock)
+    except Exception as error:
+        # The forward of a model that is not in transformers may need anything. Only its config is left then.
+        warn_once(
+            f"could not check the logits of {name} ({type(error).__name__}: {error}). verl's fused kernels "
+            f"compute lm_head(hidden) with {rule} after it, as the config names"
+        )
+        return
+    expected = rule(z)
+    if logits.shape != z.shape or not torch.allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        raise ValueError(
+            f"verl's fused kernels would be wrong for {name}: its config names {rule} after lm_head(hidden), "
+            f"and its own forward does something else. {FIX}"
+        )
+
+
+@torch.no_grad()
+def probe(model: Any, stock: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    """Products of a head, and the logits that the model's own forward makes of them; `[V]` fp32, on the CPU.
+
+    The forward runs on a copy of the model whose only modules are a backbone that returns the products and a
+    head that passes them on. No weight is read: they may be on the meta device.
+    """
+    z = (torch.arange(model.lm_head.weight.shape[0], device="cpu") % 257 - 128).float()  # exact in bf16
+    hidden = z.clone()[None, None]
+    double = copy.copy(model)
+    double._modules = {
+        "model": Stub(model.model, lambda *args, **kwargs: BackboneOutput([hidden])),
+        "lm_head": Stub(model.lm_head, lambda x: x),
+    }
+    ids = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    out = stock(double, input_ids=ids, use_cache=False, return_dict=True)
+    return z, out.logits[0, 0].float()
+
+
+class Stub:
+    """A module's settings, with another function in place of its forward."""
+
+    def __init__(self, module: Any, function: Callable[..., Any]) -> None:
+        self.module = module
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if isinstance(value, torch.nn.Module):
+            raise AttributeError(f"the forward uses the module {name}")
+        return value
+
+
+class BackboneOutput(tuple[Tensor, ...]):
+    """Hidden states; None for all else that an output of transformers may have."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
