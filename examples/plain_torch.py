@@ -54,7 +54,8 @@ class Samples:
 def hidden_states(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
     """`[B, T, H]`: what the head would be applied to, at the positions that predict the completion.
 
-    Prompts of several lengths would be padded on the left, and come with an attention mask.
+    All prompts have the same length here. Prompts of several lengths are padded on the left: then pass
+    `attention_mask` and `position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)` as well.
     """
     return model.model(input_ids, use_cache=False).last_hidden_state[:, PROMPT_TOKENS - 1 : -1]
 

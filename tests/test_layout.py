@@ -83,8 +83,11 @@ ALLOWED |= {  # which nothing imports but their users
     "integrations/trl_head": {
         *("arguments", "autograd", "backend", "linear_losses", "logps", "integrations/versions"),
     },
+    "integrations/trl_model": {"integrations/trl_head"},
+    "integrations/trl_step": {"policy_loss", "integrations/trl_head"},
     "integrations/trl": {
-        *("surrogates", "spec", "backend", "autograd", "policy_loss", "integrations/trl_head"),
+        *("surrogates", "spec", "backend", "autograd"),
+        *("integrations/trl_head", "integrations/trl_model", "integrations/trl_step"),
     },
     "integrations/verl_engine": set(),
     "integrations/verl_heads": {"backend", "integrations/verl_engine"},

@@ -770,18 +770,6 @@ def test_own_spec_of_all_micro_batches(folders: Callable[[str], str], tmp_path: 
     assert_close("loss", losses["dapo"], losses["bnpo"] * tokens / 52, 1e-6)
 
 
-def test_own_spec_takes_no_masks_of_trl(folders: Callable[[str], str], tmp_path: Path) -> None:
-    trainer = new_trainer(LogRatioTrainer, folders("llama"), tmp_path, beta=0.04, top_entropy_quantile=0.2)
-    with pytest.raises(ValueError, match=r"top_entropy_quantile=0\.2 weighs tokens"):
-        trainer._compute_loss(trainer.model, batch())
-    with pytest.raises(ValueError, match="needs a reference"):
-        LogRatioTrainer._compute_loss(
-            no_reference := new_trainer(LogRatioTrainer, folders("llama"), tmp_path),
-            no_reference.model,
-            batch(),
-        )
-
-
 # --- TRL's losses of our log-probabilities ------------------------------------------------------------------
 
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autograd import fusible
-from ..backend import log_once, logger
-from ..policy_loss import policy_loss
+from ..backend import logger
 from ..spec import KL, LossSpec
 from ..surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
 from .trl_head import (
-    ForwardLoss,
     FusedLogProbs,
     GRPOTrainer,
-    add_fused_loss,
     fuse_trl_logps,
     head_function,
     stock_head,
     zero3_enabled,
 )
+from .trl_model import add_fused_loss, cast_own_head, ignored_forward
+from .trl_step import CallWithLoss, Step
 
 __all__ = ["FusedGRPOTrainer", "fuse_trl_logps"]
 
@@ -44,25 +44,17 @@ TOLERANCE = 1e-3
 # Micro-batches whose gradients are compared. In the long run a ratio within rounding of its clip bound falls
 # to one side here and to the other there, which the loss does not show and the gradient does.
 GRADIENT_CHECKS = 8
+# What TRL's `_compute_loss` changes in a trainer, except for metrics.
+CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 
 
-class Step(ForwardLoss):
-    """One micro-batch: the arguments of its loss, and what the model has made of them."""
-
-    loss: Tensor  # as the wrapped model has returned it
-    aux_loss: Tensor | None
-    logps: Tensor  # [B, T], a leaf: TRL's loss is taken of it
-    entropy: Tensor  # likewise
-
-    def loss_of_logps(self) -> Tensor:
-        """Our loss of `logps` and `entropy`, for its gradient."""
-        options = {"backend": self.options.get("backend", "auto"), "entropy": self.entropy, **self.arguments}
-        return policy_loss(self.logps, self.advantages, **options).loss
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        """`[2, B, T]`, by `logps` and `entropy`."""
-        leaves = (self.logps, self.entropy)
-        return torch.stack(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+def refuse_data_parallel(model: Any) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "FusedGRPOTrainer does not support nn.DataParallel, whose replicas would all call the forward of "
+            "one model. Start the script with `accelerate launch` or `torchrun`, or make a single GPU "
+            "visible with CUDA_VISIBLE_DEVICES"
+        )
 
 
 class FusedGRPOTrainer(GRPOTrainer):
@@ -84,15 +76,37 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        refuse_data_parallel(args[0] if args else kwargs.get("model"))
         unknown = self.loss_options.keys() - {"chunk_tokens", "logits_dtype", "compact", "backend"}
         if unknown:
             raise ValueError(
                 f"loss_options takes chunk_tokens, logits_dtype, compact and backend, got {sorted(unknown)}"
             )
         super().__init__(*args, **kwargs)
+        if self.args.cast_lm_head_to_fp32:
+            cast_own_head(self.model)
         add_fused_loss(self.model)
         self._fused_step: Step | None = None
         self._gradient_checks = GRADIENT_CHECKS
+        self._told: set[str] = set()
+        self._why_not_fused: str | None = None
+        ignored = ignored_forward(self.model)
+        if ignored is not None:
+            logger.warning(
+                f"FusedGRPOTrainer: {ignored} is not run. As in TRL, log-probabilities are computed from the "
+                "weight and bias of the head"
+            )
+        other = self._overrides("_compute_loss", after=True)
+        if other is not None:
+            self._why_not_fused = f"{other} comes after FusedGRPOTrainer in the method resolution order"
+        if self._has_own_spec:
+            try:
+                self._fusible_spec()
+            except AttributeError as error:
+                # A subclass may set what its spec reads after `super().__init__()`. Generation checks again.
+                logger.debug(f"FusedGRPOTrainer: loss_spec() is not complete in the constructor: {error}")
+        elif other is not None:
+            logger.warning(f"FusedGRPOTrainer: the loss is TRL's, because {self._why_not_fused}")
         self._handed_over = zero3_enabled() and not self._learns_in_the_forward()
         if self._handed_over and self._has_own_spec:
             raise ValueError(
@@ -155,48 +169,86 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _accumulation(self) -> int:
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
+    def _overrides(self, name: str, *, after: bool = False) -> str | None:
+        """The method `name` of the first other class between this object's and TRL's, None if there is none.
+
+        `after=True` looks only at classes that `FusedGRPOTrainer` itself would call with `super()`.
+        """
+        order = type(self).__mro__
+        start = order.index(FusedGRPOTrainer) if after else 0
+        for cls in order[start : order.index(GRPOTrainer)]:
+            if cls is not FusedGRPOTrainer and name in vars(cls):
+                return f"{cls.__name__}.{name}"
+        return None
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        if self._has_own_spec:
+            self._fusible_spec()  # raises before the time for generation and rewards is spent
+        return super()._generate_and_score_completions(inputs)
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        refuse_data_parallel(model)
         step = None if self._handed_over else self._step_of(inputs)
         if step is None:
             return super()._compute_loss(model, inputs)
+        step.start(model)
+        logged = self._logged()
         self._fused_step = step
         try:
             theirs = super()._compute_loss(model, inputs)
         finally:
             self._fused_step = None
+        if self._has_own_spec:
+            return self._own_loss(step)
+        loss = self._loss(step) if step.once else None
+        if self._disagree(step, loss, theirs):
+            self._restore(logged)
+            return super()._compute_loss(model, inputs)
+        return theirs if loss is None else loss
+
+    def _logged(self) -> dict[str, Any]:
+        """What TRL's loss changes in the trainer: lengths of the metrics' lists, the entropy controller."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        controller = {name: vars(self)[name] for name in CONTROLLER if name in vars(self)}
+        return {"lengths": {name: len(values) for name, values in metrics.items()}, "controller": controller}
+
+    def _restore(self, logged: dict[str, Any]) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [*metrics]:
+            metrics[name] = metrics[name][: logged["lengths"].get(name, 0)]
+            if not metrics[name]:
+                del metrics[name]
+        self.__dict__.update(logged["controller"])
+
+    def _loss(self, step: Step) -> Tensor:
         loss = step.loss / self._divisor(step.arguments["normalizer"])
         if step.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * step.aux_loss / self._accumulation
-        if self._has_own_spec:
-            self._log_own_metrics(step)
-        elif self._disagree(step, loss.detach(), theirs):
-            return super()._compute_loss(model, inputs)  # TRL logs this micro-batch twice
         return loss
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         score = super()._get_per_token_logps_and_entropies
-        if self._handed_over:
-            with stock_head():
-                return score(model, *args, **kwargs)
         step = self._fused_step
-        if step is None:
-            with head_function(FusedLogProbs(self.loss_options)):
+        if step is not None and not step.concerns(model):
+            step = None
+        # The backward of linear_logps needs the head, which DeepSpeed ZeRO-3 has taken apart again by then.
+        stock = self._handed_over or (step is not None and zero3_enabled())
+        with stock_head() if stock else head_function(FusedLogProbs(self.loss_options)):
+            if step is None:
                 return score(model, *args, **kwargs)
-
-        def call(**inputs: Any) -> Any:
-            outputs = model(**inputs, fused_loss=step)
-            step.loss = outputs.loss
-            return outputs
-
-        logps, entropy, step.aux_loss = score(call, *args, **kwargs)
-        mask, old_logps = step.arguments["completion_mask"], step.arguments["old_logps"]
-        if old_logps is not None:
-            # We have none of the tokens that a tool wrote, TRL forms their ratio all the same: 1.
-            logps = torch.where(mask.bool(), logps, old_logps)
-        step.logps, step.entropy = logps.detach().requires_grad_(), entropy.detach().requires_grad_()
-        return step.logps, step.entropy, step.aux_loss
+            step.scored += 1
+            if step.scored > 1:
+                return score(model, *args, **kwargs)
+            logps, entropy, aux_loss = score(CallWithLoss(step), *args, **kwargs)
+        if step.once:
+            step.aux_loss = aux_loss
+            mask, old_logps = step.arguments["completion_mask"], step.arguments["old_logps"]
+            if old_logps is not None:
+                # We have none of the tokens that a tool wrote, TRL forms their ratio all the same: 1.
+                logps = torch.where(mask.bool(), logps, old_logps)
+        return logps, entropy, aux_loss
 
     def _learns_in_the_forward(self) -> bool:
         """Or else the backward needs the head, which DeepSpeed ZeRO-3 has taken apart again by then."""
@@ -207,11 +259,21 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _fusible_spec(self) -> LossSpec:
         """Raises ValueError where the loss cannot be made where the log-probabilities are."""
+        if self._why_not_fused is not None:
+            raise ValueError(self._why_not_fused)
         for name, unset in (("top_entropy_quantile", 1.0), ("off_policy_mask_threshold", None)):
             value = getattr(self, name)
             if value != unset:
                 raise ValueError(f"{name}={value} weighs tokens by what the policy makes of them")
+        if (
+            self.loss_type == "vespo"
+            and not self._has_own_spec
+            and self.get_gamma_weights is not GRPOTrainer.get_gamma_weights
+        ):
+            raise ValueError("get_gamma_weights is overridden")
         spec = self.loss_spec()
+        if not isinstance(spec, LossSpec):
+            raise TypeError(f"loss_spec() must return a LossSpec, got {spec!r}")
         if spec.exact_kl is not None:
             raise ValueError(
                 f"{spec.exact_kl} runs over the vocabulary: TRL has the reference's log-probabilities"
@@ -228,9 +290,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         except ValueError as reason:
             if self._has_own_spec:
                 raise
-            log_once(f"FusedGRPOTrainer: TRL's loss of log-probabilities by linear_logps, because {reason}")
+            self._tell(f"FusedGRPOTrainer: TRL's loss of log-probabilities by linear_logps, because {reason}")
             return None
-        log_once(f"FusedGRPOTrainer: the loss is made in the model's forward, loss_type={self.loss_type!r}")
+        self._tell(f"FusedGRPOTrainer: the loss is made in the model's forward, loss_type={self.loss_type!r}")
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         normalizer = self._normalizer(spec, inputs)
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
@@ -250,6 +312,12 @@ class FusedGRPOTrainer(GRPOTrainer):
             arguments,
             self.loss_options,
         )
+
+    def _tell(self, message: str) -> None:
+        """Logs a message once per trainer, at the first time that somebody would see it."""
+        if message not in self._told and logger.isEnabledFor(logging.INFO):
+            self._told.add(message)
+            logger.info(message)
 
     def _normalizer(self, spec: LossSpec, inputs: dict[str, Any]) -> Tensor | None:
         """Tokens of all micro-batches of an optimizer step, per process; TRL counts those of a generation."""
@@ -272,36 +340,74 @@ class FusedGRPOTrainer(GRPOTrainer):
         # because a LossSpec holds numbers.
         return self.entropy_coef * float(normalizer / (mask.sum().clamp(min=1) * self._accumulation))
 
-    def _disagree(self, step: Step, loss: Tensor, theirs: Tensor) -> bool:
-        """Whether TRL's loss of the same log-probabilities is another, on any rank. Then it takes over."""
+    def _disagree(self, step: Step, loss: Tensor | None, theirs: Tensor) -> bool:
+        """Whether to compute this micro-batch again with TRL's loss, which then takes over on all ranks.
+
+        `loss` is None if the model was not called exactly once. If no call has computed our loss, `theirs`
+        has all gradients, and nothing is computed again.
+        """
+        if loss is None:
+            apart, gap = torch.tensor(step.computed > 0, device=theirs.device), None
+        else:
+            apart, gap = self._compare(step, loss.detach(), theirs)
+        flags = torch.stack([apart, torch.full_like(apart, not step.computed)])
+        # Syncs, as each of TRL's metrics does: which loss is returned depends on it.
+        again, outside = self.accelerator.gather(flags[None]).reshape(-1, 2).any(0).tolist()
+        if not (again or outside):
+            return False
+        why = step.why_not()
+        if why is None and loss is not None and again:
+            gradients = "" if gap is None else f", the gradients {float(gap):.2g} apart"
+            logger.warning(
+                f"FusedGRPOTrainer: with loss_type={self.loss_type!r} our loss is {float(loss):.7g}, TRL's "
+                f"{float(theirs):.7g}{gradients}. From here on loss and log-probabilities are TRL's own"
+            )
+            self._handed_over = True
+            return True
+        self._why_not_fused = "on another rank the loss is TRL's" if why is None else self._explained(why)
+        self._handed_over = zero3_enabled()
+        logger.warning(f"FusedGRPOTrainer: from here on the loss is TRL's, because {self._why_not_fused}")
+        return bool(again)
+
+    def _explained(self, why: str) -> str:
+        method = self._overrides("_get_per_token_logps_and_entropies")
+        return why if method is None else f"{why} (see {method})"
+
+    def _compare(self, step: Step, loss: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Whether TRL's loss of the same log-probabilities differs, and the distance of the gradients."""
         divisor = self._divisor(step.arguments["normalizer"])
         # What a token with an advantage and a ratio of 1 each would add up to.
         size = (step.completion_ids.shape[1] if self.loss_type == "luspo" else 1) / self._accumulation
         apart = ~((loss - theirs).abs() <= TOLERANCE * (size + theirs.abs())) & theirs.isfinite()
-        gap = None
-        if self._gradient_checks and theirs.requires_grad:
-            wanted = step.gradient(theirs)
-            error = (step.gradient(step.loss_of_logps() / divisor) - wanted).abs().sum()
-            norm = wanted.abs().sum()
-            gap = error / norm
-            # A batch without advantages tells nothing. The host waits, a few times in all.
-            self._gradient_checks -= int(norm > 0)
-            apart |= ~(error <= TOLERANCE * (size + norm)) & norm.isfinite()
-        # The host waits, as it does for each of TRL's metrics: which loss is returned hangs on it.
-        if not self.accelerator.gather(apart).any():
-            return False
-        gradients = "" if gap is None else f", the gradients {float(gap):.2g} apart"
-        logger.warning(
-            f"FusedGRPOTrainer: with loss_type={self.loss_type!r} our loss is {float(loss):.7g}, TRL's "
-            f"{float(theirs):.7g}{gradients}. From here on loss and log-probabilities are TRL's own"
-        )
-        self._handed_over = True
-        return True
+        apart |= step.other_tokens
+        if not (self._gradient_checks and theirs.requires_grad):
+            return apart, None
+        wanted = step.gradient(theirs)
+        error = (step.gradient(step.loss_of_logps() / divisor) - wanted).abs().sum()
+        norm = wanted.abs().sum()
+        # A batch without advantages tells nothing. The host waits, a few times in all.
+        self._gradient_checks -= int(norm > 0)
+        return apart | (~(error <= TOLERANCE * (size + norm)) & norm.isfinite()), error / norm
 
-    def _log_own_metrics(self, step: Step) -> None:
+    def _own_loss(self, step: Step) -> Tensor:
+        """The loss of `loss_spec()`, which is compared with nothing. TRL's loss cannot replace it."""
+        if step.once:
+            loss, others = self._loss(step), self._log_own_metrics(step)
+            if not others:
+                return loss
+        why = step.why_not() or "another rank was called with other tokens than those of its batch"
+        raise ValueError(
+            f"{self._explained(why)}. The loss of loss_spec() needs exactly one call of the model, with the "
+            "whole batch, and TRL's loss is another one"
+        )
+
+    def _log_own_metrics(self, step: Step) -> bool:
+        """Returns whether the model was called with other tokens on any rank."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         found = step.output.metrics
+        rows = torch.stack([*found.values(), step.other_tokens.float()])[None]
         # The host waits, once for all; TRL does for each of its own.
-        values = self.accelerator.gather(torch.stack([*found.values()])[None]).nanmean(0).tolist()
+        *values, others = self.accelerator.gather(rows).nanmean(0).tolist()
         for name, value in zip(found, values, strict=True):
             metrics[f"grpo_kernels/{name}"].append(value)
+        return others > 0

@@ -7,8 +7,6 @@ scales and softcaps of the model's config, heads in fp32, router losses, gathere
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import LossOutput
 from ..autograd import outside_graphs
-from ..backend import warn_once
+from ..backend import logger, warn_once
 from ..linear_losses import linear_grpo_loss
 from ..logps import linear_token_statistics
 from .versions import require
@@ -132,10 +130,13 @@ def mean_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 class ForwardLoss:
     """A loss in the place of the log-probabilities, for one call of a model with `add_fused_loss`.
 
+    It counts the calls, because a loss of the whole batch is right only if exactly one call computed it.
+
     No dataclass: FSDP looks into those among a model's arguments, and casts what they hold.
     """
 
     output: LossOutput
+    other_tokens: Tensor  # bool, on the device: the call that computed the loss had other labels
 
     def __init__(
         self,
@@ -150,6 +151,21 @@ class ForwardLoss:
         self.advantages = advantages
         self.arguments = arguments
         self.options = options
+        self.calls = 0  # of the model with this loss
+        self.computed = 0  # calls that computed it
+        self.sequences = 0  # of the last call
+
+    def takes(self, labels: Tensor | None) -> bool:  # [B, L]
+        """Counts a call of the model. Returns whether the call has as many sequences as the loss."""
+        B, T = self.completion_ids.shape
+        self.calls += 1
+        self.sequences = 0 if labels is None else len(labels)
+        if labels is None or len(labels) != B or labels.shape[1] <= T:
+            return False
+        expected = self.completion_ids.masked_fill(~self.labelled, -100)
+        self.other_tokens = (labels[:, -T:] != expected).any()
+        self.computed += 1
+        return True
 
     @outside_graphs  # inside of them it would take two passes
     def apply(
@@ -209,29 +225,6 @@ def stock_head() -> AbstractContextManager[None]:
     return head_function(ChunkedLogProbFunction)
 
 
-def add_fused_loss(model: Any) -> None:
-    """Lets a model that has TRL's fused head take `fused_loss=`, a `ForwardLoss`, in its forward.
-
-    The loss is made there and is part of what the model returns, so that the hooks of DDP, FSDP and DeepSpeed
-    see it as they see TRL's log-probabilities. These are constants in it, `[B, T]`.
-    """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, of the one inside
-    trl_forward = model.forward
-
-    @functools.wraps(type(model).forward)  # the signature is what `generate` goes by
-    def forward(self: Any, *args: Any, fused_loss: ForwardLoss | None = None, **kwargs: Any) -> Any:
-        if fused_loss is None:
-            return trl_forward(*args, **kwargs)
-        with head_function(fused_loss):
-            outputs = trl_forward(*args, **kwargs)
-        found = fused_loss.output
-        return FusedCausalLMOutput(
-            loss=found.loss, log_probs=found.logps, entropy=found.entropy, aux_loss=outputs.aux_loss
-        )
-
-    model.forward = types.MethodType(forward, model)
-
-
 def fuse_trl_logps() -> None:
     """Every fused head of TRL computes its log-probabilities with `linear_logps` from now on.
 
@@ -243,3 +236,4 @@ def fuse_trl_logps() -> None:
     mean logits (DPO, KTO) of models with `final_logit_softcapping`; under DeepSpeed ZeRO-3 all is left to it.
     """
     utils._ChunkedLogProbFunction = FusedUnlessSharded
+    logger.info("fuse_trl_logps: the fused heads of TRL compute log-probabilities with linear_logps")

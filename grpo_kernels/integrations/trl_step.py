@@ -1,0 +1,82 @@
+"""One micro-batch of `FusedGRPOTrainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..policy_loss import policy_loss
+from .trl_head import ForwardLoss
+
+
+class Step(ForwardLoss):
+    """One micro-batch: the arguments of its loss, and what the model has made of them."""
+
+    loss: Tensor  # as the wrapped model has returned it
+    aux_loss: Tensor | None
+    logps: Tensor  # [B, T], a leaf: TRL's loss is taken of it
+    entropy: Tensor  # likewise
+
+    def start(self, model: Any) -> None:
+        """Begins a micro-batch with `model`."""
+        self.model = model
+        self.with_gradients = torch.is_grad_enabled()
+        self.scored = 0  # how often the trainer asked for log-probabilities
+
+    def concerns(self, model: Any) -> bool:
+        """Whether a pass of `model` is part of the loss. A reference's is not."""
+        return model is self.model and torch.is_grad_enabled() == self.with_gradients
+
+    def call(self, **inputs: Any) -> Any:
+        """The outputs of the model, with `logps` and `entropy` in them if it has computed the loss."""
+        if not self.concerns(self.model):
+            return self.model(**inputs)
+        before = self.computed
+        outputs = self.model(**inputs, fused_loss=self)
+        if self.computed > before:
+            self.loss = outputs.loss
+            self.logps = outputs.log_probs = outputs.log_probs.detach().requires_grad_()
+            self.entropy = outputs.entropy = outputs.entropy.detach().requires_grad_()
+        return outputs
+
+    @property
+    def once(self) -> bool:
+        """Whether exactly one call of the model computed the loss, and there was no other call."""
+        return self.scored == self.calls == self.computed == 1
+
+    def why_not(self) -> str | None:
+        """What was wrong with the calls of the model. Syncs with the device."""
+        if not self.calls:
+            return "the model was not called with the loss"
+        if max(self.scored, self.calls) > 1:
+            return f"the model was called {max(self.scored, self.calls)} times for one loss"
+        if not self.computed:
+            return f"the model was called with {self.sequences} of {len(self.completion_ids)} sequences"
+        if self.other_tokens:
+            return "the model was called with other tokens than those of the batch"
+        return None
+
+    def loss_of_logps(self) -> Tensor:
+        """Our loss of `logps` and `entropy`, for its gradient."""
+        options = {"backend": self.options.get("backend", "auto"), "entropy": self.entropy, **self.arguments}
+        return policy_loss(self.logps, self.advantages, **options).loss
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """`[2, B, T]`, by `logps` and `entropy`."""
+        leaves = (self.logps, self.entropy)
+        return torch.stack(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+class CallWithLoss:
+    """A model whose call computes the loss of a step."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.step.call(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step.model, name)

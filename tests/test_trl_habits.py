@@ -1,0 +1,234 @@
+# ruff: noqa: F811 - fixtures are imported
+"""What users do with a trainer: losses and heads of their own, several GPUs in one process, logging."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_trl_trainers import (
+    KL,
+    batch,
+    folders,  # noqa: F401
+    lora,
+    messages,
+    new_trainer,
+    one_message_per_test,  # noqa: F401
+)
+from torch import Tensor, nn
+
+trl = pytest.importorskip("trl", minversion="1.16")
+
+import transformers  # noqa: E402
+
+from grpo_kernels import KL as KLTerm  # noqa: E402
+from grpo_kernels import LossSpec  # noqa: E402
+from grpo_kernels.integrations import trl_head  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps  # noqa: E402
+from grpo_kernels.surrogates import DRO  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
+]
+
+Folders = Callable[[str], str]
+
+
+def test_data_parallel(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+    names = r"nn\.DataParallel.*accelerate launch"
+    with pytest.raises(ValueError, match=names):
+        trainer._compute_loss(nn.DataParallel(trainer.model), batch())
+    with pytest.raises(ValueError, match=names):
+        new_trainer(FusedGRPOTrainer, nn.DataParallel(trainer.model), tmp_path)
+    monkeypatch.setattr(trl.GRPOConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"DataParallel.*accelerate launch"):
+        new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+
+
+# --- What is known when a trainer is made -------------------------------------------------------------------
+
+
+def own(spec: Any) -> type[FusedGRPOTrainer]:
+    return type("Own", (FusedGRPOTrainer,), {"loss_spec": lambda self: spec})
+
+
+@pytest.mark.parametrize(
+    "spec, config, why",
+    [
+        (LossSpec.preset("log_ratio"), {}, "needs a reference"),
+        (LossSpec.preset("opmd"), {}, "needs a reference"),
+        (LossSpec(DRO(beta=0.1, anchor="ref")), {}, "needs a reference"),
+        (LossSpec.preset("grpo", kl=KLTerm("k3", beta=0.1)), {}, "needs a reference"),
+        (LossSpec.preset("grpo", kl=KLTerm("exact", beta=0.1)), KL, "runs over the vocabulary"),
+        (LossSpec.preset("grpo"), {"top_entropy_quantile": 0.2}, r"top_entropy_quantile=0\.2 weighs tokens"),
+        (LossSpec.preset("grpo"), {"off_policy_mask_threshold": 0.2}, "off_policy_mask_threshold"),
+    ],
+)
+def test_own_spec_is_checked_in_the_constructor(
+    spec: LossSpec,
+    config: dict[str, Any],
+    why: str,
+    folders: Folders,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        new_trainer(own(spec), folders("llama"), tmp_path, **config)
+
+
+def test_own_spec_of_another_type(folders: Folders, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"loss_spec\(\) must return a LossSpec, got 'log_ratio'"):
+        new_trainer(own("log_ratio"), folders("llama"), tmp_path, **KL)
+
+
+def test_own_spec_that_reads_a_later_attribute(folders: Folders, tmp_path: Path) -> None:
+    """Set after `super().__init__()`, so that the constructor cannot know; it raises before generation."""
+
+    class Later(FusedGRPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.spec_name = "log_ratio"
+
+        def loss_spec(self) -> LossSpec:
+            return LossSpec.preset(self.spec_name)
+
+        def _generate(self, prompts: Any) -> Any:
+            raise AssertionError("generated")
+
+    trainer = new_trainer(Later, folders("llama"), tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="needs a reference"):
+        trainer.train()
+    trainer = new_trainer(Later, folders("llama"), tmp_path, max_steps=1, **KL)
+    assert trainer._compute_loss(trainer.model, batch()).isfinite()
+    with pytest.raises(AssertionError, match="generated"):
+        trainer.train()
+
+
+# --- Heads --------------------------------------------------------------------------------------------------
+
+
+class ScaledHead(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 2 * super().forward(hidden)
+
+
+def with_head(change: Callable[[Any], None], path: str, tmp_path: Path, **config: Any) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    change(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    return new_trainer(
+        functools.partial(FusedGRPOTrainer, processing_class=tokenizer), model, tmp_path, **config
+    )
+
+
+def scaled_class(model: Any) -> None:
+    model.lm_head.__class__ = ScaledHead
+
+
+def scaled_instance(model: Any) -> None:
+    model.lm_head.forward = lambda hidden: 2 * nn.Linear.forward(model.lm_head, hidden)
+
+
+def scaled_by_hook(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+IGNORED = {
+    "class": (scaled_class, "ScaledHead.forward is not run"),
+    "instance": (scaled_instance, "Linear.forward is not run"),
+    "hook": (scaled_by_hook, "the forward hooks of Linear"),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_head_with_its_own_forward(
+    name: str,
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    change, text = IGNORED[name]
+    trainer = with_head(change, folders("llama"), tmp_path)
+    trainer._compute_loss(trainer.model, batch())
+    (warning,) = messages(caplog, logging.WARNING)
+    assert text in warning
+
+
+@pytest.mark.parametrize("model", ["llama", "tied", "bias"])
+@pytest.mark.parametrize("head", ["plain", "fp32", "saved", "fp32 saved", "hooked", "checkpointed"])
+def test_head_that_only_multiplies(
+    model: str,
+    head: str,
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """No warning for what computes the same: PEFT's copy, TRL's cast, accelerate's hooks."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def change(model: Any) -> None:
+        if head == "hooked":
+            add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu"))
+        if head == "checkpointed":
+            model.lm_head = checkpoint_wrapper(model.lm_head)
+
+    if (model, head) == ("tied", "fp32 saved"):
+        pytest.skip("TRL 1.16 looks for the embedding of a PEFT model in the wrong place")
+    if "saved" in head:
+        path = folders(model)
+        trainer = new_trainer(
+            functools.partial(FusedGRPOTrainer, peft_config=lora(modules_to_save=["lm_head"])),
+            path,
+            tmp_path,
+            cast_lm_head_to_fp32="fp32" in head,
+        )
+    else:
+        trainer = with_head(change, folders(model), tmp_path, cast_lm_head_to_fp32=head == "fp32")
+    trainer._compute_loss(trainer.model, batch())
+    assert messages(caplog, logging.WARNING) == []
+
+
+# --- Logging ------------------------------------------------------------------------------------------------
+
+
+def test_every_trainer_says_which_path_it_takes(
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for config, text in (({}, "in the model's forward"), ({"top_entropy_quantile": 0.5}, "linear_logps")):
+        for _ in range(2):
+            caplog.clear()
+            trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path, **config)
+            for _ in range(2):
+                trainer._compute_loss(trainer.model, batch())
+            (path,) = (x for x in messages(caplog, logging.INFO) if x.startswith("FusedGRPOTrainer"))
+            assert text in path
+
+
+def test_path_is_said_when_it_can_be_seen(
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Logging may be configured after the first steps."""
+    trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+    caplog.set_level(logging.WARNING, logger="grpo_kernels")
+    trainer._compute_loss(trainer.model, batch())
+    caplog.set_level(logging.INFO, logger="grpo_kernels")
+    trainer._compute_loss(trainer.model, batch())
+    assert any("in the model's forward" in text for text in messages(caplog, logging.INFO))
+
+
+def test_fuse_trl_logps_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    for calls in (1, 2):
+        fuse_trl_logps()
+        found = [text for text in messages(caplog, logging.INFO) if text.startswith("fuse_trl_logps")]
+        assert len(found) == calls and "linear_logps" in found[0]
+    assert trl_head.utils._ChunkedLogProbFunction is trl_head.FusedUnlessSharded
