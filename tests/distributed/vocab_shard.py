@@ -133,6 +133,58 @@ def logit_transforms(backend: str, kl: str) -> None:
         assert_parity(case.with_options(**extra), backend=backend, what=str(extra))
 
 
+def with_masked_part(case: Case, value: float, names: str) -> Case:
+    """The second rank's columns all hold `value`. A taken token among them swaps its logit with column 0.
+
+    Its logit is lowered, because fewer others would leave 1 - p of the surest one with few digits.
+    """
+    start, stop = bounds("uneven", V)[1]
+    ids = case.completion_ids.clamp(min=0)
+    moves = (ids >= start) & (ids < stop)
+    taken = torch.where(moves, 0, ids)
+
+    def masked(z: Tensor) -> Tensor:
+        first, own = z[..., 0], z.gather(-1, ids[..., None])[..., 0] - 2
+        z = z.scatter(-1, ids[..., None], torch.where(moves, first, own)[..., None])
+        z[..., 0] = torch.where(moves | (ids == 0), own, first)
+        z[..., start:stop] = value
+        return z
+
+    options = dict(case.options)
+    if "reference" in names:
+        options["ref_logits"] = masked(options["ref_logits"])
+    logits = masked(case.logits) if "policy" in names else case.logits
+    return case._replace(logits=logits, completion_ids=taken, options=options)
+
+
+@cases.add(backend=BACKENDS, value=[-1e10, torch.finfo(torch.float32).min, -math.inf], inplace=[False, True])
+def a_part_of_masks(backend: str, value: float, inplace: bool) -> None:
+    for kl in ("exact", "exact_forward"):
+        spec = LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1)
+        case = with_masked_part(every_branch(spec, V, torch.float32), value, "policy and reference")
+        assert_parity(case, backend=backend, inplace=inplace, return_entropy=True, what=kl)
+    case = with_masked_part(every_branch(FULL, V, torch.float32), value, "policy")
+    assert_parity(case, backend=backend, inplace=inplace, return_entropy=True, what="policy only")
+
+
+@cases.add(backend=BACKENDS)
+def a_part_of_masks_of_the_reference(backend: str) -> None:
+    """The policy gives the part probability: the exact KL is that times the mask."""
+    case = with_masked_part(every_branch(FULL, V, torch.float32), -1e10, "reference")
+    assert_parity(case, backend=backend)
+
+
+@cases.add(backend=BACKENDS, value=[-1e10, -1e20, -math.inf])
+def a_taken_token_in_a_part_of_masks(backend: str, value: float) -> None:
+    start, stop = bounds("uneven", V)[1]
+    logits = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0))
+    logits[..., start:stop] = value
+    shard = shard_of("uneven", V)
+    ids = torch.full((2, 3), start)
+    got = selective_logps(logits[..., shard.start : shard.stop], ids, shard=shard, backend=backend)
+    torch.testing.assert_close(got, logits.log_softmax(-1)[..., start])
+
+
 @cases.add(backend=BACKENDS, width=[V, 2 * V])
 def padded_vocabulary(backend: str, width: int) -> None:
     """Padding at the end of the last part, or all of it."""
