@@ -107,7 +107,7 @@ PER_TOKEN = {
     "completion_mask": "(2, 3)",
     "ref_logps": "(2, 3)",
     "old_logps": "(2, 3)",
-    "token_weights": "(2, 3) or (2, 1)",
+    "token_weights": "(2, 3) or (2, 1) or (2,)",
     "advantages": "(2, 3) or (2, 1) or (2,)",
     "temperature": "(2, 3) or (2, 1) or (2,)",
 }
