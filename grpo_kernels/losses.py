@@ -52,7 +52,8 @@ def grpo_loss(
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
 
     Padded batches have `B` sequences of `T` tokens, packed ones `N` tokens of `S` sequences end to end.
-    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes.
+    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes. Numbers may be any real
+    scalars, those of NumPy and 0-dim CPU tensors included.
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
@@ -72,7 +73,8 @@ def grpo_loss(
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
         ref_logit_scale, ref_logit_softcap: the reference's; None: as the policy's.
-        vocab_size: columns from here on are padding: they take no part and get zero gradient.
+        vocab_size: columns from here on are padding: they take no part and get zero gradient. If it is given,
+            policy and reference may have different numbers of columns.
         normalizer: a number or a 0-dim tensor. Replaces the denominator of the aggregation: the tokens
             (sequences) of all micro-batches and ranks. Where gradients are averaged over ranks, as DDP and
             FSDP do, divided by the number of ranks: `grpo_kernels.normalizers.global_normalizer`.

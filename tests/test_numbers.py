@@ -260,9 +260,8 @@ def test_scalar_tensors_of_the_cpu_go_to_the_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_scalar_tensors_of_the_cpu_do_not_sync(device: str) -> None:
-    if device != "cuda":
-        pytest.skip("needs a GPU")
     x = {name: value.to(device) for name, value in inputs().items()}
     options = {
         "temperature": torch.tensor(0.75),
