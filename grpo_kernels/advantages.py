@@ -20,7 +20,7 @@ def group_advantages(
     """`(r - mean_group) / (std_group + eps)` (GRPO, arXiv:2402.03300).
 
     Args:
-        rewards: `[B]`, floating point.
+        rewards: `[B]`, of any real dtype, integers and bools included.
         group_size: consecutive completions that share a prompt; divides `B`. Or
         group_ids: `[B]` integers: completions with equal ids share a prompt. One of the two.
         scale: "std" divides by the group's standard deviation (with Bessel's correction) plus `eps`; "none"
@@ -28,19 +28,19 @@ def group_advantages(
         leave_one_out: compare each reward with the mean of the others of its group (RLOO, arXiv:2402.14740).
 
     Returns:
-        `[B]` in the dtype of `rewards`, computed in fp64. Exactly 0 where all rewards of a
-        group are equal, a group of one included.
+        `[B]` in the dtype of `rewards`, or fp32 if that is not floating point; computed in fp64. Exactly 0 if
+        all rewards of a group are equal, a group of one included.
 
     Raises:
         ValueError: a wrong shape, dtype, device, group size or scale; TypeError: a wrong type.
     """
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}")
-    if rewards.dim() != 1 or not rewards.dtype.is_floating_point:
+    if rewards.dim() != 1 or rewards.dtype.is_complex:
         got = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
-        raise ValueError(f"rewards must be [B] floating point, got {got}")
+        raise ValueError(f"rewards must be [B] of a real dtype, got {got}")
     check_choice("scale", scale, ("std", "none"))
-    check_number("eps", eps)
+    eps = check_number("eps", eps)
     groups, count = _groups(rewards, group_size, group_ids)
     # In fp32 the mean of rewards far from zero is off by their rounding, and squares are 0 or inf.
     values = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
@@ -62,7 +62,8 @@ def group_advantages(
     # Equal rewards teach nothing. Their mean may round, and what that leaves over the tiny spread must not
     # count.
     undecided = group_extreme("amax") == group_extreme("amin")
-    return torch.where(undecided, 0.0, advantages).to(rewards.dtype)
+    dtype = rewards.dtype if rewards.dtype.is_floating_point else torch.float32
+    return torch.where(undecided, 0.0, advantages).to(dtype)
 
 
 def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> tuple[Tensor, int]:
@@ -70,7 +71,7 @@ def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -
     if (group_size is None) == (group_ids is None):
         raise ValueError("give one of group_size and group_ids")
     if group_size is not None:
-        check_integer("group_size", group_size)
+        group_size = check_integer("group_size", group_size)
         if rewards.numel() % group_size:
             raise ValueError(f"group_size must divide the {rewards.numel()} rewards, got {group_size}")
         return torch.arange(

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import debug
 from .aggregation import aggregation_weights, safe_divide
-from .batch import Batch
+from .batch import Batch, moved_scalar
 from .checks import check_choice, check_number
 from .metrics import metrics
 from .objective import Coefficients, RowStats, TokenInputs
@@ -82,11 +83,12 @@ def token_inputs(
     normalizer: float | Tensor | None,
 ) -> TokenInputs:
     """The constants of the loss, checked and laid out by rows."""
+    normalizer = _normalizer(batch, normalizer)
     row_weights = _row_weights(spec, batch, normalizer)
     if spec.couples_tokens and not spec.uses_callable:
         name = "a KL" if spec.surrogate is None else type(spec.surrogate).__name__
         batch.require_sequences(f"{name} at level {spec.level!r}")
-    weights = batch.optional("token_weights", token_weights, columns=True)
+    weights = batch.optional("token_weights", token_weights, per_sequence=True)
     if weights is not None and token_weights is not None and tuple(token_weights.shape) != batch.shape:
         weights = weights_of_sequences(spec, weights, batch.layout)
     return TokenInputs(
@@ -122,16 +124,19 @@ def loss_output(
     )
 
 
+def _normalizer(batch: Batch, normalizer: float | Tensor | None) -> float | Tensor | None:
+    """A 0-dim tensor on the batch's device, a Python number or None."""
+    if not isinstance(normalizer, Tensor):
+        return check_number("normalizer", normalizer, optional=True)
+    if normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}")
+    if debug.enabled():
+        debug.check_scalar("normalizer", normalizer)
+    return moved_scalar(normalizer, batch.mask.device).to(batch.mask.device)
+
+
 def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None) -> Tensor:
     """The aggregation as a weight per row; raises ValueError where it lacks what it needs."""
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0:
-            raise ValueError(
-                f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}"
-            )
-        normalizer = normalizer.detach().to(batch.mask.device)
-    elif normalizer is not None:
-        check_number("normalizer", normalizer, low=0.0)
     if spec.aggregation == "seq-mean-token-mean" or (
         spec.aggregation.startswith("seq-") and normalizer is None
     ):

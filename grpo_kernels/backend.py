@@ -5,7 +5,6 @@ Under `torch.compile` the two primitives are opaque operators; else they are cal
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -52,14 +51,67 @@ def choose_backend(backend: str, logits: Tensor) -> str:
     return backend
 
 
-@functools.cache
-def log_once(message: str) -> None:
-    logger.info(message)
+class OnceLogger:
+    """Logs each message once per process. Only records that a handler took count as logged.
+
+    What was logged before logging was configured is logged again. Once a message was seen, a call costs a set
+    lookup.
+    """
+
+    def __init__(self, level: int) -> None:
+        self.level = level
+        self.seen: set[tuple[object, ...]] = set()
+
+    def __call__(self, message: str, *args: object) -> None:
+        """Log `message % args`; the arguments must be hashable."""
+        key = (message, *args)
+        if key not in self.seen and takes_records(logger, self.level):
+            self.seen.add(key)
+            logger.log(self.level, message, *args)
+
+    def cache_clear(self) -> None:
+        """Forget what was logged, as in a new process."""
+        self.seen.clear()
 
 
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
+def takes_records(logger: logging.Logger, level: int) -> bool:
+    """Whether a record of this level would reach a handler that outputs it."""
+    if not logger.isEnabledFor(level):
+        return False
+    if not logger.hasHandlers():  # then Python prints warnings to stderr, and drops what is below
+        return logging.lastResort is not None and level >= logging.lastResort.level
+    at: logging.Logger | None = logger
+    while at is not None:
+        if any(level >= x.level and not isinstance(x, logging.NullHandler) for x in at.handlers):
+            return True
+        at = at.parent if at.propagate else None
+    return False
+
+
+log_once = OnceLogger(logging.INFO)
+warn_once = OnceLogger(logging.WARNING)
+
+
+def log_path(function: str, path: str, backend: str, **dtypes: torch.dtype | None) -> None:
+    """Log how a call is computed, once per function, path, backend and dtypes. None: the tensor is absent."""
+    if torch.compiler.is_compiling():
+        return
+    given = [x for pair in dtypes.items() if pair[1] is not None for x in pair]
+    log_once("%s: %s, %s backend" + ", %s %s" * (len(given) // 2), function, path, backend, *given)
+
+
+def two_kernels(learns: bool) -> str:
+    """The path from logits for `log_path`, unless it is fused."""
+    if not learns:
+        return "one kernel (statistics, no gradient)"
+    return "two kernels (statistics, then the gradient in the backward)"
+
+
+def two_passes(learns: bool) -> str:
+    """The path from hidden states for `log_path`, unless the forward computes the gradient too."""
+    if not learns:
+        return "one pass (statistics, no gradient)"
+    return "two passes (statistics, then logits and gradient in the backward)"
 
 
 def row_stats(

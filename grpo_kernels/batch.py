@@ -46,8 +46,7 @@ class Vocabulary(NamedTuple):
     ) -> Vocabulary:
         """`held` has the vocabulary, or the shard's part of it, along `dim`."""
         columns = held.shape[dim]
-        if vocab_size is not None:
-            check_integer("vocab_size", vocab_size)
+        vocab_size = check_integer("vocab_size", vocab_size, optional=True)
         if shard is None:
             size = columns if vocab_size is None else vocab_size
             if not 1 <= size <= columns:
@@ -77,9 +76,15 @@ def check_logits(
             raise ValueError(f"{name} must be [B, T, V] or packed [N, V], got shape {tuple(logits.shape)}")
     else:
         check_device(name, logits, like.device, "logits")
-        if logits.shape[:-1] != like.shape[:-1] or (not padded and logits.shape != like.shape):
+        if logits.shape[:-1] != like.shape[:-1]:
             raise ValueError(
                 f"{name} must be shaped as logits {tuple(like.shape)}, got {tuple(logits.shape)}"
+                f"{squeeze_hint(logits.shape[:-1], like.shape[:-1])}"
+            )
+        if not padded and logits.shape != like.shape:
+            raise ValueError(
+                f"{name} must be shaped as logits {tuple(like.shape)}, got {tuple(logits.shape)}: give "
+                "vocab_size, the number of columns that both have in common, to ignore the rest as padding"
             )
         if (logits.dtype == torch.float64) != (like.dtype == torch.float64):
             raise ValueError(f"{name} is {logits.dtype}, logits {like.dtype}: fp64 goes with fp64 only")
@@ -157,6 +162,8 @@ class Batch:
         mask_name: str = "completion_mask",
     ) -> Batch:
         shape, device = tuple(source.shape[:-1]), source.device
+        if seq_lens is not None:
+            _check_seq_lens(seq_lens, source, name)
         if ids is None:
             ids = torch.zeros(shape, dtype=torch.int64, device=device)
         check_tensor(ids_name, ids)
@@ -166,6 +173,7 @@ class Batch:
         if tuple(ids.shape) != shape:
             raise ValueError(
                 f"{ids_name} must have shape {shape}, as {name} {tuple(source.shape)}, got {tuple(ids.shape)}"
+                f"{squeeze_hint(ids.shape, shape)}"
             )
         if mask is None:
             unmasked = torch.ones(shape, dtype=torch.bool, device=device)
@@ -173,7 +181,10 @@ class Batch:
             check_tensor(mask_name, mask)
             check_device(mask_name, mask, device, name)
             if tuple(mask.shape) != shape:
-                raise ValueError(f"{mask_name} must have shape {shape}, got {tuple(mask.shape)}")
+                raise ValueError(
+                    f"{mask_name} must have shape {shape}, got {tuple(mask.shape)}"
+                    f"{squeeze_hint(mask.shape, shape)}"
+                )
             if mask.dtype.is_complex:
                 raise ValueError(f"{mask_name} must be real, got {mask.dtype}")
             unmasked = mask != 0
@@ -181,13 +192,14 @@ class Batch:
         if debug.enabled():
             debug.check_ids(ids_name, ids, unmasked, vocab.size)
             debug.check_mask(mask_name, unmasked)
+            if mask is not None:
+                debug.check_mask_values(mask_name, mask)
         columns = ids - vocab.start if vocab.start else ids
         here = (columns >= 0) & (columns < vocab.width)
         targets = torch.where(unmasked, torch.where(here, columns, vocab.width), MASKED)
         num_sequences = shape[0] if len(shape) == 2 else None
         layout = Layout(shape, unmasked.reshape(-1), arithmetic_dtype(source))
         if seq_lens is not None:
-            _check_seq_lens(seq_lens, source, name)
             num_sequences = seq_lens.numel()
             layout.seq_lens, layout.sequence_ids = sequences_within(
                 seq_lens.to(device, torch.int64), shape[0]
@@ -220,6 +232,16 @@ class Batch:
                 if x is not None:
                     debug.check_numbers(name, x.detach(), self.mask.view(self.shape))
 
+    def look_at_heads(self, vocab_size: int, **parts: Tensor | None) -> None:
+        """Under GRPO_KERNELS_DEBUG, raise ValueError if a weight or bias is NaN or infinite.
+
+        Padding beyond `vocab_size` does not matter, nor does any of it if all tokens are masked.
+        """
+        if debug.enabled() and bool(self.mask.any()):  # the sync is part of GRPO_KERNELS_DEBUG
+            for name, x in parts.items():
+                if x is not None:
+                    debug.check_head(name, x.detach()[:vocab_size])
+
     def require_sequences(self, what: str) -> None:
         if self.num_sequences is None:
             raise ValueError(f"{what} on a packed batch needs seq_lens")
@@ -234,13 +256,11 @@ class Batch:
         value: Tensor,
         *,
         per_sequence: bool = False,
-        columns: bool = False,
         masked: float = 0.0,
     ) -> Tensor:
         """`value` as `[B * T]` constants in the dtype of the arithmetic, `masked` where the mask is off.
 
-        Besides one value per token, `per_sequence` admits `[B]`, `[B, 1]` and packed `[S]`; `columns` admits
-        `[B, 1]`.
+        `per_sequence` also accepts `[B]`, `[B, 1]` and packed `[S]`.
         """
         check_tensor(name, value)
         check_device(name, value, self.targets.device, self.source)
@@ -249,8 +269,7 @@ class Batch:
         value, got = value.detach(), tuple(value.shape)
         allowed = [self.shape]
         if not self.packed:
-            allowed += [(self.shape[0], 1)] if per_sequence or columns else []
-            allowed += [(self.shape[0],)] if per_sequence else []
+            allowed += [(self.shape[0], 1), (self.shape[0],)] if per_sequence else []
         elif per_sequence and self.num_sequences is not None:
             allowed += [(self.num_sequences,)]
         if got not in allowed:
@@ -260,7 +279,8 @@ class Batch:
                 if self.packed and per_sequence and self.layout.sequence_ids is None
                 else ""
             )
-            raise ValueError(f"{name} must have shape {expected}{hint}, got {got}")
+            hint_of_got = squeeze_hint(got, self.shape) if self.packed else ""
+            raise ValueError(f"{name} must have shape {expected}{hint}, got {got}{hint_of_got}")
         if got == self.shape:
             value = value.reshape(-1)
         elif self.packed:
@@ -271,16 +291,30 @@ class Batch:
             debug.check_numbers(name, value.view(self.shape), self.mask.view(self.shape))
         return torch.where(self.mask, value.to(self.dtype), masked)
 
-    def optional(self, name: str, value: Tensor | None, *, columns: bool = False) -> Tensor | None:
-        return None if value is None else self.per_token(name, value, columns=columns)
+    def optional(self, name: str, value: Tensor | None, *, per_sequence: bool = False) -> Tensor | None:
+        return None if value is None else self.per_token(name, value, per_sequence=per_sequence)
 
     def temperatures(self, temperature: float | Tensor) -> Tensor | None:
         """A temperature per token, where it is not one number for all."""
         if not isinstance(temperature, Tensor):
             return None
         if temperature.dim() == 0:
-            temperature = temperature.expand(self.shape)
+            temperature = moved_scalar(temperature, self.targets.device).expand(self.shape)
         return self.per_token("temperature", temperature, per_sequence=True, masked=1.0)
+
+
+def moved_scalar(x: Tensor, device: torch.device) -> Tensor:
+    """A 0-dim tensor, detached, on `device`.
+
+    Operators take a 0-dim CPU tensor as a number, so that it gets to a GPU without the sync of a copy.
+    """
+    x = x.detach()
+    return torch.zeros_like(x, device=device) + x if x.device.type == "cpu" != device.type else x
+
+
+def squeeze_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """For a packed batch that comes as one padded sequence, as in Hugging Face's padding-free training."""
+    return "; squeeze(0) removes its first dimension" if tuple(got) == (1, *expected) else ""
 
 
 def sequences_within(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -297,7 +331,10 @@ def sequences_within(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
     check_tensor("seq_lens", seq_lens)
     if source.dim() != 2:
-        raise ValueError(f"seq_lens belongs to packed {name} [N, ...], got shape {tuple(source.shape)}")
+        hint = ""
+        if source.shape[0] == 1:
+            hint = f": pass {name}.squeeze(0), and everything else per token likewise"
+        raise ValueError(f"seq_lens belongs to packed {name} [N, ...], got shape {tuple(source.shape)}{hint}")
     if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype == torch.bool:
         raise ValueError(
             f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"

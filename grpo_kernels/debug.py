@@ -1,4 +1,4 @@
-"""GRPO_KERNELS_DEBUG=1: what would show as a NaN later is named at once. Each check makes the host wait."""
+"""GRPO_KERNELS_DEBUG=1: what would show as a NaN later is named at once. Each check syncs with the device."""
 
 from __future__ import annotations
 
@@ -25,26 +25,61 @@ def check_ids(name: str, ids: Tensor, unmasked: Tensor, vocab_size: int | None) 
 
 
 def check_mask(name: str, unmasked: Tensor) -> None:
-    """Warns where no token is left."""
-    # The host waits, under GRPO_KERNELS_DEBUG only, to know whether to warn.
+    """Warn if no token is left."""
+    # Syncs with the device, under GRPO_KERNELS_DEBUG only, to know whether to warn.
     if unmasked.numel() and not bool(unmasked.any()):
         logger.warning("%s masks all of %s: the loss and its gradient are 0", name, tuple(unmasked.shape))
 
 
-def check_numbers(name: str, x: Tensor, unmasked: Tensor) -> None:
-    """Raises ValueError at the first NaN of `x` `[B, T]`, `[B, T, V]` or packed, where not masked.
+def check_mask_values(name: str, mask: Tensor) -> None:
+    """Raise ValueError at the first value of a float mask that is neither 0 nor 1, which would count as 1."""
+    at = first((mask != 0) & (mask != 1)) if mask.is_floating_point() else None
+    if at is not None:
+        raise ValueError(f"{name}{list(at)} is {float(mask[at])}, a mask holds 0 and 1 only")
 
-    And at the first +inf of a row `[V]`: no softmax is left of it.
+
+def check_numbers(name: str, x: Tensor, unmasked: Tensor) -> None:
+    """Raise ValueError at the first unmasked value of `x` that the loss cannot use.
+
+    `x` has the shape of the mask `unmasked`, or one more dimension. What is wrong depends on what `x` holds:
+    logits and log-probabilities may be -inf (a probability of 0) but not +inf, temperatures must be positive,
+    and everything else must be finite. NaN is always wrong.
     """
     if x.dim() > unmasked.dim():
-        at = first((x.isnan() | (x == torch.inf)) & unmasked.unsqueeze(-1))
-    else:
-        at = first(x.isnan() & unmasked)
+        unmasked = unmasked.unsqueeze(-1)
+    at = first(unusable(name, x) & unmasked)
     if at is not None:
         raise ValueError(f"{name}{list(at)} is {float(x[at])}, and not masked")
+    if name == "temperature":
+        at = first((x <= 0) & unmasked)
+        if at is not None:
+            raise ValueError(f"{name}{list(at)} must be > 0, got {float(x[at])}")
+
+
+def check_head(name: str, x: Tensor) -> None:
+    """Raise ValueError at the first value that is NaN or infinite in a head's weight or bias.
+
+    A bias of -inf is allowed, because it excludes a vocabulary entry as a logit of -inf does.
+    """
+    at = first(unusable(name, x))
+    if at is not None:
+        raise ValueError(f"{name}{list(at)} is {float(x[at])}")
+
+
+def check_scalar(name: str, x: Tensor) -> None:
+    """Raise ValueError if a 0-dim tensor is negative or not finite."""
+    at = first((x < 0) | ~x.isfinite())
+    if at is not None:
+        raise ValueError(f"{name} must be finite and >= 0, got {float(x)}")
+
+
+def unusable(name: str, x: Tensor) -> Tensor:
+    if name.endswith(("logits", "logps", "bias")):
+        return x.isnan() | (x == torch.inf)
+    return ~x.isfinite()
 
 
 def first(wrong: Tensor) -> tuple[int, ...] | None:
     """The position of the first True."""
-    # The host waits, under GRPO_KERNELS_DEBUG only: an error has to be raised here.
+    # Syncs with the device, under GRPO_KERNELS_DEBUG only: an error has to be raised here.
     return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None

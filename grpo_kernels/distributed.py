@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_flag, check_integer
+from .checks import check_flag, integer_field
 from .objective import MASKED, RowStats
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class VocabShard:
     sum_dhidden: bool = True
 
     def __post_init__(self) -> None:
-        check_integer("VocabShard.start", self.start, low=0)
-        check_integer("VocabShard.stop", self.stop, low=self.start)
+        integer_field(self, "start", low=0)
+        integer_field(self, "stop", low=self.start)
         check_flag("VocabShard.sum_dhidden", self.sum_dhidden)
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import check_device, check_dtype, check_tensor
+from .batch import check_device, check_dtype, check_tensor, squeeze_hint
 from .checks import check_flag, check_integer
 from .distributed import VocabShard, is_dtensor, local_part
 from .linear import Head, LinearConfig, multiplies_mixed
@@ -79,12 +79,18 @@ def check_ref_head(
     if hidden.shape[:-1] != like.shape[:-1]:
         raise ValueError(
             f"ref_hidden must have the leading shape of hidden {tuple(like.shape)}, got {tuple(hidden.shape)}"
+            f"{squeeze_hint(hidden.shape[:-1], like.shape[:-1])}"
         )
     if (hidden.dtype == torch.float64) != (like.dtype == torch.float64):
         raise ValueError(f"ref_hidden is {hidden.dtype}, hidden {like.dtype}: fp64 goes with fp64 only")
     rows = head.weight.shape[0]
-    if rows < width or (rows > width and not padded):
-        raise ValueError(f"ref_lm_head_weight has {rows} rows, the vocabulary {width} words")
+    if rows != width and not padded:
+        raise ValueError(
+            f"ref_lm_head_weight has {rows} rows, lm_head_weight {width}: give vocab_size, the number of "
+            "rows that both have in common, to ignore the rest as padding"
+        )
+    if rows < width:
+        raise ValueError(f"ref_lm_head_weight has {rows} rows, fewer than the {width} of the vocabulary")
     return head
 
 
@@ -141,8 +147,7 @@ def linear_config(
         raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {logits_dtype}")
     if logits_dtype == torch.bfloat16 != product_dtype(hidden):
         raise ValueError(f"logits_dtype=torch.bfloat16 is for factors of bf16, got {product_dtype(hidden)}")
-    if chunk_tokens is not None:
-        check_integer("chunk_tokens", chunk_tokens)
+    chunk_tokens = check_integer("chunk_tokens", chunk_tokens, optional=True)
     check_flag("compact", compact)
     check_flag("skip_inactive", skip_inactive)
     if skip_inactive and not compact:

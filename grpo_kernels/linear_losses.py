@@ -16,7 +16,7 @@ from .arguments import (
     token_inputs,
 )
 from .autograd import RowConfig, fusible, loss_of_statistics
-from .backend import choose_backend, log_once
+from .backend import choose_backend, log_path, two_passes
 from .batch import Batch, Vocabulary
 from .distributed import VocabShard
 from .heads import check_head, check_ref_head, linear_config, product_dtype
@@ -111,6 +111,10 @@ def linear_grpo_loss(
         shard=shard,
     )
     batch.look_at(hidden=hidden, ref_hidden=ref_hidden)
+    batch.look_at_heads(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
+    if ref is not None:
+        parts = {"ref_lm_head_weight": ref.weight, "ref_lm_head_bias": ref.bias}
+        batch.look_at_heads(vocab.width, **parts)
     config = linear_config(
         hidden,
         ref,
@@ -145,9 +149,9 @@ def linear_grpo_loss(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     one_pass = learns and fusible(spec, product_dtype(hidden))
     one_pass = one_pass and not torch.compiler.is_compiling()  # which knows the two passes only, as operators
-    if not torch.compiler.is_compiling():
-        path = "gradient in the forward" if one_pass else "statistics, then logits anew in the backward"
-        log_once(f"linear form: {path}, {rows.backend} backend, {config.dtype}, {config.logits_dtype} logits")
+    path = "one pass (loss and gradient in the forward)" if one_pass else two_passes(learns)
+    dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
+    log_path("linear_grpo_loss", path, rows.backend, **dtypes)
     if one_pass:
         loss, dlogp, stats = linear_loss(
             head, ref, batch.targets, temperatures, inputs, ran, active, spec, config, rows

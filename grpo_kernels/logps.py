@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import logit_transform
 from .autograd import RowConfig, row_statistics
-from .backend import choose_backend
+from .backend import choose_backend, log_path, two_kernels, two_passes
 from .batch import Batch, Vocabulary, by_rows, check_logits
 from .distributed import VocabShard, local_part
 from .heads import check_head, linear_config
@@ -52,6 +52,8 @@ def selective_logps(
     batch.look_at(logits=logits[..., : vocab.width])
     transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
     config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy, shard=shard)
+    learns = torch.is_grad_enabled() and logits.requires_grad
+    log_path("selective_logps", two_kernels(learns), config.backend, logits=logits.dtype)
     stats = row_statistics(by_rows(logits), None, batch.targets, batch.temperatures(temperature), config)
     found = TokenStatistics.of(stats, batch)
     return found.logps if found.entropy is None else (found.logps, found.entropy)
@@ -145,17 +147,25 @@ def linear_token_statistics(
     compact: bool = True,
     shard: VocabShard | None = None,
     backend: str = "auto",
+    function: str = "linear_logps",
 ) -> TokenStatistics:
-    """All that `linear_logps` can tell of each token in one pass; arguments and errors as there."""
+    """All that `linear_logps` can tell of each token in one pass; arguments and errors as there.
+
+    `function` is what the log calls it.
+    """
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, ids, mask, None, vocab, name="hidden", ids_name="ids", mask_name="mask")
     batch.look_at(hidden=hidden)
+    batch.look_at_heads(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
     config = linear_config(
         hidden, None, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, compact=compact
     )
     transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
     rows = RowConfig(transform, choose_backend(backend, hidden), entropy=entropy, top1=top1, shard=shard)
     temperatures = batch.temperatures(temperature)
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+    dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
+    log_path(function, two_passes(learns), rows.backend, **dtypes)
     stats = linear_row_statistics(head, None, batch.targets, temperatures, config, rows)
     return TokenStatistics.of(stats, batch)

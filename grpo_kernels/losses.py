@@ -17,7 +17,7 @@ from .arguments import (
     token_inputs,
 )
 from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
-from .backend import choose_backend, log_once
+from .backend import choose_backend, log_path, two_kernels
 from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
 from .distributed import VocabShard, local_part
 from .row_loss import coefficients
@@ -52,7 +52,8 @@ def grpo_loss(
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
 
     Padded batches have `B` sequences of `T` tokens, packed ones `N` tokens of `S` sequences end to end.
-    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes.
+    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes. Numbers may be any real
+    scalars, those of NumPy and 0-dim CPU tensors included.
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
@@ -67,15 +68,16 @@ def grpo_loss(
         ref_logits: the reference model's logits, as `logits`; no gradient.
         ref_logps: `[B, T]` or `[N]`, nats: its log-probabilities instead. Not both.
         old_logps: `[B, T]` or `[N]`, nats: the behaviour policy's. None: on-policy, the ratio is exactly 1.
-        token_weights: `[B, T]`, `[B, 1]` or `[N]`: constant factor on the surrogate, before the KL term; of
-            VESPO and GMPO, on the sequence's ratio (see there).
+        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`: constant factor on the surrogate,
+            before the KL term; of VESPO and GMPO, on the sequence's ratio (see there).
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
         ref_logit_scale, ref_logit_softcap: the reference's; None: as the policy's.
-        vocab_size: columns from here on are padding: they take no part and get zero gradient.
-        normalizer: replaces the denominator of the aggregation: the tokens (sequences) of all micro-batches
-            and ranks. Where gradients are averaged over ranks, as DDP and FSDP do, divided by the number of
-            ranks: `grpo_kernels.normalizers.global_normalizer`.
+        vocab_size: columns from here on are padding: they take no part and get zero gradient. If it is given,
+            policy and reference may have different numbers of columns.
+        normalizer: a number or a 0-dim tensor. Replaces the denominator of the aggregation: the tokens
+            (sequences) of all micro-batches and ranks. Where gradients are averaged over ranks, as DDP and
+            FSDP do, divided by the number of ranks: `grpo_kernels.normalizers.global_normalizer`.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
@@ -95,9 +97,11 @@ def grpo_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device, enum value or a missing companion; TypeError: a wrong type.
-            An unmasked id outside the vocabulary, or a NaN among what is given, makes the loss NaN; with
-            GRPO_KERNELS_DEBUG=1 it raises ValueError with position and value, and a batch that is masked
-            altogether is logged as a warning.
+            An unmasked id outside the vocabulary, or a NaN among what is given, makes the loss NaN. With
+            GRPO_KERNELS_DEBUG=1 in the environment they raise ValueError with position and value, as do
+            infinite advantages, token weights, hidden states and head weights, tensor temperatures that are
+            not positive, and float masks with values other than 0 and 1. A batch without an unmasked token is
+            then logged as a warning. Each of these checks syncs with the device.
     """
     spec, given = resolve_spec(spec), logits
     if shard is not None:
@@ -140,9 +144,9 @@ def grpo_loss(
 
     learns = torch.is_grad_enabled() and logits.requires_grad
     fused = inplace and learns and fusible(spec, logits.dtype) and shard is None
-    if not torch.compiler.is_compiling():
-        path = "fused loss and gradient" if fused else "statistics, then gradient in the backward"
-        log_once(f"{path}, {config.backend} backend, {logits.dtype}")
+    path = "fused (loss and gradient in one kernel)" if fused else two_kernels(learns)
+    ref_dtype = None if ref_logits is None else ref_logits.dtype
+    log_path("grpo_loss", path, config.backend, logits=logits.dtype, ref_logits=ref_dtype)
     if fused:
         loss, dlogp, stats = fused_loss(*tensors, inputs, spec, config)
         derivatives = coefficients(spec, inputs, dlogp)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from . import debug
 from .batch import check_tensor
 from .checks import check_choice
 from .spec import AGGREGATIONS
@@ -63,6 +64,8 @@ def global_normalizer(
     for x in masks:
         if x.dim() not in (1, 2):
             raise ValueError(f"mask must be [B, T] or packed [N], got shape {tuple(x.shape)}")
+        if debug.enabled():
+            debug.check_mask_values("mask", x)
     ranks = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     device = masks[0].device
     if aggregation == "token-sum":

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .arguments import LossOutput, check_reference, loss_output, resolve_spec, token_inputs
 from .autograd import loss_of_statistics
-from .backend import choose_backend
-from .batch import Batch, Vocabulary, check_dtype, check_tensor
+from .backend import choose_backend, has_token_kernels, log_path
+from .batch import Batch, Vocabulary, check_dtype, check_tensor, squeeze_hint
 from .objective import RowStats
 from .spec import LossSpec
 
@@ -66,11 +66,17 @@ def policy_loss(
 
     def live(name: str, x: Tensor) -> Tensor:
         if tuple(check_tensor(name, x).shape) != batch.shape:
-            raise ValueError(f"{name} must have shape {batch.shape}, as logps, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have shape {batch.shape}, as logps, got {tuple(x.shape)}"
+                f"{squeeze_hint(x.shape, batch.shape)}"
+            )
         batch.look_at(**{name: x})
         return torch.where(batch.mask, x.reshape(-1).to(batch.dtype), 0.0)
 
     stats = RowStats(live("logps", logps), entropy=None if entropy is None else live("entropy", entropy))
     backend = choose_backend(backend, logps)
+    one_kernel = has_token_kernels(spec, stats.logps, backend)
+    path = "one kernel over tokens" if one_kernel else "PyTorch operations over tokens"
+    log_path("policy_loss", path, backend, logps=logps.dtype)
     loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout, backend)
     return loss_output(spec, batch, loss, stats, inputs, derivatives, backend)

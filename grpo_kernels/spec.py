@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .checks import check_choice, check_flag, check_integer, check_number
+from .checks import check_choice, check_flag, integer_field, number_field
 from .surrogates import (
     CISPO,
     DPPO,
@@ -57,11 +57,11 @@ class KL:
 
     def __post_init__(self) -> None:
         check_choice("KL.kind", self.kind, SAMPLED_KL + EXACT_KL)
-        check_number("KL.beta", self.beta)
+        number_field(self, "beta")
         check_flag("KL.ratio_corrected", self.ratio_corrected)
         check_flag("KL.straight_through", self.straight_through)
-        check_number("KL.clamp", self.clamp, strict=True, optional=True)
-        check_number("KL.output_clamp", self.output_clamp, strict=True, optional=True)
+        number_field(self, "clamp", strict=True, optional=True)
+        number_field(self, "output_clamp", strict=True, optional=True)
         modified = self.ratio_corrected or self.straight_through or self.clamp or self.output_clamp
         if self.kind in EXACT_KL and modified:
             raise ValueError(
@@ -124,10 +124,9 @@ class LossSpec:
         if isinstance(self.surrogate, DRO) and self.level == "sequence" and self.log_ratio_clamp is not None:
             raise ValueError("log_ratio_clamp does not apply to DRO at level 'sequence', which squares a sum")
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        if self.max_tokens is not None:
-            check_integer("max_tokens", self.max_tokens)
-        check_number("entropy_coef", self.entropy_coef, low=-math.inf, strict=True)
-        check_number("log_ratio_clamp", self.log_ratio_clamp, strict=True, optional=True)
+        integer_field(self, "max_tokens", name="max_tokens", optional=True)
+        number_field(self, "entropy_coef", name="entropy_coef", low=-math.inf, strict=True)
+        number_field(self, "log_ratio_clamp", name="log_ratio_clamp", strict=True, optional=True)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> LossSpec:
@@ -189,11 +188,11 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("logit_scale", self.scale, strict=True)
-        check_number("logit_softcap", self.softcap, strict=True, optional=True)
-        check_number("ref_logit_scale", self.ref_scale, strict=True)
-        check_number("ref_logit_softcap", self.ref_softcap, strict=True, optional=True)
-        check_number("temperature", self.temperature, strict=True)
+        number_field(self, "scale", name="logit_scale", strict=True)
+        number_field(self, "softcap", name="logit_softcap", strict=True, optional=True)
+        number_field(self, "ref_scale", name="ref_logit_scale", strict=True)
+        number_field(self, "ref_softcap", name="ref_logit_softcap", strict=True, optional=True)
+        number_field(self, "temperature", name="temperature", strict=True)
 
 
 PRESETS: dict[str, LossSpec] = {

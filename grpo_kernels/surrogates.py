@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from .checks import check_choice, check_number
+from .checks import check_choice, number_field
 
 LEVELS = ("token", "sequence", "sequence-token")
 
@@ -67,7 +67,7 @@ class ImportanceRatio(Surrogate):
 
     def __post_init__(self) -> None:
         check_choice("ImportanceRatio.anchor", self.anchor, ("old", "ref"))
-        check_number("ImportanceRatio.max_ratio", self.max_ratio, strict=True, optional=True)
+        number_field(self, "max_ratio", strict=True, optional=True)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class PPOClip(Surrogate):
     levels = LEVELS
 
     def __post_init__(self) -> None:
-        check_number("PPOClip.eps_low", self.eps_low)
-        check_number("PPOClip.eps_high", self.eps_high)
-        check_number("PPOClip.delta", self.delta, strict=True, optional=True)
-        check_number("PPOClip.dual_clip", self.dual_clip, low=1.0, strict=True, optional=True)
+        number_field(self, "eps_low")
+        number_field(self, "eps_high")
+        number_field(self, "delta", strict=True, optional=True)
+        number_field(self, "dual_clip", low=1.0, strict=True, optional=True)
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class CISPO(Surrogate):
     levels = LEVELS
 
     def __post_init__(self) -> None:
-        check_number("CISPO.ratio_min", self.ratio_min)
-        check_number("CISPO.ratio_max", self.ratio_max, low=self.ratio_min, strict=True)
+        number_field(self, "ratio_min")
+        number_field(self, "ratio_max", low=self.ratio_min, strict=True)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class SAPO(Surrogate):
     levels = LEVELS
 
     def __post_init__(self) -> None:
-        check_number("SAPO.tau_pos", self.tau_pos, strict=True)
-        check_number("SAPO.tau_neg", self.tau_neg, strict=True)
+        number_field(self, "tau_pos", strict=True)
+        number_field(self, "tau_neg", strict=True)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class DRO(Surrogate):
 
     def __post_init__(self) -> None:
         check_choice("DRO.anchor", self.anchor, ("old", "ref"))
-        check_number("DRO.beta", self.beta, strict=True)
+        number_field(self, "beta", strict=True)
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,9 @@ class DPPO(Surrogate):
 
     def __post_init__(self) -> None:
         check_choice("DPPO.kind", self.kind, ("tv", "kl"))
-        check_number("DPPO.low", self.low)
-        check_number("DPPO.high", self.high)
-        check_number("DPPO.ratio_cap", self.ratio_cap, strict=True)
+        number_field(self, "low")
+        number_field(self, "high")
+        number_field(self, "ratio_cap", strict=True)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class VESPO(Surrogate):
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            check_number(f"VESPO.{f.name}", getattr(self, f.name))
+            number_field(self, f.name)
 
 
 @dataclass(frozen=True)
@@ -219,5 +219,5 @@ class GMPO(Surrogate):
     couples_tokens = True
 
     def __post_init__(self) -> None:
-        check_number("GMPO.eps_low", self.eps_low)
-        check_number("GMPO.eps_high", self.eps_high)
+        number_field(self, "eps_low")
+        number_field(self, "eps_high")

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import debug
 from .checks import check_choice, check_number
 
 
@@ -49,8 +50,8 @@ def importance_weights(
     """
     check_choice("level", level, ("token", "sequence"))
     check_choice("mode", mode, ("truncate", "mask"))
-    check_number("low", low, optional=True)
-    check_number("high", high, strict=True, optional=True)
+    low = check_number("low", low, optional=True)
+    high = check_number("high", high, strict=True, optional=True)
     floor, ceiling = 0.0 if low is None else low, math.inf if high is None else high
     if floor > ceiling:
         raise ValueError(f"low must be at most high, got {low} and {high}")
@@ -84,7 +85,7 @@ def off_policy_sequence_mask(
     Raises:
         ValueError: shapes that differ, a threshold that is not finite.
     """
-    check_number("threshold", threshold, low=-math.inf, strict=True)
+    threshold = check_number("threshold", threshold, low=-math.inf, strict=True)
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(-1)
     if advantages.shape[0] != logps.shape[0] or advantages.shape[1] not in (1, logps.shape[1]):
@@ -99,5 +100,7 @@ def _difference(logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
     if not logps.shape == sampler_logps.shape == mask.shape or logps.dim() != 2:
         shapes = ", ".join(str(tuple(x.shape)) for x in (logps, sampler_logps, mask))
         raise ValueError(f"logps, sampler_logps and mask must all be [B, T], got {shapes}")
+    if debug.enabled():
+        debug.check_mask_values("mask", mask)
     known = (mask != 0) & ~sampler_logps.isnan()
     return torch.where(known, logps.detach() - sampler_logps.detach(), 0.0)

@@ -109,6 +109,31 @@ def test_dtypes(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_integers_and_bools(dtype: torch.dtype, scale: str, leave_one_out: bool) -> None:
+    """As the same rewards in floating point; the advantages are fp32."""
+    r = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 1])
+    options = {"group_size": 4, "scale": scale, "leave_one_out": leave_one_out}
+    got = group_advantages(r.to(dtype), **options)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, group_advantages(r.float(), **options))
+    want = by_loop(r, 4, scale=scale, leave_one_out=leave_one_out)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    assert torch.equal(
+        group_advantages(r.to(dtype), group_ids=torch.arange(12) // 4, **{**options, "group_size": None}), got
+    )
+
+
+def test_large_integers() -> None:
+    """Rewards that fp32 cannot tell apart."""
+    r = torch.tensor([2**24, 2**24 + 1, 2**24 + 2, 2**24 + 3])
+    torch.testing.assert_close(
+        group_advantages(r, group_size=4).double(), by_loop(r, 4), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_far_from_zero() -> None:
     """The spread is taken around the mean: a sum of squares would lose it."""
     r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3])
@@ -134,13 +159,13 @@ IDS = torch.zeros(4, dtype=torch.long)
             R[None],
             {"group_size": 2},
             ValueError,
-            "rewards must be [B] floating point, got torch.float32 of shape (1, 4)",
+            "rewards must be [B] of a real dtype, got torch.float32 of shape (1, 4)",
         ),
         (
-            IDS,
+            torch.zeros(4, dtype=torch.complex64),
             {"group_size": 2},
             ValueError,
-            "rewards must be [B] floating point, got torch.int64 of shape (4,)",
+            "rewards must be [B] of a real dtype, got torch.complex64 of shape (4,)",
         ),
         (R, {}, ValueError, "give one of group_size and group_ids"),
         (R, {"group_size": 2, "group_ids": IDS}, ValueError, "give one of group_size and group_ids"),

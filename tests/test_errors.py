@@ -29,6 +29,7 @@ from grpo_kernels import (
     PPOClip,
     Reinforce,
     grpo_loss,
+    linear_grpo_loss,
     log_ratio_loss,
     selective_logps,
 )
@@ -107,7 +108,7 @@ PER_TOKEN = {
     "completion_mask": "(2, 3)",
     "ref_logps": "(2, 3)",
     "old_logps": "(2, 3)",
-    "token_weights": "(2, 3) or (2, 1)",
+    "token_weights": "(2, 3) or (2, 1) or (2,)",
     "advantages": "(2, 3) or (2, 1) or (2,)",
     "temperature": "(2, 3) or (2, 1) or (2,)",
 }
@@ -324,6 +325,55 @@ class TestCompanions:
         self, call: Callable[..., Any], changes: dict[str, Any], parts: tuple[str, ...]
     ) -> None:
         check(call, changes, ValueError, *parts)
+
+    @pytest.mark.parametrize(
+        "changes, parts",
+        [
+            ({}, ["seq_lens belongs to packed logits [N, ...]", "(1, 5, 7): pass logits.squeeze(0)"]),
+            ({"completion_ids": ids(N)}, ["seq_lens belongs to packed logits", "squeeze(0)"]),
+            ({"logits": zeros(N, V)}, ["completion_ids must have shape (5,)", "got (1, 5)", "squeeze(0)"]),
+        ],
+    )
+    def test_padding_free(self, changes: dict[str, Any], parts: list[str]) -> None:
+        """Hugging Face's padding-free batches are `[1, N, ...]`."""
+        given = {"logits": zeros(1, N, V), "completion_ids": ids(1, N), "seq_lens": lengths(2, 3)}
+        check(packed, {**given, **changes}, ValueError, *parts)
+
+    @pytest.mark.parametrize("name", PER_TOKEN)
+    def test_padding_free_per_token(self, name: str) -> None:
+        value = ids(1, N) if name == "completion_ids" else zeros(1, N)
+        check(packed, {name: value}, ValueError, f"{name} must have shape (5,)", "got (1, 5); squeeze(0)")
+
+    def test_padding_free_elsewhere(self) -> None:
+        """Hidden states, log-probabilities, entropies and references."""
+        head = {"lm_head_weight": zeros(V, 4), "advantages": zeros(N), "completion_ids": ids(N)}
+        for call, changes, parts in (
+            (
+                linear_grpo_loss,
+                {**head, "hidden": zeros(1, N, 4), "seq_lens": lengths(2, 3)},
+                ["seq_lens belongs to packed hidden", "(1, 5, 4): pass hidden.squeeze(0)"],
+            ),
+            (
+                linear_grpo_loss,
+                {
+                    **{**head, "hidden": zeros(N, 4), "spec": LossSpec()},
+                    **{"ref_hidden": zeros(1, N, 4), "ref_lm_head_weight": zeros(V, 4)},
+                },
+                ["ref_hidden must have the leading shape", "got (1, 5, 4); squeeze(0)"],
+            ),
+            (
+                policy_loss,
+                {"logps": zeros(1, N), "advantages": zeros(2), "seq_lens": lengths(2, 3)},
+                ["seq_lens belongs to packed logps", "pass logps.squeeze(0)"],
+            ),
+            (
+                policy_loss,
+                {"logps": zeros(N), "advantages": zeros(N), "entropy": zeros(1, N), "spec": LossSpec()},
+                ["entropy must have shape (5,)", "got (1, 5); squeeze(0)"],
+            ),
+            (packed, {"ref_logits": zeros(1, N, V)}, ["ref_logits must be shaped", "(1, 5, 7); squeeze(0)"]),
+        ):
+            check(call, changes, ValueError, *parts)
 
     def test_seq_lens_of_another_type(self) -> None:
         check(packed, {"seq_lens": [2, 3]}, TypeError, "seq_lens must be a tensor, got list")

@@ -40,9 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"checks", "objective"},
     "debug": set(),
     "batch": {"checks", "objective", "sequences", "distributed", "debug"},
-    "normalizers": {"checks", "spec", "batch"},
+    "normalizers": {"checks", "spec", "debug", "batch"},
     "advantages": {"checks"},
-    "weights": {"checks"},
+    "weights": {"checks", "debug"},
     "row_chunks": set(),
     "torch_backend": {"spec", "objective", "row_loss", "row_chunks"},
     "backend": {
@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "autograd": {"spec", "objective", "sequences", "distributed", "backend"},
     "arguments": {
         *("checks", "surrogates", "spec", "objective", "sequences", "row_loss", "aggregation"),
-        *("metrics", "batch"),
+        *("metrics", "batch", "debug"),
     },
     "losses": {
         *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),

@@ -667,11 +667,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "reference of another vocabulary": (
         with_reference(ref_lm_head_weight=torch.randn(V + 1, H)),
-        "ref_lm_head_weight has 129 rows, the vocabulary 128 words",
+        "ref_lm_head_weight has 129 rows, lm_head_weight 128: give vocab_size",
     ),
     "reference of too small a vocabulary": (
         with_reference(ref_lm_head_weight=torch.randn(V - 9, H), vocab_size=V - 8),
-        "ref_lm_head_weight has 119 rows, the vocabulary 120 words",
+        "ref_lm_head_weight has 119 rows, fewer than the 120 of the vocabulary",
     ),
     "logits_dtype": ({"logits_dtype": torch.float16}, "logits_dtype must be torch.float32 or torch.bfloat16"),
     "bf16 logits of fp32 factors": ({"logits_dtype": torch.bfloat16}, "is for factors of bf16"),
