@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..autograd import fusible
 from ..backend import log_once, logger
+from ..names import Aggregation
 from ..policy_loss import policy_loss
 from ..spec import KL, LossSpec
 from ..surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
@@ -27,7 +28,7 @@ from .trl_head import (
 
 __all__ = ["FusedGRPOTrainer", "fuse_trl_logps"]
 
-AGGREGATION = {
+AGGREGATION: dict[str, Aggregation] = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
     "bnpo": "token-mean",

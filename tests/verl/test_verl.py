@@ -366,7 +366,7 @@ DEFAULTS: dict[str, LossSpec] = {
     "vanilla": LossSpec.preset("bnpo", dual_clip=3.0, log_ratio_clamp=CLAMP),
     "dppo_tv": LossSpec.preset("dppo_tv", ratio_cap=3.0, log_ratio_clamp=CLAMP),
     "dppo_kl": LossSpec.preset("dppo_kl", ratio_cap=3.0, log_ratio_clamp=CLAMP),
-    "gspo": LossSpec.preset("gspo_token", aggregation="token-mean"),
+    "gspo": LossSpec.preset("gspo_token", eps_low=0.2, eps_high=0.2, aggregation="token-mean"),
     "sapo": LossSpec.preset("sapo", log_ratio_clamp=CLAMP),
     "gpg": LossSpec.preset("reinforce"),
     "geo_mean": LossSpec.preset("gmpo", eps_low=0.2, eps_high=0.2),
