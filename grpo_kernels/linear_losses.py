@@ -199,5 +199,15 @@ class LinearGRPOLoss(LossModule):
         """As `linear_grpo_loss`; options given here win over the module's."""
         return self.call(hidden, lm_head_weight, completion_ids, advantages, spec=spec, **options)
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module declares `Callable[..., Any]`, which takes everything
+    if TYPE_CHECKING:  # as in GRPOLoss
+
+        def __call__(
+            self,
+            hidden: Tensor,
+            lm_head_weight: Tensor,
+            completion_ids: Tensor,
+            advantages: Tensor,
+            *,
+            spec: LossSpec | PresetName | None = None,
+            **options: Unpack[LinearGRPOLossOptions],
+        ) -> LossOutput: ...

@@ -78,7 +78,7 @@ def grpo_loss(
         vocab_size: columns from here on are padding: they take no part and get zero gradient.
         normalizer: replaces the denominator of the aggregation: the tokens (sequences) of all micro-batches
             and ranks. Where gradients are averaged over ranks, as DDP and FSDP do, divided by the number of
-            ranks: `grpo_kernels.normalizers.global_normalizer`.
+            ranks: `global_normalizer`.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
@@ -246,5 +246,14 @@ class GRPOLoss(LossModule):
         """As `grpo_loss`; options given here win over the module's."""
         return self.call(logits, completion_ids, advantages, spec=spec, **options)
 
-    if TYPE_CHECKING:
-        __call__ = forward  # nn.Module declares `Callable[..., Any]`, which takes everything
+    if TYPE_CHECKING:  # nn.Module declares it as `Callable[..., Any]`, which takes everything
+
+        def __call__(
+            self,
+            logits: Tensor,
+            completion_ids: Tensor,
+            advantages: Tensor,
+            *,
+            spec: LossSpec | PresetName | None = None,
+            **options: Unpack[GRPOLossOptions],
+        ) -> LossOutput: ...

@@ -371,7 +371,7 @@ class TestChoices:
             )
 
     def test_unknown_options(self) -> None:
-        listed = "The options are ", "temperature", "ref_logits"
+        listed = "The options are ", "ref_logits", "temperature"
         check(GRPOLoss, {"temprature": 1.0}, TypeError, "GRPOLoss has no option temprature. ", *listed)
         check(
             LinearGRPOLoss,
@@ -501,7 +501,8 @@ class TestConstruction:
             (
                 lambda: LossSpec.preset("grpo", eps=1),
                 [
-                    "preset 'grpo' has no option eps. The options of LossSpec.preset('grpo', ...) are eps_low, ",
+                    "preset 'grpo' has no option eps. The options of LossSpec.preset('grpo', ...) are ",
+                    "eps_low, ",
                     "dual_clip, surrogate, kl, level, ",
                     "log_ratio_clamp",
                 ],

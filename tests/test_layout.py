@@ -92,7 +92,7 @@ ALLOWED |= {  # which nothing imports but their users
     },
     "integrations/verl_logps": {"distributed", "logps"},
     "integrations/verl": {
-        *("names", "surrogates", "spec", "arguments", "backend", "policy_loss"),
+        *("checks", "names", "surrogates", "spec", "arguments", "backend", "policy_loss"),
         *("integrations/versions", "integrations/verl_logps"),
     },
 }

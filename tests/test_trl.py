@@ -707,8 +707,8 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str) -> None:
-    """Our presets are TRL's defaults, but for the upper bound of `dapo` and `cispo`, which it leaves open, and
-    the bounds of sequence-level ratios, for which it has no default of their own."""
+    """Our presets are TRL's defaults, but for the upper bound of `dapo` and `cispo`, which it leaves
+    open, and for GSPO's bounds, which it documents and does not set."""
     defaults = trl.GRPOConfig.__dataclass_fields__
     assert (defaults["epsilon"].default, defaults["epsilon_high"].default) == (DEFAULTS["epsilon"], None)
     for key, names in (

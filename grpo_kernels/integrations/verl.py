@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..arguments import resolve_spec
 from ..backend import logger, warn_once
+from ..checks import check_choice
 from ..names import PRESET_NAMES, Aggregation, PresetName
 from ..policy_loss import policy_loss
 from ..spec import LossSpec
@@ -66,6 +67,7 @@ def register_loss(name: str, spec: LossSpec | PresetName | Callable[[Any], LossS
             needs logits, or an entropy bonus, which is verl's `entropy_coeff`.
     """
     if isinstance(spec, str):
+        check_choice("spec", spec, PRESET_NAMES)
         spec = unscaled_preset(spec)
     elif not callable(spec):
         spec = resolve_spec(spec)
