@@ -31,6 +31,7 @@ BASE = [
     'numpy==2.2.6; python_version < "3.11"',
 ]
 PYTEST = ["pytest==9.2.0"]
+MYPY = ["mypy==2.4.1"]
 PLOTS = [
     'matplotlib==3.11.2; python_version >= "3.11"',
     'matplotlib==3.10.9; python_version < "3.11"',
@@ -45,6 +46,7 @@ TEST = [
     *BASE,
     *PYTEST,
     *PLOTS,
+    *MYPY,
     "pytest-xdist==3.8.0",
     'hypothesis==6.170.15; python_version >= "3.11"',
     'hypothesis==6.168.5; python_version < "3.11"',
@@ -64,7 +66,7 @@ TRL = [
 # verl pins libraries of its own that contradict the `trl` extra (and has no release for Python 3.13): give it
 # an environment to itself. It asks for no torch and would take any.
 VERL = [*BASE, *BENCHMARK, "verl==0.9.1"]
-DEV = [*TEST, *BENCH, "ruff==0.17.6", "mypy==2.4.1"]
+DEV = [*TEST, *BENCH, *MYPY, "ruff==0.17.6"]
 
 setup(
     name="grpo_kernels",
@@ -74,10 +76,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    # Makes an editable install a path entry, which type checkers follow. Without it setuptools installs an
+    # import hook, which they do not.
+    package_dir={"": "."},
     packages=find_packages(include=["grpo_kernels", "grpo_kernels.*"]),
     package_data={"grpo_kernels": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.8", f"triton>=3.4; {LINUX}"],
+    install_requires=["torch>=2.8", f"triton>=3.4; {LINUX}", "typing-extensions>=4.10"],
     extras_require={"test": TEST, "bench": BENCH, "trl": TRL, "verl": VERL, "dev": list(dict.fromkeys(DEV))},
     zip_safe=False,
     classifiers=[

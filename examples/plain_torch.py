@@ -23,8 +23,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_kernels import KL, LossOutput, LossSpec, group_advantages, linear_grpo_loss
-from grpo_kernels.normalizers import global_normalizer
+from grpo_kernels import KL, LossOutput, LossSpec, global_normalizer, group_advantages, linear_grpo_loss
 
 END, PAD, VOCAB = 10, 11, 12  # the digits are their own ids
 PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 1, 12

@@ -6,8 +6,11 @@ from .distributed import VocabShard
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
+from .normalizers import global_normalizer
+from .policy_loss import policy_loss
 from .spec import KL, LossSpec
 from .surrogates import CISPO, DPPO, DRO, GMPO, SAPO, VESPO, ImportanceRatio, LogRatio, PPOClip, Reinforce
+from .weights import importance_weights
 
 __version__ = "0.1.0"
 
@@ -28,10 +31,13 @@ __all__ = [
     "PPOClip",
     "Reinforce",
     "VocabShard",
+    "global_normalizer",
     "group_advantages",
     "grpo_loss",
+    "importance_weights",
     "linear_grpo_loss",
     "linear_logps",
     "log_ratio_loss",
+    "policy_loss",
     "selective_logps",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_integer, check_number
+from .names import ADVANTAGE_SCALES, AdvantageScale
 
 
 def group_advantages(
@@ -13,7 +14,7 @@ def group_advantages(
     *,
     group_size: int | None = None,
     group_ids: Tensor | None = None,
-    scale: str = "std",
+    scale: AdvantageScale = "std",
     eps: float = 1e-4,
     leave_one_out: bool = False,
 ) -> Tensor:
@@ -39,7 +40,7 @@ def group_advantages(
     if rewards.dim() != 1 or rewards.dtype.is_complex:
         got = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
         raise ValueError(f"rewards must be [B] of a real dtype, got {got}")
-    check_choice("scale", scale, ("std", "none"))
+    check_choice("scale", scale, ADVANTAGE_SCALES)
     eps = check_number("eps", eps)
     groups, count = _groups(rewards, group_size, group_ids)
     # In fp32 the mean of rewards far from zero is off by their rounding, and squares are 0 or inf.

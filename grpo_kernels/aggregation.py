@@ -33,5 +33,6 @@ def aggregation_weights(
     if spec.aggregation == "seq-mean-token-mean":
         weights = weights / layout.lengths
     elif spec.aggregation == "seq-mean-token-sum-norm":
-        denominator = denominator * (layout.shape[-1] if spec.max_tokens is None else spec.max_tokens)
+        assert spec.max_tokens is not None  # LossSpec requires it
+        denominator = denominator * spec.max_tokens
     return safe_divide(weights, denominator)

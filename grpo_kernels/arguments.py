@@ -12,10 +12,11 @@ from .aggregation import aggregation_weights, safe_divide
 from .batch import Batch, moved_scalar
 from .checks import check_choice, check_number
 from .metrics import metrics
+from .names import PRESET_NAMES, PresetName
 from .objective import Coefficients, RowStats, TokenInputs
 from .row_loss import reference_logps
 from .sequences import weights_of_sequences
-from .spec import PRESETS, LogitTransform, LossSpec
+from .spec import COMPLETE_PRESETS, LogitTransform, LossSpec
 from .surrogates import Surrogate
 
 
@@ -29,10 +30,10 @@ class LossOutput(NamedTuple):
     entropy: Tensor | None
 
 
-def resolve_spec(spec: LossSpec | str) -> LossSpec:
+def resolve_spec(spec: LossSpec | PresetName) -> LossSpec:
     if isinstance(spec, str):
-        check_choice("spec", spec, tuple(PRESETS))
-        return PRESETS[spec]
+        check_choice("spec", spec, PRESET_NAMES)
+        return COMPLETE_PRESETS.get(spec) or LossSpec.preset(spec)  # the latter says what is missing
     if not isinstance(spec, LossSpec):
         raise TypeError(f"spec must be a LossSpec or the name of a preset, got {spec!r}")
     return spec
@@ -141,8 +142,6 @@ def _row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None
         spec.aggregation.startswith("seq-") and normalizer is None
     ):
         batch.require_sequences(f"aggregation {spec.aggregation!r}")
-    if spec.aggregation == "seq-mean-token-sum-norm" and spec.max_tokens is None and batch.packed:
-        raise ValueError(f"aggregation {spec.aggregation!r} on a packed batch needs LossSpec(max_tokens=...)")
     return aggregation_weights(spec, batch.layout, batch.num_sequences, normalizer)
 
 

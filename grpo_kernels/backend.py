@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .checks import check_choice, values
+from .names import BACKENDS, Backend
 from .objective import Coefficients, RowStats, TokenInputs, unbounded
 from .row_loss import coefficients, reference_logps
 from .row_loss import row_loss as in_torch
@@ -25,13 +26,10 @@ from .surrogates import Surrogate
 
 logger = logging.getLogger("grpo_kernels")
 
-BACKENDS = ("auto", "triton", "torch")
-
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose_backend(backend: str, logits: Tensor) -> str:
+def choose_backend(backend: Backend, logits: Tensor) -> str:
     """ "triton" or "torch". Raises ValueError where the one asked for cannot run."""
     check_choice("backend", backend, BACKENDS)
     on_gpu = logits.is_cuda  # ROCm's devices are "cuda" too

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .arguments import (
     LossOutput,
@@ -22,7 +23,9 @@ from .distributed import VocabShard
 from .heads import check_head, check_ref_head, linear_config, product_dtype
 from .linear_autograd import linear_loss, linear_row_statistics
 from .losses import LossModule
+from .names import Backend, PresetName
 from .objective import MASKED
+from .options import LinearGRPOLossOptions
 from .row_loss import coefficients, may_be_active
 from .spec import LossSpec
 
@@ -41,7 +44,7 @@ def linear_grpo_loss(
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
     skip_inactive: bool = False,
-    spec: LossSpec | str = "grpo",
+    spec: LossSpec | PresetName = LossSpec(),
     completion_mask: Tensor | None = None,
     seq_lens: Tensor | None = None,
     ref_logps: Tensor | None = None,
@@ -56,7 +59,7 @@ def linear_grpo_loss(
     normalizer: float | Tensor | None = None,
     return_entropy: bool = False,
     shard: VocabShard | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> LossOutput:
     """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
 
@@ -171,9 +174,21 @@ class LinearGRPOLoss(LossModule):
     loss_fn = LinearGRPOLoss("dapo", temperature=0.9)
     out = loss_fn(hidden, model.lm_head.weight, completion_ids, advantages, completion_mask=mask)
     ```
+
+    Args:
+        spec: as in `grpo_loss`. Options of the loss, such as `eps_high`, go into `LossSpec.preset`.
+        options: keyword arguments of `linear_grpo_loss`.
+
+    Raises:
+        TypeError: an option that `linear_grpo_loss` does not have; ValueError: an unknown preset.
     """
 
     function = staticmethod(linear_grpo_loss)
+
+    def __init__(
+        self, spec: LossSpec | PresetName = LossSpec(), **options: Unpack[LinearGRPOLossOptions]
+    ) -> None:
+        super().__init__(spec, **options)
 
     def forward(
         self,
@@ -181,7 +196,22 @@ class LinearGRPOLoss(LossModule):
         lm_head_weight: Tensor,
         completion_ids: Tensor,
         advantages: Tensor,
-        **options: Any,
+        *,
+        spec: LossSpec | PresetName | None = None,
+        **options: Unpack[LinearGRPOLossOptions],
     ) -> LossOutput:
         """As `linear_grpo_loss`; options given here win over the module's."""
-        return self.call(hidden, lm_head_weight, completion_ids, advantages, **options)
+        return self.call(hidden, lm_head_weight, completion_ids, advantages, spec=spec, **options)
+
+    if TYPE_CHECKING:  # as in GRPOLoss
+
+        def __call__(
+            self,
+            hidden: Tensor,
+            lm_head_weight: Tensor,
+            completion_ids: Tensor,
+            advantages: Tensor,
+            *,
+            spec: LossSpec | PresetName | None = None,
+            **options: Unpack[LinearGRPOLossOptions],
+        ) -> LossOutput: ...

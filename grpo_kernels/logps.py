@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .arguments import logit_transform
 from .autograd import RowConfig, row_statistics
@@ -14,9 +15,23 @@ from .batch import Batch, Vocabulary, by_rows, check_logits
 from .distributed import VocabShard, local_part
 from .heads import check_head, linear_config
 from .linear_autograd import linear_row_statistics
+from .names import Backend
 from .objective import RowStats
+from .options import LinearLogpsOptions, LogpsOptions
 
 
+@overload
+def selective_logps(
+    logits: Tensor, ids: Tensor, *, return_entropy: Literal[False] = False, **options: Unpack[LogpsOptions]
+) -> Tensor: ...
+@overload
+def selective_logps(
+    logits: Tensor, ids: Tensor, *, return_entropy: Literal[True], **options: Unpack[LogpsOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def selective_logps(
+    logits: Tensor, ids: Tensor, *, return_entropy: bool, **options: Unpack[LogpsOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def selective_logps(
     logits: Tensor,
     ids: Tensor,
@@ -28,7 +43,7 @@ def selective_logps(
     mask: Tensor | None = None,
     return_entropy: bool = False,
     shard: VocabShard | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of the taken tokens, differentiable; with `return_entropy`, the entropies too.
 
@@ -59,6 +74,33 @@ def selective_logps(
     return found.logps if found.entropy is None else (found.logps, found.entropy)
 
 
+@overload
+def linear_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ids: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[LinearLogpsOptions],
+) -> Tensor: ...
+@overload
+def linear_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ids: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[LinearLogpsOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    ids: Tensor,
+    *,
+    return_entropy: bool,
+    **options: Unpack[LinearLogpsOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_logps(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -75,7 +117,7 @@ def linear_logps(
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
     shard: VocabShard | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_logps` of `hidden @ lm_head_weight.T + lm_head_bias`, never holding all logits at once.
 
@@ -146,7 +188,7 @@ def linear_token_statistics(
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
     shard: VocabShard | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
     function: str = "linear_logps",
 ) -> TokenStatistics:
     """All that `linear_logps` can tell of each token in one pass; arguments and errors as there.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .arguments import (
     LossOutput,
@@ -20,8 +21,10 @@ from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_st
 from .backend import choose_backend, log_path, two_kernels
 from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
 from .distributed import VocabShard, local_part
+from .names import Aggregation, Backend, PresetName
+from .options import GRPOLossOptions, LogRatioLossOptions
 from .row_loss import coefficients
-from .spec import LossSpec
+from .spec import LossSpec, PresetOptions
 from .surrogates import LogRatio
 
 
@@ -30,7 +33,7 @@ def grpo_loss(
     completion_ids: Tensor,
     advantages: Tensor,
     *,
-    spec: LossSpec | str = "grpo",
+    spec: LossSpec | PresetName = LossSpec(),
     completion_mask: Tensor | None = None,
     seq_lens: Tensor | None = None,
     ref_logits: Tensor | None = None,
@@ -47,7 +50,7 @@ def grpo_loss(
     return_entropy: bool = False,
     inplace: bool = False,
     shard: VocabShard | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> LossOutput:
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
 
@@ -60,7 +63,7 @@ def grpo_loss(
             t]`. Any strides but the last, which must be 1; never copied.
         completion_ids: `[B, T]` or `[N]`, int32 or int64.
         advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
-        spec: a `LossSpec`, or a preset's name.
+        spec: a `LossSpec`, or the name of a preset. The default is PPO-clip with "token-mean".
         completion_mask: `[B, T]` or `[N]`, bool, int or float; 0: not a completion token. What any argument
             holds at such a position never matters.
         seq_lens: packed only: `[S]` integers that sum to `N`; on the device of the logits, lest the host
@@ -77,7 +80,7 @@ def grpo_loss(
             policy and reference may have different numbers of columns.
         normalizer: a number or a 0-dim tensor. Replaces the denominator of the aggregation: the tokens
             (sequences) of all micro-batches and ranks. Where gradients are averaged over ranks, as DDP and
-            FSDP do, divided by the number of ranks: `grpo_kernels.normalizers.global_normalizer`.
+            FSDP do, divided by the number of ranks: `global_normalizer`.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
@@ -163,8 +166,8 @@ def log_ratio_loss(
     completion_ids: Tensor,
     rewards: Tensor,
     *,
-    aggregation: str = "token-mean",
-    **options: Any,
+    aggregation: Aggregation = "token-mean",
+    **options: Unpack[LogRatioLossOptions],
 ) -> LossOutput:
     """`-aggregate(rewards * (logp - ref_logp))`: the reward-weighted log-ratio of policy and reference.
 
@@ -184,17 +187,31 @@ class LossModule(nn.Module):
 
     function: Callable[..., LossOutput]
 
-    def __init__(self, spec: LossSpec | str = "grpo", **options: Any) -> None:
+    def __init__(self, spec: LossSpec | PresetName = LossSpec(), **options: Any) -> None:
         super().__init__()
+        self.option_names = tuple(name for name in self.function.__kwdefaults__ or {} if name != "spec")
+        self.check(options, spec)
         self.spec = resolve_spec(spec)
-        unknown = options.keys() - (self.function.__kwdefaults__ or {}).keys()
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         self.options = options
 
-    def call(self, *tensors: Tensor, **options: Any) -> LossOutput:
+    def check(self, options: dict[str, Any], spec: LossSpec | PresetName) -> None:
+        """Raises TypeError for an option that the function does not take."""
+        unknown = [name for name in options if name not in self.option_names]
+        if not unknown:
+            return
+        message = f"{type(self).__name__} has no option {', '.join(unknown)}"
+        of_loss = [name for name in unknown if name in PresetOptions.__annotations__]
+        if of_loss:
+            preset = repr(spec) if isinstance(spec, str) else "name"
+            given = "".join(f", {name}=..." for name in of_loss)
+            message += f": options of the loss go into its spec, LossSpec.preset({preset}{given})"
+        raise TypeError(f"{message}. The options are {', '.join(self.option_names)}")
+
+    def call(self, *tensors: Tensor, spec: LossSpec | PresetName | None = None, **options: Any) -> LossOutput:
         """The function; options given here win over the module's."""
-        return self.function(*tensors, **{"spec": self.spec, **self.options, **options})
+        spec = self.spec if spec is None else spec
+        self.check(options, spec)
+        return self.function(*tensors, **{"spec": spec, **self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.spec), *(f"{key}={value!r}" for key, value in self.options.items())])
@@ -207,12 +224,40 @@ class GRPOLoss(LossModule):
     loss_fn = GRPOLoss("dapo", temperature=0.9)
     out = loss_fn(logits, completion_ids, advantages, completion_mask=mask, old_logps=old_logps)
     ```
+
+    Args:
+        spec: as in `grpo_loss`. Options of the loss, such as `eps_high`, go into `LossSpec.preset`.
+        options: keyword arguments of `grpo_loss`.
+
+    Raises:
+        TypeError: an option that `grpo_loss` does not have; ValueError: an unknown preset.
     """
 
     function = staticmethod(grpo_loss)
 
+    def __init__(self, spec: LossSpec | PresetName = LossSpec(), **options: Unpack[GRPOLossOptions]) -> None:
+        super().__init__(spec, **options)
+
     def forward(
-        self, logits: Tensor, completion_ids: Tensor, advantages: Tensor, **options: Any
+        self,
+        logits: Tensor,
+        completion_ids: Tensor,
+        advantages: Tensor,
+        *,
+        spec: LossSpec | PresetName | None = None,
+        **options: Unpack[GRPOLossOptions],
     ) -> LossOutput:
         """As `grpo_loss`; options given here win over the module's."""
-        return self.call(logits, completion_ids, advantages, **options)
+        return self.call(logits, completion_ids, advantages, spec=spec, **options)
+
+    if TYPE_CHECKING:  # nn.Module declares it as `Callable[..., Any]`, which takes everything
+
+        def __call__(
+            self,
+            logits: Tensor,
+            completion_ids: Tensor,
+            advantages: Tensor,
+            *,
+            spec: LossSpec | PresetName | None = None,
+            **options: Unpack[GRPOLossOptions],
+        ) -> LossOutput: ...

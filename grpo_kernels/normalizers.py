@@ -11,13 +11,13 @@ from torch import distributed as dist
 from . import debug
 from .batch import check_tensor
 from .checks import check_choice
-from .spec import AGGREGATIONS
+from .names import AGGREGATIONS, Aggregation
 
 
 def global_normalizer(
     mask: Tensor | Iterable[Tensor],
     *,
-    aggregation: str = "token-mean",
+    aggregation: Aggregation = "token-mean",
     seq_lens: Tensor | Iterable[Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:

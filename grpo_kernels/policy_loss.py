@@ -9,6 +9,7 @@ from .arguments import LossOutput, check_reference, loss_output, resolve_spec, t
 from .autograd import loss_of_statistics
 from .backend import choose_backend, has_token_kernels, log_path
 from .batch import Batch, Vocabulary, check_dtype, check_tensor, squeeze_hint
+from .names import Backend, PresetName
 from .objective import RowStats
 from .spec import LossSpec
 
@@ -17,7 +18,7 @@ def policy_loss(
     logps: Tensor,
     advantages: Tensor,
     *,
-    spec: LossSpec | str = "grpo",
+    spec: LossSpec | PresetName = LossSpec(),
     completion_mask: Tensor | None = None,
     seq_lens: Tensor | None = None,
     ref_logps: Tensor | None = None,
@@ -25,7 +26,7 @@ def policy_loss(
     token_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> LossOutput:
     """`grpo_loss` of the taken tokens' log-probabilities, as `selective_logps` and `linear_logps` give them.
 
@@ -74,9 +75,9 @@ def policy_loss(
         return torch.where(batch.mask, x.reshape(-1).to(batch.dtype), 0.0)
 
     stats = RowStats(live("logps", logps), entropy=None if entropy is None else live("entropy", entropy))
-    backend = choose_backend(backend, logps)
-    one_kernel = has_token_kernels(spec, stats.logps, backend)
+    chosen = choose_backend(backend, logps)
+    one_kernel = has_token_kernels(spec, stats.logps, chosen)
     path = "one kernel over tokens" if one_kernel else "PyTorch operations over tokens"
-    log_path("policy_loss", path, backend, logps=logps.dtype)
-    loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout, backend)
-    return loss_output(spec, batch, loss, stats, inputs, derivatives, backend)
+    log_path("policy_loss", path, chosen, logps=logps.dtype)
+    loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout, chosen)
+    return loss_output(spec, batch, loss, stats, inputs, derivatives, chosen)

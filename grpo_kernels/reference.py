@@ -145,7 +145,7 @@ def reference_loss(
         metrics["kl_exact"] = exact
     metrics["entropy"] = entropy
 
-    width = spec.max_tokens if spec.max_tokens is not None else shape[-1]
+    width = spec.max_tokens or 1  # read by "seq-mean-token-sum-norm" alone, which has it
     total = _aggregate(spec.aggregation, loss, row, count, width, normalizer)
     if spec.entropy_coef:
         if normalizer is None:

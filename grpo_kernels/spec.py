@@ -7,13 +7,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
+
 from .checks import check_choice, check_flag, integer_field, number_field
+from .names import (
+    AGGREGATIONS,
+    EXACT_KL,
+    LEVELS,
+    PRESET_NAMES,
+    SAMPLED_KL,
+    Aggregation,
+    Anchor,
+    DPPOKind,
+    KLKind,
+    Level,
+    PresetName,
+)
 from .surrogates import (
     CISPO,
     DPPO,
     DRO,
     GMPO,
-    LEVELS,
     SAPO,
     VESPO,
     ImportanceRatio,
@@ -22,16 +37,6 @@ from .surrogates import (
     Reinforce,
     Surrogate,
 )
-
-AGGREGATIONS = (
-    "token-mean",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-sum-norm",
-    "token-sum",
-)
-SAMPLED_KL = ("k1", "abs", "k2", "k3")
-EXACT_KL = ("exact", "exact_forward")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class KL:
     clamp, output_clamp: bound `x` and the estimate in absolute value; no gradient where a bound bites.
     """
 
-    kind: str = "k3"
+    kind: KLKind = "k3"
     beta: float = 0.04
     ratio_corrected: bool = False
     straight_through: bool = False
@@ -83,8 +88,8 @@ class LossSpec:
         with the gradient of each token's own ("sequence-token": GSPO-token).
     aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm" (divides
         by `max_tokens`) or "token-sum".
-    max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783); None: the padded width
-        `T`.
+    max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783), which requires it: the
+        padded width would change the loss from batch to batch.
     entropy_coef: weight of the entropy bonus.
     log_ratio_clamp: bound on the absolute log-ratio before it is exponentiated (DRO: squared); no gradient
         through the ratio where it bites.
@@ -92,10 +97,10 @@ class LossSpec:
     Raises ValueError for a bad value and TypeError for a wrong type, at construction.
     """
 
-    surrogate: Surrogate | Callable[..., Any] | None = PPOClip()  # noqa: RUF009 - it is frozen
+    surrogate: Surrogate | Callable[..., Tensor] | None = PPOClip()  # noqa: RUF009 - it is frozen
     kl: KL | None = None
-    level: str = "token"
-    aggregation: str = "token-mean"
+    level: Level = "token"
+    aggregation: Aggregation = "token-mean"
     max_tokens: int | None = None
     entropy_coef: float = 0.0
     log_ratio_clamp: float | None = None
@@ -125,30 +130,49 @@ class LossSpec:
             raise ValueError("log_ratio_clamp does not apply to DRO at level 'sequence', which squares a sum")
         check_choice("aggregation", self.aggregation, AGGREGATIONS)
         integer_field(self, "max_tokens", name="max_tokens", optional=True)
+        if self.aggregation == "seq-mean-token-sum-norm" and self.max_tokens is None:
+            raise ValueError(
+                f"aggregation {self.aggregation!r} divides by max_tokens: give LossSpec(..., max_tokens=...)"
+            )
         number_field(self, "entropy_coef", name="entropy_coef", low=-math.inf, strict=True)
         number_field(self, "log_ratio_clamp", name="log_ratio_clamp", strict=True, optional=True)
 
     @classmethod
-    def preset(cls, name: str, **overrides: Any) -> LossSpec:
-        """A published loss by name; `overrides` replace fields of the LossSpec or of its surrogate.
+    def preset(cls, name: PresetName, **options: Unpack[PresetOptions]) -> LossSpec:
+        """A published loss by name; `options` replace fields of the LossSpec or of its surrogate.
 
         >>> LossSpec.preset("dapo", eps_high=0.3, kl=KL("k3", beta=0.04)).surrogate.eps_high
         0.3
+
+        Args:
+            name: `dr_grpo` requires the option `max_tokens`.
+            options: the fields of LossSpec, and those of the preset's surrogate, such as `eps_low`.
+
+        Raises:
+            ValueError: an unknown name; an option that the preset does not have, or that a new `surrogate`
+                would discard; a bad value, or none for `max_tokens` where the aggregation divides by it.
         """
-        check_choice("preset", name, tuple(PRESETS))
+        check_choice("preset", name, PRESET_NAMES)
         preset = PRESETS[name]
-        of_spec = {f.name for f in fields(cls)}
-        of_surrogate = {f.name for f in fields(preset.surrogate)}  # type: ignore[arg-type]
-        unknown = overrides.keys() - of_spec - of_surrogate
+        of_spec = [f.name for f in fields(cls)]
+        of_surrogate = [f.name for f in fields(preset["surrogate"])]
+        unknown = sorted(options.keys() - {*of_spec, *of_surrogate})
         if unknown:
-            raise ValueError(f"preset {name!r} has no option {', '.join(sorted(unknown))}")
-        if "surrogate" in overrides and overrides.keys() & of_surrogate:
-            lost = ", ".join(sorted(overrides.keys() & of_surrogate))
+            raise ValueError(
+                f"preset {name!r} has no option {', '.join(unknown)}. The options of "
+                f"LossSpec.preset({name!r}, ...) are {', '.join(of_surrogate + of_spec)}"
+            )
+        changes = {key: value for key, value in options.items() if key in of_surrogate}
+        if "surrogate" in options and changes:
+            lost = ", ".join(sorted(changes))
             raise ValueError(f"preset {name!r}: {lost} would be lost, because surrogate is replaced too")
-        changes = {key: value for key, value in overrides.items() if key in of_surrogate}
-        surrogate = replace(preset.surrogate, **changes)  # type: ignore[type-var]
-        rest = {key: value for key, value in overrides.items() if key not in of_surrogate}
-        return replace(preset, **{"surrogate": surrogate, **rest})
+        rest = {key: value for key, value in options.items() if key not in of_surrogate}
+        chosen: dict[str, Any] = {**preset, "surrogate": replace(preset["surrogate"], **changes), **rest}
+        if chosen.get("aggregation") == "seq-mean-token-sum-norm" and chosen.get("max_tokens") is None:
+            raise ValueError(
+                f"preset {name!r} divides by max_tokens: give LossSpec.preset({name!r}, max_tokens=...)"
+            )
+        return cls(**chosen)
 
     @property
     def uses_callable(self) -> bool:
@@ -195,23 +219,67 @@ class LogitTransform:
         number_field(self, "temperature", name="temperature", strict=True)
 
 
-PRESETS: dict[str, LossSpec] = {
-    "log_ratio": LossSpec(LogRatio()),
-    "importance_ratio": LossSpec(ImportanceRatio()),
-    "reinforce": LossSpec(Reinforce()),
-    "grpo": LossSpec(PPOClip(), aggregation="seq-mean-token-mean"),
-    "bnpo": LossSpec(PPOClip()),
-    "dapo": LossSpec(PPOClip(eps_low=0.2, eps_high=0.28)),
-    "dr_grpo": LossSpec(PPOClip(), aggregation="seq-mean-token-sum-norm"),
-    "cispo": LossSpec(CISPO(ratio_max=5.0)),
-    "sapo": LossSpec(SAPO(), aggregation="seq-mean-token-mean"),
-    "gspo": LossSpec(PPOClip(), level="sequence", aggregation="seq-mean-token-mean"),
-    "gspo_token": LossSpec(PPOClip(), level="sequence-token", aggregation="seq-mean-token-mean"),
-    "luspo": LossSpec(PPOClip(), level="sequence", aggregation="seq-mean-token-sum"),
-    "vespo": LossSpec(VESPO()),
-    "gmpo": LossSpec(GMPO(), aggregation="seq-mean-token-mean"),
-    "dro": LossSpec(DRO(beta=0.1)),
-    "opmd": LossSpec(DRO(beta=0.1, anchor="ref"), level="sequence", aggregation="seq-mean-token-sum"),
-    "dppo_tv": LossSpec(DPPO("tv")),
-    "dppo_kl": LossSpec(DPPO("kl")),
+class PresetOptions(TypedDict, total=False):
+    """What `LossSpec.preset` takes: the fields of LossSpec and of all surrogates."""
+
+    surrogate: Surrogate | Callable[..., Tensor] | None
+    kl: KL | None
+    level: Level
+    aggregation: Aggregation
+    max_tokens: int | None
+    entropy_coef: float
+    log_ratio_clamp: float | None
+    eps_low: float
+    eps_high: float
+    delta: float | None
+    dual_clip: float | None
+    ratio_min: float
+    ratio_max: float
+    max_ratio: float | None
+    anchor: Anchor
+    tau_pos: float
+    tau_neg: float
+    beta: float
+    kind: DPPOKind
+    low: float
+    high: float
+    ratio_cap: float
+    k_pos: float
+    lambda_pos: float
+    k_neg: float
+    lambda_neg: float
+
+
+# GSPO's bounds are on the mean log-ratio of a sequence, hence far narrower (arXiv:2507.18071v2, section 5.1).
+GSPO_CLIP = PPOClip(eps_low=3e-4, eps_high=4e-4)
+
+# Fields of the LossSpec, and not the LossSpec itself: "dr_grpo" is complete only with `max_tokens`.
+PRESETS: dict[PresetName, dict[str, Any]] = {
+    "log_ratio": {"surrogate": LogRatio()},
+    "importance_ratio": {"surrogate": ImportanceRatio()},
+    "reinforce": {"surrogate": Reinforce()},
+    "grpo": {"surrogate": PPOClip(), "aggregation": "seq-mean-token-mean"},
+    "bnpo": {"surrogate": PPOClip()},
+    "dapo": {"surrogate": PPOClip(eps_low=0.2, eps_high=0.28)},
+    "dr_grpo": {"surrogate": PPOClip(), "aggregation": "seq-mean-token-sum-norm"},
+    "cispo": {"surrogate": CISPO(ratio_max=5.0)},
+    "sapo": {"surrogate": SAPO(), "aggregation": "seq-mean-token-mean"},
+    "gspo": {"surrogate": GSPO_CLIP, "level": "sequence", "aggregation": "seq-mean-token-mean"},
+    "gspo_token": {"surrogate": GSPO_CLIP, "level": "sequence-token", "aggregation": "seq-mean-token-mean"},
+    "luspo": {"surrogate": GSPO_CLIP, "level": "sequence", "aggregation": "seq-mean-token-sum"},
+    "vespo": {"surrogate": VESPO()},
+    "gmpo": {"surrogate": GMPO(), "aggregation": "seq-mean-token-mean"},
+    "dro": {"surrogate": DRO(beta=0.1)},
+    "opmd": {
+        "surrogate": DRO(beta=0.1, anchor="ref"),
+        "level": "sequence",
+        "aggregation": "seq-mean-token-sum",
+    },
+    "dppo_tv": {"surrogate": DPPO("tv")},
+    "dppo_kl": {"surrogate": DPPO("kl")},
+}
+
+# Those that need no option: what a loss looks up if its spec is a name.
+COMPLETE_PRESETS: dict[PresetName, LossSpec] = {
+    name: LossSpec.preset(name) for name in PRESET_NAMES if name != "dr_grpo"
 }

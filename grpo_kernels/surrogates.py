@@ -6,18 +6,17 @@ import math
 from dataclasses import dataclass, fields
 
 from .checks import check_choice, number_field
-
-LEVELS = ("token", "sequence", "sequence-token")
+from .names import ANCHORS, DPPO_KINDS, LEVELS, Anchor, DPPOKind, Level
 
 
 class Surrogate:
     """Base of the built-in surrogates: what the objective and the kernels need to know of each."""
 
-    anchor: str | None = None
+    anchor: Anchor | None = None
     """Which log-probabilities the log-ratio is taken against: "old", "ref" or None."""
     uses_ratio = False
     """Whether the loss depends on the ratio itself (a REINFORCE-like loss only depends on `logp`)."""
-    levels: tuple[str, ...] = ("token",)
+    levels: tuple[Level, ...] = ("token",)
     """Where its ratio may be formed."""
     couples_tokens = False
     """Whether a token's loss depends on other tokens of its sequence, whatever the level."""
@@ -59,14 +58,14 @@ class ImportanceRatio(Surrogate):
     it an off-policy estimate from a fixed data set. Above `max_ratio` the token has no gradient.
     """
 
-    anchor: str | None = "old"
+    anchor: Anchor = "old"
     max_ratio: float | None = None
     statement = "importance_ratio"
     uses_ratio = True
     levels = LEVELS
 
     def __post_init__(self) -> None:
-        check_choice("ImportanceRatio.anchor", self.anchor, ("old", "ref"))
+        check_choice("ImportanceRatio.anchor", self.anchor, ANCHORS)
         number_field(self, "max_ratio", strict=True, optional=True)
 
 
@@ -139,13 +138,13 @@ class DRO(Surrogate):
     """
 
     beta: float
-    anchor: str | None = "old"
+    anchor: Anchor = "old"
     statement = "dro"
     levels = ("token", "sequence")
     rests_at_zero = False
 
     def __post_init__(self) -> None:
-        check_choice("DRO.anchor", self.anchor, ("old", "ref"))
+        check_choice("DRO.anchor", self.anchor, ANCHORS)
         number_field(self, "beta", strict=True)
 
 
@@ -158,7 +157,7 @@ class DPPO(Surrogate):
     probability of a token of positive advantage, `low` those that lower that of another.
     """
 
-    kind: str = "tv"
+    kind: DPPOKind = "tv"
     low: float = 0.2
     high: float = 0.2
     ratio_cap: float = 20.0
@@ -170,7 +169,7 @@ class DPPO(Surrogate):
         return f"dppo_{self.kind}"
 
     def __post_init__(self) -> None:
-        check_choice("DPPO.kind", self.kind, ("tv", "kl"))
+        check_choice("DPPO.kind", self.kind, DPPO_KINDS)
         number_field(self, "low")
         number_field(self, "high")
         number_field(self, "ratio_cap", strict=True)

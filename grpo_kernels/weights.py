@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import debug
 from .checks import check_choice, check_number
+from .names import WEIGHT_LEVELS, WEIGHT_MODES, WeightLevel, WeightMode
 
 
 def importance_weights(
@@ -20,8 +21,8 @@ def importance_weights(
     sampler_logps: Tensor,
     mask: Tensor,
     *,
-    level: str = "token",
-    mode: str = "truncate",
+    level: WeightLevel = "token",
+    mode: WeightMode = "truncate",
     low: float | None = None,
     high: float | None = 2.0,
 ) -> Tensor:
@@ -48,8 +49,8 @@ def importance_weights(
     Raises:
         ValueError: shapes that differ, a bad level, mode or bound; TypeError: a bound that is not a number.
     """
-    check_choice("level", level, ("token", "sequence"))
-    check_choice("mode", mode, ("truncate", "mask"))
+    check_choice("level", level, WEIGHT_LEVELS)
+    check_choice("mode", mode, WEIGHT_MODES)
     low = check_number("low", low, optional=True)
     high = check_number("high", high, strict=True, optional=True)
     floor, ceiling = 0.0 if low is None else low, math.inf if high is None else high

@@ -136,7 +136,7 @@ def specs(draw: st.DrawFn, *, callables: bool = True) -> LossSpec:
     if name in SEQUENCE_LEVEL:
         surrogate, level = SURROGATES[SEQUENCE_LEVEL[name][0]], SEQUENCE_LEVEL[name][1]
     elif name in PRESETS:
-        surrogate, level = PRESETS[name].surrogate, PRESETS[name].level
+        surrogate, level = PRESETS[name]["surrogate"], PRESETS[name].get("level", "token")
     sums_log_ratios = isinstance(surrogate, DRO) and level == "sequence"
     return LossSpec(
         surrogate,

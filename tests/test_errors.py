@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from grpo_kernels import (
     VESPO,
     GRPOLoss,
     ImportanceRatio,
+    LinearGRPOLoss,
     LogRatio,
     LossSpec,
     PPOClip,
@@ -31,10 +33,10 @@ from grpo_kernels import (
     grpo_loss,
     linear_grpo_loss,
     log_ratio_loss,
+    policy_loss,
     selective_logps,
 )
-from grpo_kernels.policy_loss import policy_loss
-from grpo_kernels.spec import PRESETS
+from grpo_kernels.names import PRESET_NAMES
 
 B, T, V = 2, 3, 7  # a padded batch
 N, S = 5, 2  # a packed one
@@ -282,18 +284,17 @@ class TestCompanions:
                 "got (2,)",
             ),
             *(
-                case(packed, spec(aggregation=name), f"aggregation '{name}' on a packed batch needs seq_lens")
+                case(
+                    packed,
+                    spec(aggregation=name, max_tokens=5),
+                    f"aggregation '{name}' on a packed batch needs seq_lens",
+                )
                 for name in ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
             ),
             case(
                 packed,
                 {"normalizer": 2.0, **spec(aggregation="seq-mean-token-mean")},
                 "aggregation 'seq-mean-token-mean' on a packed batch needs seq_lens",
-            ),
-            case(
-                packed,
-                {"seq_lens": lengths(2, 3), **spec(aggregation="seq-mean-token-sum-norm")},
-                "aggregation 'seq-mean-token-sum-norm' on a packed batch needs LossSpec(max_tokens=...)",
             ),
         ],
     )
@@ -409,8 +410,34 @@ class TestChoices:
         for call in (padded, GRPOLoss):
             check(call, {"spec": "gppo"}, ValueError, "spec must be one of", "'dapo'", "got 'gppo'")
 
+    def test_a_preset_by_name_that_needs_max_tokens(self) -> None:
+        for call in (padded, GRPOLoss, LinearGRPOLoss):
+            check(
+                call,
+                {"spec": "dr_grpo"},
+                ValueError,
+                "preset 'dr_grpo' divides by max_tokens",
+                "LossSpec.preset('dr_grpo', max_tokens=...)",
+            )
+
     def test_unknown_options(self) -> None:
-        check(GRPOLoss, {"temprature": 1.0}, TypeError, "GRPOLoss has no option temprature")
+        listed = "The options are ", "ref_logits", "temperature"
+        check(GRPOLoss, {"temprature": 1.0}, TypeError, "GRPOLoss has no option temprature. ", *listed)
+        check(
+            LinearGRPOLoss,
+            {"temprature": 1.0, "x": 2},
+            TypeError,
+            "LinearGRPOLoss has no option temprature, x. The options are lm_head_bias, ",
+            "chunk_tokens",
+        )
+        at_the_call = {"logits": zeros(B, T, V), "completion_ids": ids(B, T), "advantages": zeros(B)}
+        check(GRPOLoss(), {**at_the_call, "maskk": 1}, TypeError, "GRPOLoss has no option maskk. ", *listed)
+        of_the_loss = "GRPOLoss has no option eps_high, kl: options of the loss go into its spec, "
+        for where, preset in (({"spec": "dapo"}, "'dapo'"), ({"spec": LossSpec()}, "name"), ({}, "name")):
+            given = {**where, "eps_high": 0.3, "kl": None}
+            advice = f"{of_the_loss}LossSpec.preset({preset}, eps_high=..., kl=...). "
+            check(GRPOLoss, given, TypeError, advice, *listed)
+            check(GRPOLoss(), {**at_the_call, **given}, TypeError, advice, *listed)
         check(
             padded,
             {"temprature": 1.0},
@@ -454,6 +481,21 @@ class TestConstruction:
             (lambda: LossSpec(None), ["surrogate and kl are both None"]),
             (lambda: LossSpec(level="tokens"), ["level must be one of 'token'", "got 'tokens'"]),
             (lambda: LossSpec(aggregation="mean"), ["aggregation must be one of 'token-mean'", "got 'mean'"]),
+            (
+                lambda: LossSpec(aggregation="seq-mean-token-sum-norm"),
+                [
+                    "aggregation 'seq-mean-token-sum-norm' divides by max_tokens",
+                    "LossSpec(..., max_tokens=...)",
+                ],
+            ),
+            (
+                lambda: LossSpec.preset("dr_grpo"),
+                ["preset 'dr_grpo' divides by max_tokens", "LossSpec.preset('dr_grpo', max_tokens=...)"],
+            ),
+            (
+                lambda: LossSpec.preset("grpo", aggregation="seq-mean-token-sum-norm"),
+                ["preset 'grpo' divides by max_tokens", "LossSpec.preset('grpo', max_tokens=...)"],
+            ),
             (lambda: LossSpec(max_tokens=0), ["max_tokens must be >= 1, got 0"]),
             (lambda: LossSpec(entropy_coef=math.nan), ["entropy_coef must be finite", "got nan"]),
             (lambda: LossSpec(entropy_coef=-math.inf), ["entropy_coef must be finite", "got -inf"]),
@@ -506,7 +548,15 @@ class TestConstruction:
             ),
             (lambda: LossSpec(max, level="sequence"), ["level 'sequence'", "a callable forms its own ratio"]),
             (lambda: LossSpec.preset("gppo"), ["preset must be one of", "'grpo'", "got 'gppo'"]),
-            (lambda: LossSpec.preset("grpo", eps=1), ["preset 'grpo' has no option eps"]),
+            (
+                lambda: LossSpec.preset("grpo", eps=1),
+                [
+                    "preset 'grpo' has no option eps. The options of LossSpec.preset('grpo', ...) are ",
+                    "eps_low, ",
+                    "dual_clip, surrogate, kl, level, ",
+                    "log_ratio_clamp",
+                ],
+            ),
             (lambda: LossSpec.preset("reinforce", eps_low=0.1), ["preset 'reinforce' has no option eps_low"]),
             (
                 lambda: LossSpec.preset("grpo", eps_low=-1),
@@ -549,9 +599,12 @@ class TestConstruction:
             "log_ratio importance_ratio grpo bnpo dapo dr_grpo cispo sapo gspo gspo_token luspo vespo gmpo "
         )
         names += "reinforce dro dppo_tv dppo_kl opmd"
-        assert PRESETS.keys() == set(names.split())
-        assert all(LossSpec.preset(name) == spec for name, spec in PRESETS.items())
-        assert LossSpec.preset("gspo", eps_low=3e-4, eps_high=4e-4).surrogate == PPOClip(3e-4, 4e-4)
+        assert set(PRESET_NAMES) == set(names.split())
+        for name in PRESET_NAMES:
+            preset = LossSpec.preset(name, max_tokens=5)
+            numbers = {f.name: getattr(preset.surrogate, f.name) for f in fields(preset.surrogate)}
+            assert LossSpec.preset(name, max_tokens=5, **numbers) == preset
+        assert LossSpec.preset("dapo", eps_low=0.1, eps_high=0.3).surrogate == PPOClip(0.1, 0.3)
 
     @pytest.mark.parametrize(
         "described", [LossSpec(), KL(), PPOClip(), LogRatio()], ids=lambda x: type(x).__name__

@@ -633,7 +633,7 @@ class TestCase15Empty:
         "shape", [(0, 4), (3, 0), (2, 3)], ids=["no sequences", "no tokens", "all masked"]
     )
     def test_nothing(self, path: Options, device: str, shape: tuple[int, int], aggregation: str) -> None:
-        spec = LossSpec(PPOClip(), KL("exact"), aggregation=aggregation, entropy_coef=0.1)
+        spec = LossSpec(PPOClip(), KL("exact"), aggregation=aggregation, entropy_coef=0.1, max_tokens=4)
         logits = torch.zeros(*shape, 37, device=device)
         options = {"ref_logits": logits, "completion_mask": torch.zeros(shape, device=device)}
         case = Case(

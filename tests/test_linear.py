@@ -303,7 +303,7 @@ def test_modules(backend: str, device: str) -> None:
     options = {**case.options, "lm_head_bias": case.bias, "backend": backend}
     module = LinearGRPOLoss("grpo", temperature=0.7, chunk_tokens=3)
     assert "chunk_tokens=3" in repr(module) and not list(module.parameters())
-    want = linear_grpo_loss(*tensors, temperature=0.9, chunk_tokens=3, **options)
+    want = linear_grpo_loss(*tensors, spec="grpo", temperature=0.9, chunk_tokens=3, **options)
     assert torch.equal(module(*tensors, temperature=0.9, **options).loss, want.loss)
     with pytest.raises(TypeError, match="LinearGRPOLoss has no option inplace"):
         LinearGRPOLoss(inplace=True)

@@ -171,7 +171,6 @@ PADDED: dict[str, Callable[[Case], Case]] = {
     "token weights [B, 1]": lambda case: case.with_options(
         token_weights=sequences(case, 0.5, 2, 3, 4)[:, None]
     ),
-    "no max_tokens": lambda case: with_spec(case, aggregation="seq-mean-token-sum-norm", max_tokens=None),
 }
 PACKED: dict[str, Callable[[Case], Case]] = {
     "empty sequences": lambda case: with_spec(empty_sequences(case), aggregation="seq-mean-token-mean"),

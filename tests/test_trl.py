@@ -691,13 +691,14 @@ DEFAULTS = {
     "sapo_temperatures": (1.0, 1.05),
     "vespo": (2.0, 3.0, 3.0, 2.0),
 }
+GSPO = {"epsilon": 3e-4, "epsilon_high": 4e-4}  # arXiv:2507.18071v2, section 5.1
 PRESETS = {
     "grpo": Settings("grpo", **DEFAULTS),
     "bnpo": Settings("bnpo", **DEFAULTS),
     "dapo": Settings("dapo", **{**DEFAULTS, "epsilon_high": 0.28}),
     "dr_grpo": Settings("dr_grpo", **DEFAULTS),
-    "gspo": Settings("grpo", "sequence", **DEFAULTS),
-    "luspo": Settings("luspo", "sequence", **DEFAULTS),
+    "gspo": Settings("grpo", "sequence", **{**DEFAULTS, **GSPO}),
+    "luspo": Settings("luspo", "sequence", **{**DEFAULTS, **GSPO}),
     "sapo": Settings("sapo", **DEFAULTS),
     "vespo": Settings("vespo", **DEFAULTS),
     "cispo": Settings("cispo", **{**DEFAULTS, "epsilon_high": 5.0}),
@@ -706,7 +707,8 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str) -> None:
-    """Our presets are TRL's defaults, but for the upper bound of `dapo` and `cispo`, which it leaves open."""
+    """Our presets are TRL's defaults, but for the upper bound of `dapo` and `cispo`, which it leaves
+    open, and for GSPO's bounds, which it documents and does not set."""
     defaults = trl.GRPOConfig.__dataclass_fields__
     assert (defaults["epsilon"].default, defaults["epsilon_high"].default) == (DEFAULTS["epsilon"], None)
     for key, names in (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..autograd import fusible
 from ..backend import logger
+from ..names import Aggregation
 from ..spec import KL, LossSpec
 from ..surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
 from .trl_head import (
@@ -27,7 +28,7 @@ from .trl_step import CallWithLoss, Step
 
 __all__ = ["FusedGRPOTrainer", "fuse_trl_logps"]
 
-AGGREGATION = {
+AGGREGATION: dict[str, Aggregation] = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
     "bnpo": "token-mean",

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ..arguments import resolve_spec
 from ..backend import logger, warn_once
+from ..checks import check_choice
+from ..names import PRESET_NAMES, Aggregation, PresetName
 from ..policy_loss import policy_loss
-from ..spec import PRESETS, LossSpec
+from ..spec import LossSpec
 from ..surrogates import (
     CISPO,
     DPPO,
@@ -55,7 +57,7 @@ PREFIX = "grpo_kernels."
 # The losses.
 
 
-def register_loss(name: str, spec: LossSpec | str | Callable[[Any], LossSpec]) -> None:
+def register_loss(name: str, spec: LossSpec | PresetName | Callable[[Any], LossSpec]) -> None:
     """Adds a loss to verl's registry, for `actor_rollout_ref.actor.policy_loss.loss_mode=<name>`.
 
     The aggregation is verl's `loss_agg_mode`, with its `loss_scale_factor`, whatever the spec's: it is also
@@ -69,7 +71,10 @@ def register_loss(name: str, spec: LossSpec | str | Callable[[Any], LossSpec]) -
         ValueError: the registry has a loss of that name that is not ours; the spec has an exact KL, which
             needs logits, or an entropy bonus, which is verl's `entropy_coeff`.
     """
-    if not callable(spec):
+    if isinstance(spec, str):
+        check_choice("spec", spec, PRESET_NAMES)
+        spec = unscaled_preset(spec)
+    elif not callable(spec):
         spec = resolve_spec(spec)
     if not is_free(name):
         raise ValueError(f"verl's registry has a loss {name!r} of its own")
@@ -84,7 +89,7 @@ def register_loss(name: str, spec: LossSpec | str | Callable[[Any], LossSpec]) -
         log_prob: Tensor,  # [B, T]
         advantages: Tensor,  # [B, T]
         response_mask: Tensor,  # [B, T]
-        loss_agg_mode: str = "token-mean",
+        loss_agg_mode: Aggregation = "token-mean",
         config: Any = None,
         rollout_is_weights: Tensor | None = None,  # [B, T]
     ) -> tuple[Tensor, dict[str, float]]:
@@ -96,7 +101,9 @@ def register_loss(name: str, spec: LossSpec | str | Callable[[Any], LossSpec]) -
                 f"actor.loss_agg_mode={loss_agg_mode} decides"
             )
         info = config.global_batch_info
-        chosen = replace(chosen, aggregation=loss_agg_mode, max_tokens=info.get("loss_scale_factor"))
+        # Where `loss_scale_factor` is null, verl's `agg_loss` divides by the padded width.
+        max_tokens = info.get("loss_scale_factor") or max(response_mask.shape[-1], 1)
+        chosen = replace(chosen, aggregation=loss_agg_mode, max_tokens=max_tokens)
         chosen, ref_logps = with_reference(name, chosen)
         out = policy_loss(
             log_prob,
@@ -119,9 +126,14 @@ def is_free(name: str) -> bool:
     return taken is None or getattr(taken, "__module__", None) == __name__
 
 
-def preset_spec(preset: str, config: Any) -> LossSpec:
+def unscaled_preset(preset: PresetName) -> LossSpec:
+    """A preset whose `max_tokens` does not count: verl's `loss_scale_factor` replaces it."""
+    return LossSpec.preset(preset, max_tokens=1)
+
+
+def preset_spec(preset: PresetName, config: Any) -> LossSpec:
     """A preset with the bounds of verl's `ActorConfig` in place of its own, and verl's on the log-ratio."""
-    spec = PRESETS[preset]
+    spec = unscaled_preset(preset)
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     surrogate, level = spec.surrogate, spec.level
@@ -237,9 +249,9 @@ def hand_batch_to_losses(verl_ppo_loss: Callable[..., Any]) -> Callable[..., Any
 
 
 def install() -> None:
-    for preset in PRESETS:
+    for preset in PRESET_NAMES:
         register_loss(PREFIX + preset, functools.partial(preset_spec, preset))
-    names = [f"{PREFIX}{{{','.join(PRESETS)}}}"]
+    names = [f"{PREFIX}{{{','.join(PRESET_NAMES)}}}"]
     if is_free("log_ratio"):
         register_loss("log_ratio", functools.partial(preset_spec, "log_ratio"))
         names.insert(0, "log_ratio")

@@ -142,6 +142,9 @@ class Batch(NamedTuple):
         return self._replace(old_logps=self.logps() - log_ratio)
 
 
+WIDTH = 8  # of every batch: what verl divides by unless it has a loss_scale_factor
+
+
 @functools.cache
 def random_batch(seed: int, *, per_token: bool = False) -> Batch:
     """Uneven lengths, one with a hole and one of 0; ratios far out; zero advantages, a zero weight."""
@@ -150,7 +153,7 @@ def random_batch(seed: int, *, per_token: bool = False) -> Batch:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    B, T, V = 7, 8, 19
+    B, T, V = 7, WIDTH, 19
     logits = 2 * normal(B, T, V)
     drawn = torch.multinomial(torch.softmax(logits, -1).view(-1, V), 1, generator=generator)
     ids = drawn.view(B, T)
@@ -284,7 +287,7 @@ def test_every_loss(name: str, mode: str, kl: str) -> None:
 
     Where verl's mean is over the sequences that have a token, `normalizer` is their number.
     """
-    spec = replace(LOSSES[name].spec, kl=KLS[kl], aggregation=mode)
+    spec = replace(LOSSES[name].spec, kl=KLS[kl], aggregation=mode, max_tokens=WIDTH)
     for seed in range(2):
         for per_token in (False, True):
             batch = random_batch(seed, per_token=per_token)
@@ -352,7 +355,7 @@ def test_the_whole_actor_loss(name: str, mode: str) -> None:
     }
     loss, _ = ppo_loss(config, output, data)
     (grad,) = torch.autograd.grad(loss, leaf)
-    spec = replace(LOSSES[name].spec, kl=KLS["k3+"], aggregation=mode, entropy_coef=0.2)
+    spec = replace(LOSSES[name].spec, kl=KLS["k3+"], aggregation=mode, max_tokens=WIDTH, entropy_coef=0.2)
     # With a normalizer the entropy is weighted as the loss is; alone it is a mean over tokens, as TRL's.
     count = {"token-mean": int(batch.mask.sum()), "token-sum": 1}.get(mode, batch.sequences)
     assert_same(ours(spec, batch, weights=True, normalizer=count), Result(loss.detach(), grad, {}))
@@ -366,7 +369,7 @@ DEFAULTS: dict[str, LossSpec] = {
     "vanilla": LossSpec.preset("bnpo", dual_clip=3.0, log_ratio_clamp=CLAMP),
     "dppo_tv": LossSpec.preset("dppo_tv", ratio_cap=3.0, log_ratio_clamp=CLAMP),
     "dppo_kl": LossSpec.preset("dppo_kl", ratio_cap=3.0, log_ratio_clamp=CLAMP),
-    "gspo": LossSpec.preset("gspo_token", aggregation="token-mean"),
+    "gspo": LossSpec.preset("gspo_token", eps_low=0.2, eps_high=0.2, aggregation="token-mean"),
     "sapo": LossSpec.preset("sapo", log_ratio_clamp=CLAMP),
     "gpg": LossSpec.preset("reinforce"),
     "geo_mean": LossSpec.preset("gmpo", eps_low=0.2, eps_high=0.2),
@@ -415,7 +418,8 @@ COV = {
 def test_custom_losses(name: str, mode: str) -> None:
     """The page's callables are verl's losses; Clip-Cov's random choice is seeded alike."""
     options, policy_loss, arguments = COV[name]
-    spec = LossSpec(functools.partial(page()[name], **arguments), kl=KLS["k3"], aggregation=mode)
+    custom = functools.partial(page()[name], **arguments)
+    spec = LossSpec(custom, kl=KLS["k3"], aggregation=mode, max_tokens=WIDTH)
     chosen: list[int] = []
     without = replace(spec, surrogate=PPOClip() if name == "clip_cov" else ImportanceRatio())
     for seed in range(4):
@@ -444,7 +448,7 @@ def test_a_sequence_without_tokens(mode: str) -> None:
     """verl leaves it out of the mean over sequences, we count it as TRL does; `normalizer` decides."""
     batch = random_batch(0)
     assert batch.sequences == 6 and len(batch.mask) == 7
-    spec = replace(LOSSES["vanilla"].spec, aggregation=mode)
+    spec = replace(LOSSES["vanilla"].spec, aggregation=mode, max_tokens=WIDTH)
     expected, alone = theirs("vanilla", batch, mode), ours(spec, batch)
     assert_same(alone._replace(loss=alone.loss * 7 / 6, grad=alone.grad * 7 / 6), expected)
     assert_same(ours(spec, batch, normalizer=6.0), expected)
@@ -469,7 +473,7 @@ def test_two_losses_have_no_regard_for_loss_agg_mode(name: str) -> None:
     first = theirs(name, batch, "seq-mean-token-mean")
     for mode in MODES:
         assert_same(theirs(name, batch, mode), first)
-        spec = replace(LOSSES[name].spec, aggregation=mode)
+        spec = replace(LOSSES[name].spec, aggregation=mode, max_tokens=WIDTH)
         assert differ(ours(spec, batch), first) == (mode != "seq-mean-token-mean")
 
 
@@ -493,7 +497,7 @@ def test_a_batch_without_tokens(name: str, mode: str) -> None:
     batch = batch._replace(mask=torch.zeros_like(batch.mask))
     expected = theirs(name, batch, mode)
     assert bool(expected.loss.isnan()) == (name != "geo_mean")
-    found = ours(replace(LOSSES[name].spec, aggregation=mode), batch)
+    found = ours(replace(LOSSES[name].spec, aggregation=mode, max_tokens=WIDTH), batch)
     assert float(found.loss) == 0
     assert bool((found.grad == 0).all()) and bool((expected.grad == 0).all())
 
@@ -513,7 +517,7 @@ def test_a_batch_without_tokens(name: str, mode: str) -> None:
 def test_nan_at_a_masked_position(name: str, mode: str, verl_loss: bool, verl_gradient: bool) -> None:
     """What stands there in old_logps matters in verl, by loss and aggregation; here never."""
     batch = random_batch(0).full()
-    spec = replace(LOSSES[name].spec, aggregation=mode)
+    spec = replace(LOSSES[name].spec, aggregation=mode, max_tokens=WIDTH)
     clean = ours(spec, batch)
     assert_same(clean, theirs(name, batch, mode))
     batch = batch._replace(old_logps=batch.old_logps.where(batch.mask, torch.nan))

@@ -103,7 +103,7 @@ def test_names(integration: ModuleType) -> None:
     """Each preset under the prefix, the log-ratio under its own name too, and verl's losses as they were."""
     registry = core_algos.POLICY_LOSS_REGISTRY
     added = registry.keys() - VERLS_LOSSES.keys()
-    assert added == {"log_ratio"} | {PREFIX + preset for preset in integration.PRESETS}
+    assert added == {"log_ratio"} | {PREFIX + preset for preset in integration.PRESET_NAMES}
     assert all(registry[name] is loss for name, loss in VERLS_LOSSES.items())
 
 
@@ -343,6 +343,14 @@ def test_losses_of_ones_own(integration: ModuleType, monkeypatch: pytest.MonkeyP
     for spec in (LossSpec(entropy_coef=0.1), LossSpec(kl=KL("exact"))):
         with pytest.raises(ValueError, match="entropy_coeff"):
             register("mine", spec)
+    # A preset that needs max_tokens gets verl's loss_scale_factor, or the padded width, as verl's own losses.
+    register("mine", "dr_grpo")
+    batch, mode = random_batch(1).full(), "seq-mean-token-sum-norm"
+    unclamped = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 1e9}
+    batch = batch.with_log_ratio((batch.logps() - batch.old_logps).clamp(-4, 4))
+    for info in ({}, GLOBAL):
+        options = {**unclamped, "global_batch_info": dict(info)}
+        assert_same(theirs("mine", batch, mode, **options), theirs("vanilla", batch, mode, **options))
 
     batch = random_batch(2, per_token=True).full()
     for mode in MODES:
