@@ -1,6 +1,7 @@
 """Chooses between the Triton kernels and PyTorch, and gives both one face.
 
-Under `torch.compile` the two primitives are opaque operators; else they are called as they are.
+Under `torch.compile` the two primitives are opaque operators; else they are called as they are. Without data
+(see `has_data`) they leave their outputs as they were allocated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .checks import check_choice, values
+from .checks import check_choice, has_data, values
 from .objective import Coefficients, RowStats, TokenInputs, unbounded
 from .row_loss import coefficients, reference_logps
 from .row_loss import row_loss as in_torch
@@ -122,7 +123,7 @@ def fused_loss(
     backend: str,
 ) -> None:
     """Statistics, token-local loss and gradient: fills `dlogits` (which may be `logits`) and the rest."""
-    if targets.numel() == 0:
+    if targets.numel() == 0 or not has_data(logits):
         return
     if backend == "torch":
         torch_backend.fused_loss(
@@ -163,6 +164,7 @@ def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
         and logps.dtype == torch.float32
         and logps.numel() > 0
         and not torch.compiler.is_compiling()
+        and has_data(logps)
     )
 
 
@@ -255,7 +257,7 @@ def _loss_arguments(spec: LossSpec) -> dict[str, Any]:
 
 def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:
     """`x *= factor`; free where the factor is 1, which on a GPU the kernel and not the host finds out."""
-    if x.numel() == 0:
+    if x.numel() == 0 or not has_data(x):
         return
     if backend == "torch":
         if x.device.type != "cpu" or factor != 1:
@@ -290,7 +292,7 @@ def _row_stats(
     backend: str,
 ) -> None:
     out = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1)
-    if targets.numel() == 0:
+    if targets.numel() == 0 or not has_data(logits):
         return
     if vocab_size == 0:  # an empty part of a vocabulary that is split over ranks
         for name, x in zip(out._fields, out, strict=True):
@@ -336,7 +338,7 @@ def _dlogits(
     temperature: float,
     backend: str,
 ) -> None:
-    if targets.numel() == 0:
+    if targets.numel() == 0 or not has_data(logits):
         return
     if vocab_size == 0:
         out.zero_()

@@ -1,10 +1,22 @@
-"""Checks of arguments that are no tensors: each names the argument and shows what it held."""
+"""Checks of arguments that are no tensors, whose errors name the argument and show its value; and `has_data`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import fields
 from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+
+def has_data(x: Tensor) -> bool:
+    """Whether `x` has values. Tensors on "meta" and fake tensors have none: only shapes come out of a call.
+
+    Nothing may then read values, look at addresses, ask the device for its free memory or launch a kernel.
+    """
+    # A plain tensor is recognised by its type, because `is_fake` takes some microseconds.
+    return not (x.is_meta if type(x) in (Tensor, nn.Parameter) else x.is_meta or is_fake(x))
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

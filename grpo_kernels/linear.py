@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .checks import has_data
 from .distributed import VocabShard
 from .objective import arithmetic_dtype
 
@@ -55,10 +56,10 @@ class RowPlan(NamedTuple):
     def of(cls, needed: Tensor, active: Tensor, *, compact: bool) -> RowPlan:
         """`needed` `[N]` bool: the rows to run; `active`: those of them that have a gradient.
 
-        Unless `compact`, all rows are run as if they had one.
+        Unless `compact`, and without data to count rows by, all rows are run as if they had one.
         """
         total = needed.numel()
-        if not compact:
+        if not compact or not has_data(needed):
             return cls(total, total, total, selected=active)
         # The one wait of the host: how many rows to multiply. compact=False does without.
         with_gradient, running = torch.stack([active.sum(), needed.sum()]).tolist()
@@ -138,7 +139,8 @@ class Chunks:
         bytes_per_token = padded(head.weight.shape[0]) * sum(
             dtype.itemsize for dtype in (*dtypes, *([] if ref is None else [config.ref_logits_dtype]))
         )
-        device = head.weight.device
+        # Without data there is no device to ask for its free memory.
+        device = head.weight.device if has_data(head.weight) else torch.device("meta")
         self.size = config.chunk_tokens or choose_chunk_tokens(plan.running, bytes_per_token, device)
         if shard is not None and config.chunk_tokens is None:
             self.size = shard.least(self.size, device)
@@ -235,7 +237,7 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     """`out = a @ b`, or `out += a @ b`; never rounded to less than the dtype of `out` on the way."""
     options: dict[str, Any] = {}
     if a.dtype != out.dtype:
-        if multiplies_mixed(a.device):
+        if multiplies_mixed(a):
             options["out_dtype"] = out.dtype
         else:
             a, b = a.to(out.dtype), b.to(out.dtype)
@@ -244,11 +246,14 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     return torch.mm(a, b, out=out, **options)
 
 
+def multiplies_mixed(x: Tensor) -> bool:
+    """Whether the device of `x` multiplies 16-bit factors into fp32. Without data there is no device to try."""
+    return x.device.type != "cpu" and has_data(x) and device_multiplies_mixed(x.device)
+
+
 @functools.cache
-def multiplies_mixed(device: torch.device) -> bool:
-    """Whether 16-bit factors multiply into fp32: on CUDA, on ROCm with a recent PyTorch, not on a CPU."""
-    if device.type in ("cpu", "meta"):
-        return False
+def device_multiplies_mixed(device: torch.device) -> bool:
+    """Tries it: CUDA does, and ROCm with a recent PyTorch."""
     factor = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(factor, factor, out_dtype=torch.float32)
