@@ -48,15 +48,8 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
     return wrapper
 
 
-def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, ...], *rest: Any) -> Any:
-    """`function.apply(*inputs, *rest, origin)`, whose derivatives with respect to `inputs` are of first order.
-
-    `origin` is for `first_order`: an empty tensor that depends on `inputs`. It keeps none of their memory. Its
-    tuple hides it from autograd, so that a first backward does not visit it. The tuple is empty if there is
-    no graph, and under `torch.compile`, whose graphs have no second derivative.
-    """
-    if torch.compiler.is_compiling():
-        return function.apply(*inputs, *rest, ())
+def refuse_transforms(*inputs: Tensor | None) -> None:
+    """Raises an error under the transforms of `torch.func`, and for dual numbers."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "the losses of grpo_kernels are differentiable once, and by torch.autograd only: not under the "
@@ -66,6 +59,18 @@ def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, 
         raise NotImplementedError(
             "the losses of grpo_kernels are differentiable once, and in reverse mode only"
         )
+
+
+def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, ...], *rest: Any) -> Any:
+    """`function.apply(*inputs, *rest, origin)`, which can be differentiated by `inputs` once.
+
+    `origin` is for `first_order`: an empty tensor that depends on `inputs` and keeps none of their memory. It
+    is in a tuple, which hides it from autograd, so that a first backward does not visit it. The tuple is
+    empty if there is no graph, and under `torch.compile`, whose graphs have no second derivative.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*inputs, *rest, ())
+    refuse_transforms(*inputs)
     origin = (once_differentiable(torch.empty(0), *inputs),) if torch.is_grad_enabled() else ()
     return function.apply(*inputs, *rest, origin)
 
@@ -199,9 +204,7 @@ def fused_loss(
     config: RowConfig,
 ) -> tuple[Tensor, Tensor, RowStats]:
     """A token-local loss: its value, 0-dim and differentiable, `dlogp` `[B * T]`, and constant statistics."""
-    loss, dlogp, *found = apply(
-        FusedLoss, (logits,), ref_logits, targets, temperatures, inputs, spec, config
-    )
+    loss, dlogp, *found = apply(FusedLoss, (logits,), ref_logits, targets, temperatures, inputs, spec, config)
     return loss, dlogp, RowStats(**dict(zip(config.outputs, found, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that are no tensors, whose errors name the argument and show its value; and `has_data`."""
+"""Checks of arguments that are no tensors: each names the argument and shows what it held. And `has_data`."""
 
 from __future__ import annotations
 

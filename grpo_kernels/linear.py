@@ -247,7 +247,7 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
 
 
 def multiplies_mixed(x: Tensor) -> bool:
-    """Whether the device of `x` multiplies 16-bit factors into fp32. Without data there is no device to try."""
+    """Whether the device of `x` multiplies 16-bit factors into fp32. Without data no device is tried."""
     return x.device.type != "cpu" and has_data(x) and device_multiplies_mixed(x.device)
 
 

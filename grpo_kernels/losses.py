@@ -16,7 +16,14 @@ from .arguments import (
     resolve_spec,
     token_inputs,
 )
-from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
+from .autograd import (
+    RowConfig,
+    fused_loss,
+    fusible,
+    loss_of_statistics,
+    refuse_transforms,
+    row_statistics,
+)
 from .backend import choose_backend, log_once
 from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
 from .distributed import VocabShard, local_part
@@ -115,6 +122,7 @@ def grpo_loss(
     # A graph copies what its operators overwrite, or else cannot tell what shares memory with its inputs.
     inplace = inplace and not torch.compiler.is_compiling()
     if inplace:
+        refuse_transforms(logits)  # whose tensors have no address to compare
         check_writable(by_rows(logits), given, ref_logits)
     config = RowConfig.of(
         spec,

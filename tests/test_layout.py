@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "row_loss": {"spec", "surrogates", "objective", "sequences"},
     "aggregation": {"spec", "sequences"},
     "distributed": {"checks", "objective"},
-    "debug": set(),
+    "debug": {"checks"},
     "batch": {"checks", "objective", "sequences", "distributed", "debug"},
     "normalizers": {"checks", "spec", "batch"},
     "advantages": {"checks"},
@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
         *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
     },
     "policy_loss": {"spec", "objective", "arguments", "batch", "backend", "autograd"},
-    "linear": {"objective", "distributed"},
+    "linear": {"checks", "objective", "distributed"},
     "heads": {"checks", "distributed", "batch", "linear"},
     "linear_passes": {"checks", "spec", "objective", "backend", "autograd", "linear"},
     "linear_autograd": {

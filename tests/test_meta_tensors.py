@@ -116,7 +116,12 @@ def from_logits(
             options["ref_logits"] = at.new(*shape, V, dtype=dtype)
             del options["ref_logps"]
         if function is log_ratio_loss:
-            args = [leaf.clone(), options.pop("ref_logits"), at.new(*shape, dtype=torch.int64), at.new(*shape)]
+            args = [
+                leaf.clone(),
+                options.pop("ref_logits"),
+                at.new(*shape, dtype=torch.int64),
+                at.new(*shape),
+            ]
         else:
             args = [leaf.clone(), at.new(*shape, dtype=torch.int64), at.new(*shape)]
             options["spec"] = spec
@@ -314,7 +319,9 @@ def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert want is None or described(found) == want
 
 
-@pytest.mark.parametrize("place", [META, pytest.param(FAKE_CUDA, marks=needs_cuda_build)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "place", [META, pytest.param(FAKE_CUDA, marks=needs_cuda_build)], ids=lambda p: p.name
+)
 def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for its free memory nor for what it multiplies: the device of a fake tensor may be absent."""
 
@@ -331,9 +338,9 @@ def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
 def test_errors_are_those_of_real_tensors() -> None:
     """Shapes are checked without values."""
     with FakeTensorMode():
-        logits, ids, advantages = torch.empty(B, T, V), torch.zeros(B, T + 1, dtype=torch.int64), torch.ones(B)
+        logits, ids = torch.empty(B, T, V), torch.zeros(B, T + 1, dtype=torch.int64)
         with pytest.raises(ValueError, match=r"completion_ids must have shape \(2, 6\)"):
-            grpo_loss(logits, ids, advantages)
+            grpo_loss(logits, ids, torch.ones(B))
 
 
 def test_has_data() -> None:
