@@ -1,7 +1,6 @@
 """Chooses between the Triton kernels and PyTorch, and gives both one face.
 
-Under `torch.compile` the two primitives are opaque operators; else they are called as they are. Without data
-(see `has_data`) they leave their outputs as they were allocated.
+Where a call is `traced` the two primitives are opaque operators; else they are called as they are.
 """
 
 from __future__ import annotations
@@ -64,6 +63,14 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def traced(x: Tensor) -> bool:
+    """Whether a call on `x` goes through opaque operators only: under `torch.compile`, and without data.
+
+    Without data the operators do nothing, so that shapes come out, and a tracer on fake tensors records them.
+    """
+    return torch.compiler.is_compiling() or not has_data(x)
+
+
 def row_stats(
     logits: Tensor,
     targets: Tensor,
@@ -74,9 +81,7 @@ def row_stats(
     backend: str,
 ) -> None:
     """Fills `out` with the statistics of every row; masked rows are not read and get zeros."""
-    call: Callable[..., None] = (
-        torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
-    )
+    call: Callable[..., None] = torch.ops.grpo_kernels.row_stats if traced(logits) else _row_stats
     call(logits, targets, *out, ref_logits, temperatures, *values(transform), backend)
 
 
@@ -104,7 +109,7 @@ def dlogits(
     backend: str,
 ) -> None:
     """Fills `out` (which may be `logits`) with the gradient; rows without one are not read and get zeros."""
-    call: Callable[..., None] = torch.ops.grpo_kernels.dlogits if torch.compiler.is_compiling() else _dlogits
+    call: Callable[..., None] = torch.ops.grpo_kernels.dlogits if traced(logits) else _dlogits
     call(out, logits, targets, *stats, *coefficients, ref_logits, temperatures, *values(transform), backend)
 
 
@@ -123,7 +128,7 @@ def fused_loss(
     backend: str,
 ) -> None:
     """Statistics, token-local loss and gradient: fills `dlogits` (which may be `logits`) and the rest."""
-    if targets.numel() == 0 or not has_data(logits):
+    if targets.numel() == 0:
         return
     if backend == "torch":
         torch_backend.fused_loss(
@@ -163,8 +168,7 @@ def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
         and not spec.couples_tokens
         and logps.dtype == torch.float32
         and logps.numel() > 0
-        and not torch.compiler.is_compiling()
-        and has_data(logps)
+        and not traced(logps)
     )
 
 
@@ -257,7 +261,7 @@ def _loss_arguments(spec: LossSpec) -> dict[str, Any]:
 
 def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:
     """`x *= factor`; free where the factor is 1, which on a GPU the kernel and not the host finds out."""
-    if x.numel() == 0 or not has_data(x):
+    if x.numel() == 0:
         return
     if backend == "torch":
         if x.device.type != "cpu" or factor != 1:
@@ -292,7 +296,7 @@ def _row_stats(
     backend: str,
 ) -> None:
     out = RowStats(logps, shift, sum_exp, entropy, ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1)
-    if targets.numel() == 0 or not has_data(logits):
+    if targets.numel() == 0:
         return
     if vocab_size == 0:  # an empty part of a vocabulary that is split over ranks
         for name, x in zip(out._fields, out, strict=True):
@@ -338,7 +342,7 @@ def _dlogits(
     temperature: float,
     backend: str,
 ) -> None:
-    if targets.numel() == 0 or not has_data(logits):
+    if targets.numel() == 0:
         return
     if vocab_size == 0:
         out.zero_()

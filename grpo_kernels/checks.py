@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import is_fake
 def has_data(x: Tensor) -> bool:
     """Whether `x` has values. Tensors on "meta" and fake tensors have none: only shapes come out of a call.
 
-    Nothing may then read values, look at addresses, ask the device for its free memory or launch a kernel.
+    Nothing may then read values, look at addresses, try the device or launch a kernel.
     """
     # A plain tensor is recognised by its type, because `is_fake` takes some microseconds.
     return not (x.is_meta if type(x) in (Tensor, nn.Parameter) else x.is_meta or is_fake(x))

@@ -56,10 +56,10 @@ class RowPlan(NamedTuple):
     def of(cls, needed: Tensor, active: Tensor, *, compact: bool) -> RowPlan:
         """`needed` `[N]` bool: the rows to run; `active`: those of them that have a gradient.
 
-        Unless `compact`, and without data to count rows by, all rows are run as if they had one.
+        Unless `compact`, all rows are run as if they had one.
         """
         total = needed.numel()
-        if not compact or not has_data(needed):
+        if not compact:
             return cls(total, total, total, selected=active)
         # The one wait of the host: how many rows to multiply. compact=False does without.
         with_gradient, running = torch.stack([active.sum(), needed.sum()]).tolist()
@@ -139,8 +139,7 @@ class Chunks:
         bytes_per_token = padded(head.weight.shape[0]) * sum(
             dtype.itemsize for dtype in (*dtypes, *([] if ref is None else [config.ref_logits_dtype]))
         )
-        # Without data there is no device to ask for its free memory.
-        device = head.weight.device if has_data(head.weight) else torch.device("meta")
+        device = head.weight.device
         self.size = config.chunk_tokens or choose_chunk_tokens(plan.running, bytes_per_token, device)
         if shard is not None and config.chunk_tokens is None:
             self.size = shard.least(self.size, device)

@@ -24,7 +24,7 @@ from .autograd import (
     refuse_transforms,
     row_statistics,
 )
-from .backend import choose_backend, log_once
+from .backend import choose_backend, log_once, traced
 from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
 from .distributed import VocabShard, local_part
 from .row_loss import coefficients
@@ -120,7 +120,7 @@ def grpo_loss(
         batch.look_at(ref_logits=ref_logits[..., : vocab.width])
         ref_logits = by_rows(ref_logits.detach())
     # A graph copies what its operators overwrite, or else cannot tell what shares memory with its inputs.
-    inplace = inplace and not torch.compiler.is_compiling()
+    inplace = inplace and not traced(logits)
     if inplace:
         refuse_transforms(logits)  # whose tensors have no address to compare
         check_writable(by_rows(logits), given, ref_logits)

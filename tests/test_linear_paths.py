@@ -181,8 +181,7 @@ class TestChunks:
 
     def test_no_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With compact=False nothing asks for a value, or it would fail: there is none on "meta"."""
-        monkeypatch.setattr(linear, "has_data", lambda x: True)
-        monkeypatch.setattr(linear, "device_multiplies_mixed", lambda device: False)
+        monkeypatch.setattr("grpo_kernels.backend.has_data", lambda x: True)
         case = random_case(LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1))
 
         def meta(x: Tensor) -> Tensor:
