@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_integer, check_number
+from .checks import check_choice, check_integer, check_number, has_data
 from .names import ADVANTAGE_SCALES, AdvantageScale
 
 
@@ -85,5 +85,8 @@ def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -
     if group_ids.shape != rewards.shape or group_ids.dtype.is_floating_point:
         got = f"{group_ids.dtype} of shape {tuple(group_ids.shape)}"
         raise ValueError(f"group_ids must be integers of shape {tuple(rewards.shape)}, got {got}")
+    if not has_data(group_ids):
+        # How many groups there are is in the values; no shape depends on it, and there are B at most.
+        return group_ids.to(torch.int64), rewards.numel()
     unique, groups = torch.unique(group_ids, return_inverse=True)
     return groups, unique.numel()

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backend
 from .distributed import VocabShard, merge
@@ -19,11 +20,21 @@ from .spec import LogitTransform, LossSpec
 T = TypeVar("T")
 
 
-def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """For a backward that has no derivative: whoever differentiates its result gets an error.
+def once_differentiable(x: Tensor, *sources: Tensor | None) -> Tensor:
+    """`x` as a function of `sources` that raises an error when autograd asks for its derivative."""
+    error = torch._C._functions.DelayedError(
+        "the losses of grpo_kernels are differentiable once", 1 + len(sources)
+    )
+    return error(x, *sources)[0]
 
-    `torch.autograd.function.once_differentiable` gives one only where the incoming gradient requires grad,
-    which that of a loss does not: a penalty on the gradient would silently drop out.
+
+def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Makes every derivative of the gradient that `backward` returns raise an error.
+
+    `torch.autograd.function.once_differentiable` does so only if the incoming gradient requires grad. The
+    gradient of a loss does not, so a penalty on the gradient would silently drop out. The engine also skips
+    nodes that lead to none of the inputs it was asked for. So the gradient depends on the origin of the
+    forward's inputs (see `apply`) and on the incoming gradients.
     """
 
     @functools.wraps(backward)
@@ -32,10 +43,36 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        error = torch._C._functions.DelayedError("the losses of grpo_kernels are differentiable once", 1)
-        return tuple(None if x is None else error(x.detach().requires_grad_()) for x in found)
+        return tuple(None if x is None else once_differentiable(x, *ctx.origin, *grads) for x in found)
 
     return wrapper
+
+
+def refuse_transforms(*inputs: Tensor | None) -> None:
+    """Raises an error under the transforms of `torch.func`, and for dual numbers."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the losses of grpo_kernels are differentiable once, and by torch.autograd only: not under the "
+            "transforms of torch.func"
+        )
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "the losses of grpo_kernels are differentiable once, and in reverse mode only"
+        )
+
+
+def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, ...], *rest: Any) -> Any:
+    """`function.apply(*inputs, *rest, origin)`, which can be differentiated by `inputs` once.
+
+    `origin` is for `first_order`: an empty tensor that depends on `inputs` and keeps none of their memory. It
+    is in a tuple, which hides it from autograd, so that a first backward does not visit it. The tuple is
+    empty if there is no graph, and under `torch.compile`, whose graphs have no second derivative.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*inputs, *rest, ())
+    refuse_transforms(*inputs)
+    origin = (once_differentiable(torch.empty(0), *inputs),) if torch.is_grad_enabled() else ()
+    return function.apply(*inputs, *rest, origin)
 
 
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
@@ -152,8 +189,8 @@ def row_statistics(
     config: RowConfig,
 ) -> RowStats:
     """Statistics of every row. Log-probability, entropy and exact KL are differentiable by the logits."""
-    apply = RowStatistics.apply if config.shard is None else outside_graphs(RowStatistics.apply)
-    found = apply(logits, ref_logits, targets, temperatures, config)
+    call = apply if config.shard is None else outside_graphs(apply)
+    found = call(RowStatistics, (logits,), ref_logits, targets, temperatures, config)
     return RowStats(**dict(zip(config.outputs, found, strict=True)))
 
 
@@ -167,7 +204,7 @@ def fused_loss(
     config: RowConfig,
 ) -> tuple[Tensor, Tensor, RowStats]:
     """A token-local loss: its value, 0-dim and differentiable, `dlogp` `[B * T]`, and constant statistics."""
-    loss, dlogp, *found = FusedLoss.apply(logits, ref_logits, targets, temperatures, inputs, spec, config)
+    loss, dlogp, *found = apply(FusedLoss, (logits,), ref_logits, targets, temperatures, inputs, spec, config)
     return loss, dlogp, RowStats(**dict(zip(config.outputs, found, strict=True)))
 
 
@@ -177,7 +214,8 @@ def loss_of_statistics(
     """Any loss of differentiable statistics: 0-dim, and the constants that its metrics are made of."""
     stats = live.detach()
     values, derivatives = backend.row_loss(spec, stats, inputs, layout, backend_name)
-    loss = KnownGradient.apply(values, derivatives, live.logps, live.entropy, live.kl, live.kl_forward)
+    statistics = live.logps, live.entropy, live.kl, live.kl_forward
+    loss = apply(KnownGradient, statistics, values, derivatives)
     return loss, stats, derivatives
 
 
@@ -192,13 +230,14 @@ class RowStatistics(torch.autograd.Function):
         targets: Tensor,
         temperatures: Tensor | None,
         config: RowConfig,
+        origin: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         stats = config.empty_stats(
             targets.numel(), arithmetic_dtype(logits), logits.device, for_backward=True
         )
         backend.row_stats(logits, targets, stats, ref_logits, temperatures, config.transform, config.backend)
         stats = config.merged(stats, targets, temperatures)
-        ctx.config = config
+        ctx.config, ctx.origin = config, origin
         ctx.save_for_backward(
             logits, ref_logits if config.kl_gradient else None, targets, temperatures, *stats
         )
@@ -213,7 +252,7 @@ class RowStatistics(torch.autograd.Function):
         config: RowConfig = ctx.config
         coefficients = config.coefficients(grads)
         if coefficients is None:
-            return None, None, None, None, None
+            return (None,) * 6
         logits, ref_logits, targets, temperatures, *saved = ctx.saved_tensors
         out = logits.detach()
         if not config.inplace:
@@ -231,7 +270,7 @@ class RowStatistics(torch.autograd.Function):
         )
         if config.inplace:
             torch.autograd.graph.increment_version(logits)
-        return out, None, None, None, None
+        return out, *(None,) * 5
 
 
 class KnownGradient(torch.autograd.Function):
@@ -240,20 +279,22 @@ class KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        values: Tensor,  # [N]
-        coefficients: Coefficients,
         logps: Tensor,
         entropy: Tensor | None,
         kl: Tensor | None,
         kl_forward: Tensor | None,
+        values: Tensor,  # [N]
+        coefficients: Coefficients,
+        origin: tuple[Tensor, ...],
     ) -> Tensor:
+        ctx.origin = origin
         ctx.save_for_backward(*coefficients)
         return values.sum()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if c is None else grad * c for c in ctx.saved_tensors)
+        return *(None if c is None else grad * c for c in ctx.saved_tensors), None, None, None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -269,6 +310,7 @@ class FusedLoss(torch.autograd.Function):
         inputs: TokenInputs,
         spec: LossSpec,
         config: RowConfig,
+        origin: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         stats = config.empty_stats(
             targets.numel(), arithmetic_dtype(logits), logits.device, for_backward=False
@@ -290,7 +332,7 @@ class FusedLoss(torch.autograd.Function):
         )
         # Whoever has saved the logits learns of it from their version, as after any in-place operation.
         torch.autograd.graph.increment_version(logits)
-        ctx.backend = config.backend
+        ctx.backend, ctx.origin = config.backend, origin
         ctx.save_for_backward(logits)
         constants = [dlogp, *(getattr(stats, name) for name in config.outputs)]
         ctx.mark_non_differentiable(*constants)
@@ -301,9 +343,9 @@ class FusedLoss(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         (gradient,) = ctx.saved_tensors
         backend.scale_rows(gradient, grad, ctx.backend)
         # Once handed out the buffer is autograd's: a second backward must not take it for the gradient again.
         torch.autograd.graph.increment_version(gradient)
-        return gradient.detach(), None, None, None, None, None, None
+        return gradient.detach(), *(None,) * 7

@@ -1,6 +1,6 @@
 """Chooses between the Triton kernels and PyTorch, and gives both one face.
 
-Under `torch.compile` the two primitives are opaque operators; else they are called as they are.
+Where a call is `traced` the two primitives are opaque operators; else they are called as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .checks import check_choice, values
+from .checks import check_choice, has_data, values
 from .names import BACKENDS, Backend
 from .objective import Coefficients, RowStats, TokenInputs, unbounded
 from .row_loss import coefficients, reference_logps
@@ -112,6 +112,14 @@ def two_passes(learns: bool) -> str:
     return "two passes (statistics, then logits and gradient in the backward)"
 
 
+def traced(x: Tensor) -> bool:
+    """Whether a call on `x` goes through opaque operators only: under `torch.compile`, and without data.
+
+    Without data the operators do nothing, so that shapes come out, and a tracer on fake tensors records them.
+    """
+    return torch.compiler.is_compiling() or not has_data(x)
+
+
 def row_stats(
     logits: Tensor,
     targets: Tensor,
@@ -122,9 +130,7 @@ def row_stats(
     backend: str,
 ) -> None:
     """Fills `out` with the statistics of every row; masked rows are not read and get zeros."""
-    call: Callable[..., None] = (
-        torch.ops.grpo_kernels.row_stats if torch.compiler.is_compiling() else _row_stats
-    )
+    call: Callable[..., None] = torch.ops.grpo_kernels.row_stats if traced(logits) else _row_stats
     call(logits, targets, *out, ref_logits, temperatures, *values(transform), backend)
 
 
@@ -150,7 +156,7 @@ def dlogits(
     backend: str,
 ) -> None:
     """Fills `out` (which may be `logits`) with the gradient; rows without one are not read and get zeros."""
-    call: Callable[..., None] = torch.ops.grpo_kernels.dlogits if torch.compiler.is_compiling() else _dlogits
+    call: Callable[..., None] = torch.ops.grpo_kernels.dlogits if traced(logits) else _dlogits
     call(out, logits, targets, *stats, *coefficients, ref_logits, temperatures, *values(transform), backend)
 
 
@@ -209,7 +215,7 @@ def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
         and not spec.couples_tokens
         and logps.dtype == torch.float32
         and logps.numel() > 0
-        and not torch.compiler.is_compiling()
+        and not traced(logps)
     )
 
 

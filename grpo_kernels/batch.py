@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import debug
-from .checks import check_integer
+from .checks import check_integer, has_data
 from .distributed import VocabShard, is_dtensor
 from .objective import MASKED, arithmetic_dtype
 from .sequences import Layout
@@ -340,7 +340,8 @@ def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
             f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
         )
     # On the CPU the values are at hand; on a GPU reading them would make the host wait.
-    if not torch.compiler.is_compiling() and (seq_lens.device.type == "cpu" or debug.enabled()):
+    readable = seq_lens.device.type == "cpu" or debug.enabled()
+    if not torch.compiler.is_compiling() and readable and has_data(seq_lens):
         total = int(seq_lens.sum())
         shortest = int(seq_lens.min()) if seq_lens.numel() else 0
         if total != source.shape[0] or shortest < 0:

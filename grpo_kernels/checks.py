@@ -1,4 +1,4 @@
-"""Checks of arguments that are no tensors: each names the argument and shows what it held."""
+"""Checks of arguments that are no tensors: each names the argument and shows what it held. And `has_data`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from dataclasses import fields
 from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+
+def has_data(x: Tensor) -> bool:
+    """Whether `x` has values. Tensors on "meta" and fake tensors have none: only shapes come out of a call.
+
+    Nothing may then read values, look at addresses, try the device or launch a kernel.
+    """
+    # A plain tensor is recognised by its type, because `is_fake` takes some microseconds.
+    return not (x.is_meta if type(x) in (Tensor, nn.Parameter) else x.is_meta or is_fake(x))
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -22,7 +33,7 @@ def plain_number(value: Any) -> Any:
     Real scalars are instances of `numbers.Real`, objects with `__index__`, and 0-dim arrays and CPU tensors
     of such numbers. A bool is not a number.
     """
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+    if isinstance(value, Tensor) and value.device.type != "cpu":
         return None  # reading it would sync with the device
     # Scalars and arrays of NumPy, tensors. torch.compile cannot ask a symbolic number for attributes.
     if not isinstance(value, (int, float)) and hasattr(value, "ndim"):
@@ -42,7 +53,7 @@ def plain_number(value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """The `repr` of a value for a message. A tensor is described, because reading it could sync."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         return repr(value)
     return f"a tensor of shape {tuple(value.shape)} and {value.dtype} on {value.device}"
 

@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+from .checks import has_data
+
 logger = logging.getLogger("grpo_kernels")
 
 
@@ -27,7 +29,7 @@ def check_ids(name: str, ids: Tensor, unmasked: Tensor, vocab_size: int | None) 
 def check_mask(name: str, unmasked: Tensor) -> None:
     """Warn if no token is left."""
     # Syncs with the device, under GRPO_KERNELS_DEBUG only, to know whether to warn.
-    if unmasked.numel() and not bool(unmasked.any()):
+    if unmasked.numel() and has_data(unmasked) and not bool(unmasked.any()):
         logger.warning("%s masks all of %s: the loss and its gradient are 0", name, tuple(unmasked.shape))
 
 
@@ -80,6 +82,6 @@ def unusable(name: str, x: Tensor) -> Tensor:
 
 
 def first(wrong: Tensor) -> tuple[int, ...] | None:
-    """The position of the first True."""
+    """The position of the first True; None for a tensor without data."""
     # Syncs with the device, under GRPO_KERNELS_DEBUG only: an error has to be raised here.
-    return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None
+    return tuple(wrong.nonzero()[0].tolist()) if has_data(wrong) and bool(wrong.any()) else None

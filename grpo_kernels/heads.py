@@ -127,7 +127,7 @@ def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype,
     they are widened once and for all."""
     dtype = product_dtype(hidden)
     widens = logits_dtype == torch.float32 and dtype.itemsize == 2
-    if dtype == logits_dtype or (widens and multiplies_mixed(hidden.device)):
+    if dtype == logits_dtype or (widens and multiplies_mixed(hidden)):
         return dtype, logits_dtype
     wide = torch.promote_types(dtype, torch.float32)
     return wide, wide

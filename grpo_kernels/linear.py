@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .checks import has_data
 from .distributed import VocabShard
 from .objective import arithmetic_dtype
 
@@ -235,7 +236,7 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     """`out = a @ b`, or `out += a @ b`; never rounded to less than the dtype of `out` on the way."""
     options: dict[str, Any] = {}
     if a.dtype != out.dtype:
-        if multiplies_mixed(a.device):
+        if multiplies_mixed(a):
             options["out_dtype"] = out.dtype
         else:
             a, b = a.to(out.dtype), b.to(out.dtype)
@@ -244,11 +245,14 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     return torch.mm(a, b, out=out, **options)
 
 
+def multiplies_mixed(x: Tensor) -> bool:
+    """Whether the device of `x` multiplies 16-bit factors into fp32. Without data no device is tried."""
+    return x.device.type != "cpu" and has_data(x) and device_multiplies_mixed(x.device)
+
+
 @functools.cache
-def multiplies_mixed(device: torch.device) -> bool:
-    """Whether 16-bit factors multiply into fp32: on CUDA, on ROCm with a recent PyTorch, not on a CPU."""
-    if device.type in ("cpu", "meta"):
-        return False
+def device_multiplies_mixed(device: torch.device) -> bool:
+    """Tries it: CUDA does, and ROCm with a recent PyTorch."""
     factor = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(factor, factor, out_dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backend, linear_passes
-from .autograd import RowConfig, first_order, outside_graphs
+from .autograd import RowConfig, apply, first_order, outside_graphs
 from .linear import Chunk, Chunks, Gradients, Head, HeadGradients, LinearConfig, RowPlan
 from .linear_passes import LinearRows
 from .objective import RowStats, TokenInputs, arithmetic_dtype
@@ -34,8 +34,8 @@ def linear_loss(
 ) -> tuple[Tensor, Tensor, RowStats]:
     """A token-local loss: its value, 0-dim and differentiable, `dlogp` `[N]`, and constant statistics."""
     plan = RowPlan.of(needed, active, compact=config.compact)
-    loss, dlogp, *found = LinearLoss.apply(
-        *head, ref, targets, temperatures, inputs, spec, plan, config, rows
+    loss, dlogp, *found = apply(
+        LinearLoss, head, ref, targets, temperatures, inputs, spec, plan, config, rows
     )
     return loss, dlogp, RowStats(**dict(zip(rows.outputs, found, strict=True)))
 
@@ -49,8 +49,8 @@ def linear_row_statistics(
     rows: RowConfig,
 ) -> RowStats:
     """Statistics of every row. Log-probability, entropy and exact KL are differentiable by the head."""
-    apply = LinearRowStatistics.apply if rows.shard is None else outside_graphs(LinearRowStatistics.apply)
-    found = apply(*head, ref, targets, temperatures, config, rows)
+    call = apply if rows.shard is None else outside_graphs(apply)
+    found = call(LinearRowStatistics, head, ref, targets, temperatures, config, rows)
     return RowStats(**dict(zip(rows.outputs, found, strict=True)))
 
 
@@ -71,6 +71,7 @@ class LinearLoss(torch.autograd.Function):
         plan: RowPlan,
         config: LinearConfig,
         rows: RowConfig,
+        origin: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         head, ref = linear_passes.cast(Head(hidden, weight, bias), ref, config, rows.transform.vocab_size)
         targets, temperatures, inputs = map(plan.pick, (targets, temperatures, inputs))
@@ -94,6 +95,7 @@ class LinearLoss(torch.autograd.Function):
             own = None if temperatures is None else temperatures[rest]
             stats.rows(rest).copy_(rows.merged(stats.rows(rest), targets[rest], own))
             rows.shard.sum_over_ranks(out.dhidden)
+        ctx.origin = origin
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*out)
         constants = [plan.spread(x) for x in (dlogp, *(getattr(stats, name) for name in rows.outputs))]
@@ -105,12 +107,12 @@ class LinearLoss(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 11
+            return (None,) * 12
         found = (
             None if x is None else torch.mul(x, grad, out=torch.empty_like(x, dtype=dtype))
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *found, *(None,) * 8
+        return *found, *(None,) * 9
 
 
 def chunk_loss(
@@ -167,12 +169,13 @@ class LinearRowStatistics(torch.autograd.Function):
         temperatures: Tensor | None,
         config: LinearConfig,
         rows: RowConfig,
+        origin: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         stats = rows.empty_stats(targets.numel(), arithmetic_dtype(hidden), hidden.device, for_backward=True)
         of = LinearRows(Head(hidden, weight, bias), ref, targets, temperatures)
         linear_passes.row_stats(of, stats, config, rows)
         stats = rows.merged(stats, targets, temperatures)
-        ctx.config, ctx.rows = config, rows
+        ctx.config, ctx.rows, ctx.origin = config, rows, origin
         kept = ref if ref is not None and rows.kl_gradient else (None, None, None)
         ctx.save_for_backward(hidden, weight, bias, *kept, targets, temperatures, *stats)
         ctx.set_materialize_grads(False)
@@ -186,7 +189,7 @@ class LinearRowStatistics(torch.autograd.Function):
         config, rows = ctx.config, ctx.rows
         coefficients = rows.coefficients(grads)
         if coefficients is None:
-            return (None,) * 8
+            return (None,) * 9
         # Once only: checkpoints and offloading hooks fetch all of them each time.
         hidden, weight, bias, *saved = ctx.saved_tensors
         head, ref = Head(hidden, weight, bias), None if saved[0] is None else Head(*saved[:3])
@@ -198,4 +201,4 @@ class LinearRowStatistics(torch.autograd.Function):
         found = (
             None if x is None or like is None else x.to(like.dtype) for x, like in zip(out, head, strict=True)
         )
-        return *found, *(None,) * 5
+        return *found, *(None,) * 6

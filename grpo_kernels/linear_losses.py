@@ -17,7 +17,7 @@ from .arguments import (
     token_inputs,
 )
 from .autograd import RowConfig, fusible, loss_of_statistics
-from .backend import choose_backend, log_path, two_passes
+from .backend import choose_backend, log_path, traced, two_passes
 from .batch import Batch, Vocabulary
 from .distributed import VocabShard
 from .heads import check_head, check_ref_head, linear_config, product_dtype
@@ -151,7 +151,7 @@ def linear_grpo_loss(
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     one_pass = learns and fusible(spec, product_dtype(hidden))
-    one_pass = one_pass and not torch.compiler.is_compiling()  # which knows the two passes only, as operators
+    one_pass = one_pass and not traced(hidden)  # the operators are those of the two passes
     path = "one pass (loss and gradient in the forward)" if one_pass else two_passes(learns)
     dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
     log_path("linear_grpo_loss", path, rows.backend, **dtypes)

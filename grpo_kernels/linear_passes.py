@@ -1,6 +1,6 @@
 """The passes of the linear form over all chunks: statistics, and the gradients of known coefficients.
 
-To `torch.compile` a pass is one opaque operator: how many chunks there are depends on the data.
+Where a call is `traced` a pass is one opaque operator: how many chunks there are depends on the data.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def run(
     of: LinearRows, out: NamedTuple, known: tuple[NamedTuple, ...], config: LinearConfig, rows: RowConfig
 ) -> None:
     """Flat, as an operator takes it: the tensors that are there, and their names."""
-    compiling = torch.compiler.is_compiling()
-    call: Callable[..., None] = torch.ops.grpo_kernels.linear_pass if compiling else _linear_pass
+    traced = backend.traced(of.targets)
+    call: Callable[..., None] = torch.ops.grpo_kernels.linear_pass if traced else _linear_pass
     factors = [*of.head, *(of.ref or (None, None, None))]
     call(
         *present(out), *present(*known), factors, of.targets, of.temperatures,

@@ -17,8 +17,15 @@ from .arguments import (
     resolve_spec,
     token_inputs,
 )
-from .autograd import RowConfig, fused_loss, fusible, loss_of_statistics, row_statistics
-from .backend import choose_backend, log_path, two_kernels
+from .autograd import (
+    RowConfig,
+    fused_loss,
+    fusible,
+    loss_of_statistics,
+    refuse_transforms,
+    row_statistics,
+)
+from .backend import choose_backend, log_path, traced, two_kernels
 from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
 from .distributed import VocabShard, local_part
 from .names import Aggregation, Backend, PresetName
@@ -120,8 +127,9 @@ def grpo_loss(
         batch.look_at(ref_logits=ref_logits[..., : vocab.width])
         ref_logits = by_rows(ref_logits.detach())
     # A graph copies what its operators overwrite, or else cannot tell what shares memory with its inputs.
-    inplace = inplace and not torch.compiler.is_compiling()
+    inplace = inplace and not traced(logits)
     if inplace:
+        refuse_transforms(logits)  # whose tensors have no address to compare
         check_writable(by_rows(logits), given, ref_logits)
     config = RowConfig.of(
         spec,

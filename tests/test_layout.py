@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "row_loss": {"spec", "surrogates", "objective", "sequences"},
     "aggregation": {"spec", "sequences"},
     "distributed": {"checks", "objective"},
-    "debug": set(),
+    "debug": {"checks"},
     "batch": {"checks", "objective", "sequences", "distributed", "debug"},
     "options": {"names", "distributed"},
     "normalizers": {"checks", "names", "spec", "debug", "batch"},
@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         *("names", "options"),
     },
     "policy_loss": {"names", "spec", "objective", "arguments", "batch", "backend", "autograd"},
-    "linear": {"objective", "distributed"},
+    "linear": {"checks", "objective", "distributed"},
     "heads": {"checks", "distributed", "batch", "linear"},
     "linear_passes": {"checks", "spec", "objective", "backend", "autograd", "linear"},
     "linear_autograd": {
