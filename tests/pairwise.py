@@ -2,6 +2,7 @@
 
 Most faults show at one value of one parameter, or at two values of two parameters together. A test of five
 parameters finds them with a tenth of its cases or fewer. `make test` runs those, `make test-all` every case.
+Cases marked `long` are left to `make test-all` as well.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pairwise",
         action="store_true",
-        help="run only as many cases of each test function as hold every pair of its parameters' values",
+        help="run only as many cases of each test function as hold every pair of its parameters' values, "
+        "and none marked long",
     )
 
 
@@ -27,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--pairwise"):
         return
-    kept = pairwise(items)
+    kept = pairwise([item for item in items if item.get_closest_marker("long") is None])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -83,11 +83,19 @@ class TestSome:
     def test_two(self, backend, unrelated):
         pass
 
-@pytest.mark.parametrize("letter", "abcdef")
+@pytest.mark.parametrize("letter", [*"abcde", pytest.param("f", marks=pytest.mark.long)])
 def test_one(letter):
     pass
 
 def test_none():
+    pass
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.long)])
+def ranks(request):
+    return request.param
+
+@pytest.mark.parametrize("name", "abc")
+def test_ranks(ranks, name):
     pass
 """
 
@@ -114,8 +122,13 @@ def functions(names: list[str]) -> list[str]:
 
 def test_the_option(example: Path) -> None:
     every, kept = functions(collected(example)), functions(collected(example, "--pairwise"))
-    count = {name: (every.count(name), kept.count(name)) for name in every}
-    assert count == {"test_three": (24, 12), "test_two": (6, 6), "test_one": (6, 6), "test_none": (1, 1)}
+    assert {name: (every.count(name), kept.count(name)) for name in every} == {
+        "test_three": (24, 12),
+        "test_two": (6, 6),
+        "test_one": (6, 5),  # one is marked long
+        "test_none": (1, 1),
+        "test_ranks": (6, 3),  # those of 4 ranks are marked long
+    }
 
 
 def test_every_process_chooses_the_same(example: Path) -> None:
