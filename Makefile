@@ -14,9 +14,18 @@ VERL := .venv-verl
 # Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.
 INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
+# A choice of cases of every test (tests/pairwise.py), and of hypothesis's examples (tests/conftest.py).
+QUICK := --pairwise --hypothesis-profile=quick
+# One target, the one with a budget; the variants with the most code, and those whose rows are not aligned.
+COMPILED := -m compile -k "sm_90 and budget and (entropy or unaligned or odd) or reader"
+# Tests of loss and gradient, whose numbers depend on the processor's matrix products and vector instructions.
+NUMERIC := $(addprefix tests/test_, $(addsuffix .py, parity hard_cases linear linear_hard_cases linear_paths \
+	linear_properties sequence_hard_cases properties api_properties autograd custom_losses token_loss twins \
+	regressions))
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu sanitize-gpu test-compile test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
+.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -24,8 +33,18 @@ help:  ## list the targets
 demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS="..." is handed on)
 	$(PY) examples/addition.py $(ARGS)
 
-test: $(VENV)/.test  ## run the tests (in Triton's interpreter where there is no GPU)
+# Status 5: none of the tests that ARGS select is a test of compiled kernels.
+test: $(VENV)/.test  ## run every test with a choice of its cases: five minutes on two cores, no GPU needed
+	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(QUICK) $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m pytest tests/test_compile.py $(COMPILED) $(ARGS) || test $$? -eq 5
+
+test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile (verl's tests: test-verl)
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+	$(MAKE) test-compile
+
+test-processors: $(VENV)/.test  ## run the numeric tests as on other processors: MKL's oldest code, then no AVX in PyTorch
+	MKL_CBWR=COMPATIBLE $(INTERPRET) $(PY) -m pytest -n $(JOBS) $(NUMERIC) $(QUICK) $(ARGS)
+	ATEN_CPU_CAPABILITY=default $(INTERPRET) $(PY) -m pytest -n $(JOBS) $(NUMERIC) $(QUICK) $(ARGS)
 
 test-gpu:  ## run the tests on the GPU, with the Python at hand
 	env -u TRITON_INTERPRET $(PYTHON) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo  # looks at PyTorch when it is imported: before a fixture below replaces parts of it
+from pairwise import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks: pytest finds them here)
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
 
     # The same examples every time; pytest --hypothesis-profile=nightly looks for others, and longer.
+    # `make test` uses "quick", `make test-all` "default".
     slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("default", max_examples=100, derandomize=True, **slow)
+    settings.register_profile("quick", max_examples=20, derandomize=True, **slow)
     settings.register_profile("nightly", max_examples=2000, **slow)
     settings.load_profile("default")
 

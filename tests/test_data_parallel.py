@@ -15,7 +15,7 @@ from grpo_kernels.normalizers import global_normalizer
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
 
 
-@pytest.fixture(scope="session", params=[2, 4], ids="{} ranks".format)
+@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_workers(Path(data_parallel.__file__), request.param, session_folder(tmp_path_factory))
 

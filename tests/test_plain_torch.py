@@ -46,6 +46,7 @@ def test_it_learns(one_process: dict[str, torch.Tensor]) -> None:
     assert all(values.isfinite().all() for values in one_process.values())
 
 
+@pytest.mark.long
 def test_two_processes(one_process: dict[str, torch.Tensor]) -> None:
     """The same samples, losses and metrics, to the digits that are printed.
 

@@ -416,9 +416,25 @@ CASES = {
         theirs="top_entropy_quantile=0.6",
     ),
 }
+# Each option of these is an option of another case too.
+LONG = {
+    *(
+        "grpo",
+        "grpo, accumulated",
+        "luspo, accumulated",
+        "vespo, sequence",
+        "evaluated",
+        "bonus",
+        "bonus, counted",
+    ),
+    *("adaptive bonus", "high entropy", "high entropy, bonus", "experts", "lora, high entropy", "tools"),
+    *("sampler, vespo", "sampler, all masks"),
+}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in CASES]
+)
 def test_same_run(
     name: str,
     folders: Callable[[str], str],

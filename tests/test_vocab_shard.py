@@ -13,7 +13,7 @@ from distributed.launch import run_workers, session_folder
 from grpo_kernels import VocabShard, grpo_loss, linear_logps, selective_logps
 
 
-@pytest.fixture(scope="session", params=[2, 4], ids="{} ranks".format)
+@pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_workers(Path(vocab_shard.__file__), request.param, session_folder(tmp_path_factory))
 

@@ -1,0 +1,107 @@
+"""`pytest --pairwise`: a few cases of each test function, which together hold every pair of parameter values.
+
+Most faults show at one value of one parameter, or at two values of two parameters together. A test of five
+parameters finds them with a tenth of its cases or fewer. `make test` runs those, `make test-all` every case.
+Cases marked `long` are left to `make test-all` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+Pair = tuple[Hashable, ...]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pairwise",
+        action="store_true",
+        help="run only as many cases of each test function as hold every pair of its parameters' values, "
+        "and none marked long",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that no pair is left to a case that they deselect
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--pairwise"):
+        return
+    kept = pairwise([item for item in items if item.get_closest_marker("long") is None])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def pairwise(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """Return the items to keep, chosen for each test function separately."""
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(function_of(item), []).append(item)
+    return {
+        cases[i] for cases in functions.values() for i in thinned([parameters_of(item) for item in cases])
+    }
+
+
+def function_of(item: pytest.Item) -> str:
+    """Return the test function's name with its file and class, without parameters."""
+    callspec = getattr(item, "callspec", None)
+    return item.nodeid if callspec is None else item.nodeid.removesuffix(f"[{callspec.id}]")
+
+
+def parameters_of(item: pytest.Item) -> Mapping[str, Any]:
+    """Return the values of a case's parameters, including those of its fixtures."""
+    callspec = getattr(item, "callspec", None)
+    return {} if callspec is None else callspec.params
+
+
+def thinned(cases: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Choose cases that hold every pair of values that occurs in `cases`.
+
+    The choice is greedy. The next case is always the one with the most pairs that no chosen case holds, and
+    the first of several such cases. So it depends on nothing but the order of the cases, and every process
+    makes the same choice, as pytest-xdist requires.
+
+    Args:
+        cases: Values of the parameters by name, one mapping per case. They may all be empty.
+
+    Returns:
+        Positions in `cases`, in ascending order.
+    """
+    numbers = Numbers()
+    open_pairs = [pairs(params, numbers) for params in cases]
+    missing = set().union(*open_pairs)
+    chosen = []
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(open_pairs[i]))
+        chosen.append(best)
+        found = frozenset(open_pairs[best])
+        missing -= found
+        for each in open_pairs:
+            each -= found
+    return sorted(chosen)
+
+
+def pairs(params: Mapping[str, Any], numbers: Numbers) -> set[Pair]:
+    """Return the pairs of values of two parameters; with fewer than two parameters, all values as one."""
+    values = [(name, numbers[value]) for name, value in params.items()]
+    return set(combinations(values, 2)) if len(values) > 1 else {tuple(values)}
+
+
+class Numbers:
+    """Numbers the values in the order of their first use.
+
+    Two values are the same if they have one type and are equal; if they cannot be hashed, only if they are
+    one object.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def __getitem__(self, value: Any) -> int:
+        try:
+            hash(value)
+        except TypeError:
+            value = id(value)
+        return self._numbers.setdefault((type(value), value), len(self._numbers))

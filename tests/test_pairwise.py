@@ -1,0 +1,141 @@
+"""`pytest --pairwise` loses no pair of parameter values, no test, and chooses the same cases every time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pairwise import thinned
+
+# Equal values of different types are different: 1 == 1.0 == True.
+FACTORS = {"loss": list("abcdefg"), "dtype": [1, 1.0, True], "packed": [False, True], "backend": ["x", "y"]}
+
+
+def grid(**factors: list[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+
+
+def pairs_in(cases: list[Mapping[str, Any]]) -> set[frozenset[tuple[str, str]]]:
+    """Names the pairs by their representations, so that no mistake is shared with pairwise.py."""
+    return {
+        frozenset([(one, repr(case[one])), (other, repr(case[other]))])
+        for case in cases
+        for one, other in combinations(case, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(grid(**FACTORS), id="every combination"),
+        pytest.param([c for i, c in enumerate(grid(**FACTORS)) if i % 5 != 2], id="some combinations"),
+        pytest.param([*grid(**FACTORS)[::7], {"loss": "a", "packed": True}], id="a parameter missing"),
+    ],
+)
+def test_every_pair_stays(cases: list[dict[str, Any]]) -> None:
+    kept = thinned(cases)
+    assert kept == sorted(set(kept))
+    assert pairs_in([cases[i] for i in kept]) == pairs_in(cases)
+
+
+def test_few_cases_stay() -> None:
+    """7 losses times 3 dtypes is the least possible."""
+    assert len(grid(**FACTORS)) == 84
+    assert 21 <= len(thinned(grid(**FACTORS))) <= 23
+
+
+def test_one_parameter_keeps_every_value() -> None:
+    assert thinned(grid(value=[3, 1, 3.0, [1], [2], 3])) == [0, 1, 2, 3, 4]  # the last is the first again
+
+
+def test_a_test_without_parameters_stays() -> None:
+    assert thinned([{}]) == [0]
+
+
+def test_values_that_cannot_be_hashed() -> None:
+    one, other = {"a": 1}, {"a": 1}
+    assert thinned(grid(options=[one, other], packed=[False, True])) == [0, 1, 2, 3]
+
+
+EXAMPLE = """
+import pytest
+
+@pytest.fixture(scope="session", params=["torch", "triton"])
+def backend(request):
+    return request.param
+
+@pytest.fixture(params=[1, 2, 3])
+def unrelated(request):
+    return request.param
+
+class TestSome:
+    @pytest.mark.parametrize("letter", "abc")
+    @pytest.mark.parametrize("number", [1, "one", None, frozenset("xyz")])
+    def test_three(self, letter, number, backend):
+        pass
+
+    def test_two(self, backend, unrelated):
+        pass
+
+@pytest.mark.parametrize("letter", [*"abcde", pytest.param("f", marks=pytest.mark.long)])
+def test_one(letter):
+    pass
+
+def test_none():
+    pass
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.long)])
+def ranks(request):
+    return request.param
+
+@pytest.mark.parametrize("name", "abc")
+def test_ranks(ranks, name):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("example")
+    (folder / "test_example.py").write_text(EXAMPLE, encoding="utf-8")
+    return folder
+
+
+def collected(folder: Path, *options: str, seed: int = 0) -> list[str]:
+    """Names of the cases that pytest would run, in a process with hash seed `seed`."""
+    env = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "pytest", "-p", "pairwise", "--collect-only", "-q", *options, "."]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def functions(names: list[str]) -> list[str]:
+    return [name.split("[")[0].split("::")[-1] for name in names]
+
+
+def test_the_option(example: Path) -> None:
+    every, kept = functions(collected(example)), functions(collected(example, "--pairwise"))
+    assert {name: (every.count(name), kept.count(name)) for name in every} == {
+        "test_three": (24, 12),
+        "test_two": (6, 6),
+        "test_one": (6, 5),  # one is marked long
+        "test_none": (1, 1),
+        "test_ranks": (6, 3),  # those of 4 ranks are marked long
+    }
+
+
+def test_every_process_chooses_the_same(example: Path) -> None:
+    """Strings hash differently in each process."""
+    assert collected(example, "--pairwise", seed=1) == collected(example, "--pairwise", seed=2)
+
+
+def test_what_k_deselects_holds_no_pair(example: Path) -> None:
+    """Within one backend, all 12 pairs of letter and number are needed."""
+    assert len(collected(example, "--pairwise", "-k", "triton and three")) == 12
