@@ -237,7 +237,8 @@ class Batch:
 
         Padding beyond `vocab_size` does not matter, nor does any of it if all tokens are masked.
         """
-        if debug.enabled() and bool(self.mask.any()):  # the sync is part of GRPO_KERNELS_DEBUG
+        # The sync is part of GRPO_KERNELS_DEBUG.
+        if debug.enabled() and has_data(self.mask) and bool(self.mask.any()):
             for name, x in parts.items():
                 if x is not None:
                     debug.check_head(name, x.detach()[:vocab_size])

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # looks at PyTorch when it is imported: before a fixture below replaces parts of it
 from pairwise import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks: pytest finds them here)
 
 if importlib.util.find_spec("hypothesis") is not None:
@@ -22,6 +21,9 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.register_profile("quick", max_examples=20, derandomize=True, **slow)
     settings.register_profile("nightly", max_examples=2000, **slow)
     settings.load_profile("default")
+
+# Dynamo looks up by name, once, what it may trace. A fixture below replaces some of that.
+torch.compile(lambda: torch.empty(1), backend="eager")()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

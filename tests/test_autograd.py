@@ -29,9 +29,6 @@ from grpo_kernels.testing import make_batch, relative_error
 EVERYTHING = LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1)
 IN_PLACE = "modified by an inplace operation"
 
-# Dynamo looks up by name, once, what it may trace: before a fixture puts something else in their place.
-torch.compile(lambda: torch.empty(1), backend="eager")()
-
 both_paths = pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
 half_and_single = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 

@@ -24,9 +24,6 @@ from grpo_kernels import KL, LossOutput, LossSpec, PPOClip, heads, linear, linea
 from grpo_kernels.reference import reference_loss
 from grpo_kernels.testing import relative_error
 
-# Dynamo looks up by name, once, what it may trace: before a fixture puts something else in their place.
-torch.compile(lambda: torch.empty(1), backend="eager")()
-
 PPO = LossSpec(PPOClip())
 LOCAL_AND_NOT = {"token-local": PPO, "callable": LossSpec(user_loss)}
 local_and_not = pytest.mark.parametrize("spec", LOCAL_AND_NOT.values(), ids=LOCAL_AND_NOT)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_trl_trainers import (
     KL,
     batch,
@@ -232,3 +233,6 @@ def test_fuse_trl_logps_says_so(caplog: pytest.LogCaptureFixture) -> None:
         found = [text for text in messages(caplog, logging.INFO) if text.startswith("fuse_trl_logps")]
         assert len(found) == calls and "linear_logps" in found[0]
     assert trl_head.utils._ChunkedLogProbFunction is trl_head.FusedUnlessSharded
+    # And when a head runs, for whoever configured logging only later.
+    trl_head.FusedUnlessSharded.apply(torch.randn(3, 4), torch.randn(5, 4), None, torch.arange(3), 1.0, 2)
+    assert messages(caplog, logging.INFO)[-1].startswith("fuse_trl_logps: one pass")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import fusible
-from ..backend import logger
+from ..backend import OnceLogger, logger
 from ..names import Aggregation
 from ..spec import KL, LossSpec
 from ..surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
@@ -89,7 +89,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         add_fused_loss(self.model)
         self._fused_step: Step | None = None
         self._gradient_checks = GRADIENT_CHECKS
-        self._told: set[str] = set()
+        self._log_once = OnceLogger(logging.INFO)  # once per trainer, and not once per process
         self._why_not_fused: str | None = None
         ignored = ignored_forward(self.model)
         if ignored is not None:
@@ -291,9 +291,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         except ValueError as reason:
             if self._has_own_spec:
                 raise
-            self._tell(f"FusedGRPOTrainer: TRL's loss of log-probabilities by linear_logps, because {reason}")
+            self._log_once(f"FusedGRPOTrainer: TRL's loss, logps by linear_logps, because {reason}")
             return None
-        self._tell(f"FusedGRPOTrainer: the loss is made in the model's forward, loss_type={self.loss_type!r}")
+        self._log_once(f"FusedGRPOTrainer: loss in the model's forward, loss_type={self.loss_type!r}")
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         normalizer = self._normalizer(spec, inputs)
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
@@ -313,12 +313,6 @@ class FusedGRPOTrainer(GRPOTrainer):
             arguments,
             self.loss_options,
         )
-
-    def _tell(self, message: str) -> None:
-        """Logs a message once per trainer, at the first time that somebody would see it."""
-        if message not in self._told and logger.isEnabledFor(logging.INFO):
-            self._told.add(message)
-            logger.info(message)
 
     def _normalizer(self, spec: LossSpec, inputs: dict[str, Any]) -> Tensor | None:
         """Tokens of all micro-batches of an optimizer step, per process; TRL counts those of a generation."""

@@ -52,6 +52,7 @@ class FusedLogProbs:
     """`linear_logps` with the arguments and results of TRL's `_ChunkedLogProbFunction`."""
 
     options: Mapping[str, Any] = field(default_factory=dict)  # of `linear_logps`, besides
+    name: str = "linear_logps"  # in the log
 
     def apply(
         self,
@@ -78,6 +79,7 @@ class FusedLogProbs:
             logit_softcap=logit_softcap,
             entropy=True,
             top1="is_top1" in outputs,
+            function=self.name,
             **self.options,
         )
         others = tuple(x for x in ("log_sum_sq_probs", "mean_logits") if x in outputs)
@@ -103,7 +105,7 @@ class FusedUnlessSharded:
         if zero3_enabled():
             warn_once("Under DeepSpeed ZeRO-3 the log-probabilities remain TRL's own")
             return ChunkedLogProbFunction.apply(*args)
-        return FusedLogProbs().apply(*args)
+        return FusedLogProbs(name="fuse_trl_logps").apply(*args)
 
 
 def zero3_enabled() -> bool:
