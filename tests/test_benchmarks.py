@@ -172,6 +172,7 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "* dies: failed: RuntimeError: out of luck\n* absent: skipped: no-such is not installed\n" in page
 
 
+@pytest.mark.long
 def test_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One of each form, from the CSV alone, with every provider that was timed."""
     plot = pytest.importorskip("benchmarks.plot", exc_type=ImportError)
@@ -252,6 +253,7 @@ def test_each_timed_call_is_prepared_and_finds_a_cold_cache(fake_driver: list[st
     assert 1 <= timing.low <= timing.median <= timing.high
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("work", [LOGITS, replace(LINEAR, loss="grpo", inactive=0.5)], ids=str)
 def test_every_provider_can_be_timed_on_a_gpu(work: Workload, fake_driver: list[str]) -> None:
     """A graph serves one backward, and an overwritten input one step."""
@@ -281,6 +283,7 @@ def test_what_dies_before_a_provider_is_said(monkeypatch: pytest.MonkeyPatch, tm
     assert rows[-1].status == "failed: no batch: there is none"
 
 
+@pytest.mark.long
 def test_a_provider_that_hangs_is_said(tmp_path: Path) -> None:
     """In a process of its own, which is ended."""
     program = f"""
