@@ -111,7 +111,7 @@ def assert_right(case: LinearCase, expected: LinearCase | None = None, **options
         if (value := getattr(got.out, name)) is not None:
             torch.testing.assert_close(value.double(), getattr(truth, name), rtol=1e-5, atol=1e-5, msg=name)
     torch.testing.assert_close(got.out.loss.double(), truth.loss.detach(), rtol=1e-5, atol=1e-5)
-    assert_gradients(got.grads, wanted.eager, wanted.truth, wanted.terms, "")
+    assert_gradients(got.grads, wanted.eager, wanted.truth, wanted.terms, wanted.lengths, "")
     return got
 
 
@@ -458,7 +458,7 @@ class TestCase12Large:
         assert got.out.logps[-2].item() == pytest.approx(-math.log(vocab), abs=1e-5)
         truth = want.by_logits.truth.out.logps
         torch.testing.assert_close(got.out.logps[-1:].double(), truth, rtol=0, atol=1e-5)
-        assert_gradients((got.grads[0][-1:],), want.eager[:1], want.truth[:1], want.terms[:1], "last row")
+        assert_gradients((got.grads[0][-1:],), want.eager[:1], want.truth[:1], want.terms[:1], want.lengths, "last row")
 
 
 def beside(x: Tensor, dim: int, *, first: bool = False) -> Tensor:

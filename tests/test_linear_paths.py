@@ -16,6 +16,7 @@ import pytest
 import torch
 from linear_cases import LinearCase, assert_gradients, from_logits, linear_oracle, run_linear
 from parity import NEEDS_DYNAMO, every_branch, user_loss
+from products import on_a_grid
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,15 +43,15 @@ def random_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> LinearCase:
-    """Nothing masked, every token with an advantage."""
+    """Nothing masked, every token with an advantage; the products are exact."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(device, dtype)
+        return on_a_grid(torch.randn(*size, generator=generator)).to(device, dtype)
 
     ids = torch.randint(V, shape, generator=generator).to(device)
     advantages = torch.linspace(-1.0, 1.5, shape[0], device=device)
-    return LinearCase(spec, normal(*shape, H), normal(V, H) / math.sqrt(H), None, ids, advantages, {})
+    return LinearCase(spec, normal(*shape, H), normal(V, H) / 2 ** (math.log2(H) // 2), None, ids, advantages, {})
 
 
 class TestOperations:
@@ -227,7 +228,9 @@ class TestPrecision:
             got = run_linear(case, chunk_tokens=5, compact=compact, backend=backend)
             exact = expected.by_logits.truth.out.logps
             torch.testing.assert_close(got.out.logps.double(), exact, rtol=0, atol=1e-5)
-            assert_gradients(got.grads, expected.eager, expected.truth, expected.terms, f"{compact = }")
+            assert_gradients(
+                got.grads, expected.eager, expected.truth, expected.terms, expected.lengths, f"{compact = }"
+            )
 
     def test_accuracy_tables(self, mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """Those of docs/kernels.md, on fewer tokens."""
