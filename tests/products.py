@@ -1,11 +1,11 @@
 """What may be compared after a matrix product, whose sums the BLAS library orders and not this package.
 
-The order depends on processor, shape, number of threads and alignment of memory. Two things hold on all of them:
+The order depends on processor, shape, number of threads and alignment of memory. Whatever it is:
 
-* Products of numbers with few digits are exact, because every partial sum is. `on_a_grid` makes such factors,
-  so that logits, and all that the package computes from them, can be compared to the bit.
-* The gradients of hidden states, weight and bias are products of numbers with all their digits. Any two orders
-  of the same terms agree to the bound of `assert_same_products`.
+* Products of numbers with few digits are exact, because every partial sum is. `on_a_grid` makes such factors.
+  Logits, and all that the package computes from them, can then be compared to the bit.
+* Gradients of hidden states, weight and bias are products of numbers with all their digits. Two orders of the
+  same terms agree to the bound of `assert_same_products`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ GRID_BITS = 7  # bf16 holds 8
 
 
 def on_a_grid(x: Tensor, bits: int = GRID_BITS) -> Tensor:
-    """Each row `x[..., :]` rounded to multiples of a power of two, of which its largest entry is about 2^bits.
+    """Round each row of `x` to multiples of its step, a power of two; none exceeds `2^bits` steps.
 
     The product of a row of `a` bits with one of `b` bits is a multiple of the product of their steps, and so
-    is each partial sum in any order. Of `K` terms none exceeds `2^(a + b) K` steps: exact in fp32 up to 2^24.
-    NaN and infinities stay.
+    is each partial sum in any order. None of `K` terms' exceeds `2^(a + b) K` such steps, and fp32 holds
+    multiples up to 2^24. NaN and infinities stay.
     """
     wide = x.double()
     largest = torch.where(wide.isfinite(), wide, 0.0).abs().amax(-1, keepdim=True) if x.numel() else wide
@@ -85,12 +85,3 @@ def assert_same_products(got: Tensor, want: Tensor, magnitude: Tensor, terms: in
         raise AssertionError(
             f"{what}: {float(x[at]):.9g} at {at}, wanted {float(y[at]):.9g}, allowed {float(allowed[at]):.3g}"
         )
-
-
-def assert_same_gradients(
-    got: dict[str, Tensor], want: dict[str, Tensor], sizes: dict[str, Tensor], terms: dict[str, int]
-) -> None:
-    """By name: hidden, weight, bias."""
-    assert got.keys() == want.keys()
-    for name, grad in got.items():
-        assert_same_products(grad, want[name], sizes[name], terms[name], f"gradient of {name}")
