@@ -483,5 +483,5 @@ def test_sharded_weights(tmp_path: Any) -> None:
         for rank in range(2)
     ]
     for process in ranks:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors.decode()
