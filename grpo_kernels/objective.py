@@ -96,14 +96,25 @@ def cispo(
     return weighted_logp(logp, -advantage * ratio.clamp(ratio_min, ratio_max))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """As `torch.sigmoid`, but with bits that depend on `x` alone.
+
+    On a CPU `torch.sigmoid` computes the last few entries of a tensor with another `exp` than the rest, so a
+    token's gradient would depend on its position in the batch.
+    """
+    # The exponential of a negative number only: it cannot overflow.
+    e = torch.exp(-x.abs())
+    return torch.where(x < 0, e, 1.0) / (1 + e)
+
+
 def sapo(
     logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float, tau_pos: float, tau_neg: float
 ) -> Statement:
     ratio, dratio = clamped_ratio(log_ratio, clamp)
     tau = either(advantage > 0, tau_pos, tau_neg, like=advantage)
-    gate = torch.sigmoid(tau * (ratio - 1))
+    gate = sigmoid(tau * (ratio - 1))
     # sigmoid(-x) and not 1 - sigmoid(x), which has no digits left where the ratio is large.
-    steepness = gate * torch.sigmoid(-tau * (ratio - 1))
+    steepness = gate * sigmoid(-tau * (ratio - 1))
     # Where it has vanished the ratio may be infinite.
     slope = torch.where(steepness == 0, 0.0, -4 * steepness * advantage * dratio)
     return Statement(-advantage * gate * 4 / tau, None, slope)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from parity import NEEDS_DYNAMO, Case, Result, every_branch, run, user_loss
+from products import assert_same_products, on_a_grid
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -45,11 +46,24 @@ def loss_of(logits: Tensor, case: Case, **options: Any) -> Tensor:
 
 
 def head(case: Case) -> tuple[Tensor, Tensor]:
-    """Hidden states `[B, T, 5]` and a weight `[37, 5]`: a linear layer that makes logits for the case."""
+    """Hidden states `[B, T, 5]` and a weight `[37, 5]`: a linear layer that makes logits for the case.
+
+    Exact ones (products.py), in bf16 too.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = (*case.completion_ids.shape, 5), (37, 5)
-    hidden, weight = (torch.randn(shape, generator=generator).to(case.logits.device) for shape in shapes)
-    return hidden, weight
+    hidden, weight = (on_a_grid(torch.randn(shape, generator=generator)) for shape in shapes)
+    return hidden.to(case.logits.device), weight.to(case.logits.device)
+
+
+def assert_same_weight_gradients(
+    got: Tensor, want: Tensor, case: Case, hidden: Tensor, weight: Tensor, **options: Any
+) -> None:
+    """`weight`'s gradients under a linear layer, to the order in which the layer sums over the tokens."""
+    logits = (hidden @ weight.t()).requires_grad_()
+    (dlogits,) = torch.autograd.grad(loss_of(logits, case, **options), logits)
+    rows, dlogits = hidden.abs().flatten(0, -2), dlogits.abs().flatten(0, -2).to(hidden.dtype)
+    assert_same_products(got, want, dlogits.t() @ rows, len(rows), "gradient of the weight")
 
 
 def scaled(factor: float) -> Callable[..., LossOutput]:
@@ -290,7 +304,7 @@ def test_checkpointing(device: str, backend: str, reentrant: bool, inplace: bool
         weight = start.clone().requires_grad_()
         call(weight).backward()
         grads.append(weight.grad)
-    assert torch.equal(*grads)
+    assert_same_weight_gradients(*grads, case, hidden, start, backend=backend)
 
 
 @both_paths
@@ -308,9 +322,10 @@ def test_autocast(device: str, backend: str, inplace: bool) -> None:
             loss = loss_of(logits, case, backend=backend, inplace=inplace)
         assert loss.dtype == torch.float32
         loss.backward()
-        results.append((loss.detach(), leaf.grad))
+        results.append((loss.detach(), leaf.grad.bfloat16()))  # as which both were computed
     assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
+    grads = [grad for _, grad in results]
+    assert_same_weight_gradients(*grads, case, hidden.bfloat16(), weight.bfloat16(), backend=backend)
 
 
 @both_paths

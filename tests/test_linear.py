@@ -9,6 +9,8 @@ from linear_cases import (
     LinearOracle,
     LinearResult,
     assert_gradients,
+    assert_same,
+    assert_same_gradients,
     from_logits,
     linear_oracle,
     logits_of,
@@ -24,6 +26,7 @@ from parity import (
     assert_outputs,
     user_loss,
 )
+from products import lengths
 from test_parity import EITHER, PACKED, PADDED, branches, every_option, tiny
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -52,7 +55,7 @@ def assert_linear_parity(expected: LinearOracle, *, what: str = "", **options: o
     """Gradients row by row of hidden states and weight, and everything that the loss returns."""
     got = run_linear(expected.case, **options)
     assert_outputs(expected.by_logits, got.out, what=what)
-    assert_gradients(got.grads, expected.eager, expected.truth, expected.terms, what)
+    assert_gradients(got.grads, expected.eager, expected.truth, expected.terms, expected.lengths, what)
     return got
 
 
@@ -165,7 +168,8 @@ def test_linear_logps(dtype: str, compact: bool, backend: str, device: str) -> N
         for x, y in zip(got, exact, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-11 if dtype == "fp64" else 1e-5)
         # Of two unmasked tokens a word, and of few words a token: their terms do not cancel much.
-        assert_gradients(grads, by_eager, truth, tuple(8 * x.abs() for x in truth), "")
+        terms = tuple(8 * x.abs() for x in truth)
+        assert_gradients(grads, by_eager, truth, terms, lengths(mask.numel(), case.weight.shape[0]), "")
 
 
 GRADCHECKED = {
@@ -239,17 +243,14 @@ def test_masked_and_idle_tokens_never_matter(surrogate: str, backend: str, devic
     )
     for compact in (True, False):
         want, got = (run_linear(case, compact=compact, backend=backend) for case in (clean, wrong))
-        assert got.out.loss == want.out.loss and torch.equal(got.out.logps, want.out.logps)
-        for x, y in zip(got.grads, want.grads, strict=True):
-            assert torch.equal(x, y)
+        assert_same(got, want, clean, compact=compact, backend=backend)
         if surrogate == "callable":
             continue
         idle = clean.hidden.clone()
         idle[clean.advantages == 0] = torch.nan
         got = run_linear(clean._replace(hidden=idle), compact=compact, backend=backend)
         assert got.out.loss == want.out.loss
-        for x, y in zip(got.grads, want.grads, strict=True):
-            assert torch.equal(x, y)
+        assert_same_gradients(got, want, clean, compact=compact, backend=backend)
 
 
 def test_skip_inactive(backend: str, device: str) -> None:
@@ -260,8 +261,7 @@ def test_skip_inactive(backend: str, device: str) -> None:
     assert got.out.loss == want.out.loss
     assert want.out.logps[idle].any() and not got.out.logps[idle].any()
     assert torch.equal(got.out.logps[~idle], want.out.logps[~idle])
-    for x, y in zip(got.grads, want.grads, strict=True):
-        assert torch.equal(x, y)
+    assert_same_gradients(got, want, case, backend=backend)
     given = run_linear(
         case.with_options(ref_logps=torch.full_like(want.out.logps, -3.0)),
         skip_inactive=True,
@@ -280,8 +280,7 @@ def test_skip_inactive_leaves_nothing_out_of_a_kl(backend: str, device: str) -> 
     for spec in (LossSpec(PPOClip(), KL("k3")), LossSpec(PPOClip(), entropy_coef=0.1), LossSpec(user_loss)):
         case = from_logits(branches(spec, "fp32", False, device))
         want, got = (run_linear(case, skip_inactive=skip, backend=backend) for skip in (False, True))
-        assert torch.equal(got.out.logps, want.out.logps)
-        assert all(map(torch.equal, got.grads, want.grads))
+        assert_same(got, want, case, backend=backend)
 
 
 def test_bf16_logits(backend: str, device: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from guarded import Allocations, Surrounded, bits, contiguous_copy
 from parity import NEEDS_DYNAMO, every_branch, user_loss
+from products import assert_same_products, lengths, magnitudes, on_a_grid
 from torch import Tensor
 
 from grpo_kernels import (
@@ -132,7 +133,10 @@ def of_rewards(*, packed: bool) -> Call:
 def of_hidden(
     name: str, V: int = 37, *, packed: bool = False, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Call:
-    """`linear_grpo_loss` likewise. Masked hidden states and 8 rows of padding in the weights hold NaN."""
+    """`linear_grpo_loss` likewise. Masked hidden states and 8 rows of padding in the weights hold NaN.
+
+    The logits are exact products (products.py).
+    """
     call = arguments(name, V, packed=packed, dtype=dtype)
     tensors = {each: x for each, x in call.tensors.items() if each not in ROWS}
     generator = torch.Generator().manual_seed(V)
@@ -140,7 +144,7 @@ def of_hidden(
         if logits in call.tensors:
             shapes = {"hidden": (*tensors["completion_ids"].shape, H), "lm_head_weight": (V + 8, H)}
             for each, shape in {**shapes, "lm_head_bias": (V + 8,)}.items():
-                x = torch.randn(shape, generator=generator).to(dtype)
+                x = on_a_grid(torch.randn(shape, generator=generator)).to(dtype)
                 if each == "hidden":
                     x.masked_fill_(tensors["completion_mask"][..., None] == 0, torch.nan)
                 else:
@@ -187,13 +191,39 @@ def watching(backend: str) -> AbstractContextManager[Any]:
 
 
 def assert_same(
-    got: dict[str, Tensor], wanted: dict[str, Tensor], *, exact: bool = True, equal_nan: bool = False
+    got: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    *,
+    exact: bool = True,
+    equal_nan: bool = False,
+    sizes: dict[str, Tensor] | None = None,
+    terms: dict[str, int] | None = None,
 ) -> None:
-    """To the bit; where not `exact`, sums of fp32 may run in another order."""
+    """To the bit; where not `exact`, sums of fp32 may run in another order.
+
+    sizes: of the gradients that are products, the magnitudes of what is summed; terms: how many there are.
+    """
     assert got.keys() == wanted.keys()
     rtol, atol = (0.0, 0.0) if exact else (1e-4, 1e-5)
     for name, x in got.items():
+        if terms is not None and sizes is not None and name in terms:
+            assert_same_products(x, wanted[name], sizes[name], terms[name], name)
+            continue
         torch.testing.assert_close(x, wanted[name], rtol=rtol, atol=atol, equal_nan=equal_nan, msg=name)
+
+
+def of_products(call: Call, given: dict[str, Tensor], **options: Any) -> dict[str, Any]:
+    """`sizes` and `terms` of `assert_same`, for a call that is given hidden states."""
+    if "hidden" not in given:
+        return {}
+    with magnitudes():
+        sizes = call.run(given, **options)
+    ids = given["completion_ids" if "completion_ids" in given else "ids"]
+    counts = lengths(ids.numel(), given["lm_head_weight"].shape[0]).values()
+    return {
+        "sizes": sizes,
+        "terms": dict(zip((f"gradient by {x}" for x in call.learns), counts, strict=True)),
+    }
 
 
 @pytest.fixture
@@ -228,6 +258,7 @@ def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
             leaves["logits"] = tensors["logits"].clone().requires_grad_()
             given["logits"] = contiguous_copy(leaves["logits"], aligned=aligned)
         wanted = call.run(given, leaves, **options)
+        products = of_products(call, given, **options)
 
         placed = {
             name: Surrounded.of(x, dense=name in ROWS + HEADS, aligned=layout(name))
@@ -253,7 +284,7 @@ def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
             assert torch.equal(bits(logits.beside(written)), bits(logits.beside(before["logits"])))
         # On a GPU what PyTorch adds up, it adds up by alignment.
         exact = device == "cpu" or (backend == "triton" and "hidden" not in tensors)
-        assert_same(got, wanted, exact=exact, equal_nan=wrong)
+        assert_same(got, wanted, exact=exact, equal_nan=wrong, **products)
         assert got["loss" if "loss" in got else "output 0"].isnan().any() == wrong
         for name, x in placed.items():
             assert torch.equal(bits(x.buffer), bits(before[name])), f"{name} or what surrounds it has changed"
@@ -268,7 +299,7 @@ def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
 
 
 class TestPoisonAroundEveryTensor:
-    """The results have the bits of contiguous tensors'; inputs and all around them keep theirs."""
+    """The results are those of contiguous tensors; inputs and all around them keep their bits."""
 
     @both_layouts
     @specs
@@ -370,8 +401,10 @@ def bare(shape: tuple[int, ...], V: int, *, hidden: bool = False) -> Call:
     if not hidden:
         logits = {"logits": normal(*shape, V), "ref_logits": normal(*shape, V)}
         return Call(grpo_loss, logits | tensors, options, ("logits",))
-    head = {"hidden": normal(*shape, 6), "lm_head_weight": normal(V, 6), "lm_head_bias": normal(V)}
-    ref = {"ref_hidden": normal(*shape, 9), "ref_lm_head_weight": normal(V, 9)}
+    sizes = {"hidden": (*shape, 6), "lm_head_weight": (V, 6)}
+    ref_sizes = {"ref_hidden": (*shape, 9), "ref_lm_head_weight": (V, 9)}
+    head, ref = ({each: on_a_grid(normal(*x)) for each, x in of.items()} for of in (sizes, ref_sizes))
+    head["lm_head_bias"] = normal(V)
     return Call(linear_grpo_loss, head | ref | tensors, {**options, "chunk_tokens": 4}, tuple(head))
 
 
@@ -429,14 +462,15 @@ class TestExtremes:
     def test_layouts_of_heads(
         self, backend: str, device: str, name: str, layout: Callable[[Tensor], Tensor]
     ) -> None:
-        """To rounding: a product may sum in another order for each layout."""
+        """The gradients to rounding: a product may sum in another order for each layout."""
         call = bare((2, 3), 37, hidden=True)
         call = call._replace(tensors={each: x.to(device) for each, x in call.tensors.items()})
         view = layout(call.tensors[name])
         with watching(backend):
             got = call.run({**call.tensors, name: view}, backend=backend)
-        want = call.run({**call.tensors, name: view.detach().contiguous()}, backend=backend)
-        assert_same(got, want, exact=False)
+        given = {**call.tensors, name: view.detach().contiguous()}
+        want, products = call.run(given, backend=backend), of_products(call, given, backend=backend)
+        assert_same(got, want, exact=device == "cpu", **products)
 
     @pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
     def test_offsets_beyond_2_31(
@@ -636,10 +670,14 @@ class TestMisuse:
         options = {"spec": LossSpec(PPOClip(), level=level), "backend": backend}
         want, loss = (linear_grpo_loss(**given, **options).loss for _ in range(2))
         grads = torch.autograd.grad(want, leaves)
+        with magnitudes():
+            sizes = torch.autograd.grad(linear_grpo_loss(**given, **options).loss, leaves)
         with torch.no_grad():
             given[name].mul_(2)
         if level == "token":
-            assert all(map(torch.equal, torch.autograd.grad(loss, leaves), grads))
+            found = zip(call.learns, torch.autograd.grad(loss, leaves), grads, sizes, strict=True)
+            for terms, (each, x, y, size) in zip(lengths(6, 37).values(), found, strict=True):
+                assert_same_products(x, y, size, terms, each)
             return
         with pytest.raises(RuntimeError, match=IN_PLACE):
             loss.backward()

@@ -33,7 +33,7 @@ def logs(output: str) -> dict[str, torch.Tensor]:
 def one_process() -> dict[str, torch.Tensor]:
     command = [sys.executable, str(SCRIPT), "--steps", str(STEPS)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     return logs(run.stdout)
 

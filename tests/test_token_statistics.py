@@ -6,6 +6,7 @@ from inspect import signature
 
 import pytest
 import torch
+from products import on_a_grid
 
 from grpo_kernels.logps import linear_logps, linear_token_statistics
 
@@ -16,8 +17,8 @@ B, T, V, H = 3, 5, 2053, 16  # V: two full blocks of a kernel and a partial tail
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_top1_is_argmax(device: str, backend: str, softcap: float | None, temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(B, T, H, generator=generator).to(device)
-    weight = torch.randn(V, H, generator=generator).to(device)
+    shapes = (B, T, H), (V, H)  # of exact products: products.py
+    hidden, weight = (on_a_grid(torch.randn(shape, generator=generator)).to(device) for shape in shapes)
     likeliest = (hidden @ weight.t()).argmax(-1)
     taken = torch.rand(B, T, generator=generator).to(device) < 0.5
     ids = torch.where(taken, likeliest, torch.randint(V, (B, T), generator=generator).to(device))

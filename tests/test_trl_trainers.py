@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from products import on_a_grid
 from torch import Tensor
 
 import grpo_kernels
@@ -828,7 +829,7 @@ def test_results_of_trl_s_function(outputs: tuple[str, ...], softcap: float | No
 def test_start_at_the_reference() -> None:
     """A policy is asked for its entropy, a reference is not; of the same weights their KL is exactly 0."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(200, 32), torch.randn(V, 32)
+    hidden, weight = on_a_grid(torch.randn(200, 32)), on_a_grid(torch.randn(V, 32))  # exact logits
     targets = torch.randint(0, V, (200,))
     policy, reference = (
         trl_head.FusedLogProbs().apply(hidden, weight, None, targets, 1.0, 20, None, 1.0, outputs).logps

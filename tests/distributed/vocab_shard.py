@@ -345,7 +345,7 @@ def from_hidden_states(backend: str, split: str, dtype: torch.dtype, options: st
         assert_outputs(expected.by_logits, got.out, what=options)
     dhidden, *of_head = got.grads
     grads = (dhidden, *(joined(x, split, V, 0) for x in of_head))
-    assert_gradients(grads, expected.eager, expected.truth, expected.terms, options)
+    assert_gradients(grads, expected.eager, expected.truth, expected.terms, expected.lengths, options)
 
 
 @cases.add(name=["callable", "GMPO", "VESPO"])
@@ -355,7 +355,7 @@ def coupled_from_hidden_states(name: str) -> None:
     got = run_linear(parts.case, shard=parts.shard)
     dhidden, *of_head = got.grads
     grads = (dhidden, *(joined(x, "uneven", V, 0) for x in of_head))
-    assert_gradients(grads, expected.eager, expected.truth, expected.terms, name)
+    assert_gradients(grads, expected.eager, expected.truth, expected.terms, expected.lengths, name)
 
 
 @cases.add(frozen=[False, True])
