@@ -238,7 +238,7 @@ def test_float_masks(value: float) -> None:
     """Anything but 0 counts as 1, which a weight in the mask's place does not mean."""
     x = given()
     mask = wrong_at(x["completion_mask"], (1, 2), value)
-    said = f"[1, 2] is {value}, a mask holds 0 and 1 only"
+    said = f"[1, 2] is {value}, but a mask holds only 0 and 1"
     raises(grpo_loss, f"completion_mask{said}", spec=SPEC, **x | {"completion_mask": mask})
     logps, ids = -torch.rand(B, T), x["completion_ids"]
     raises(policy_loss, f"completion_mask{said}", logps=logps, advantages=torch.ones(B), completion_mask=mask)

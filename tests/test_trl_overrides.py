@@ -258,7 +258,7 @@ def test_scores_overridden_with_own_spec(name: str, folders: Folders, tmp_path: 
     """TRL's loss would be another than was asked for."""
     mixin, why = OVERRIDES[name]
     trainer = new_trainer(type("Own", (mixin, LogRatioTrainer), {}), folders("llama"), tmp_path, beta=0.04)
-    with pytest.raises(ValueError, match=why.replace("8", str(B)) + ".*TRL's loss is another one"):
+    with pytest.raises(ValueError, match=why.replace("8", str(B)) + ".*TRL's loss cannot replace it"):
         trainer._compute_loss(trainer.model, batch())
 
 
