@@ -204,23 +204,23 @@ class FusedGRPOTrainer(GRPOTrainer):
             return self._own_loss(step)
         loss = self._loss(step) if step.once else None
         if self._disagree(step, loss, theirs):
-            self._restore(logged)
+            self._restore(*logged)
             return super()._compute_loss(model, inputs)
         return theirs if loss is None else loss
 
-    def _logged(self) -> dict[str, Any]:
+    def _logged(self) -> tuple[dict[str, int], dict[str, Any]]:
         """The state of the trainer that TRL's loss changes: lengths of metrics and the entropy controller."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         controller = {name: vars(self)[name] for name in CONTROLLER if name in vars(self)}
-        return {"lengths": {name: len(values) for name, values in metrics.items()}, "controller": controller}
+        return {name: len(values) for name, values in metrics.items()}, controller
 
-    def _restore(self, logged: dict[str, Any]) -> None:
+    def _restore(self, lengths: dict[str, int], controller: dict[str, Any]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [*metrics]:
-            metrics[name] = metrics[name][: logged["lengths"].get(name, 0)]
+            metrics[name] = metrics[name][: lengths.get(name, 0)]
             if not metrics[name]:
                 del metrics[name]
-        self.__dict__.update(logged["controller"])
+        self.__dict__.update(controller)
 
     def _loss(self, step: Step) -> Tensor:
         loss = step.loss / self._divisor(step.arguments["normalizer"])
@@ -253,7 +253,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return logps, entropy, aux_loss
 
     def _learns_in_the_forward(self) -> bool:
-        """Or else the backward needs the head, which DeepSpeed ZeRO-3 has taken apart again by then."""
+        """Otherwise the backward needs the head, which DeepSpeed ZeRO-3 has sharded again by then."""
         try:
             return fusible(self._fusible_spec(), torch.float16 if self.args.fp16 else self.model.dtype)
         except ValueError:
@@ -292,7 +292,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         except ValueError as reason:
             if self._has_own_spec:
                 raise
-            self._log_once(f"FusedGRPOTrainer: TRL's loss, logps by linear_logps, because {reason}")
+            self._log_once(f"FusedGRPOTrainer: TRL's loss from linear_logps, because {reason}")
             return None
         self._log_once(f"FusedGRPOTrainer: loss in the model's forward, loss_type={self.loss_type!r}")
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -332,8 +332,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             return 0.0
         if normalizer is None:
             return self.entropy_coef
-        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch. The host waits,
-        # because a LossSpec holds numbers.
+        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch. Syncs, because
+        # a LossSpec holds numbers.
         return self.entropy_coef * float(normalizer / (mask.sum().clamp(min=1) * self._accumulation))
 
     def _disagree(self, step: Step, loss: Tensor | None, theirs: Tensor) -> bool:
