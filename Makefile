@@ -14,9 +14,9 @@ VERL := .venv-verl
 # Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.
 INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
-# A choice of cases of every test (tests/pairwise.py), and of hypothesis's examples (tests/conftest.py).
+# Fewer cases of each test (tests/pairwise.py), and fewer examples of hypothesis (tests/conftest.py).
 QUICK := --pairwise --hypothesis-profile=quick
-# One target, the one with a budget; the variants with the most code, and those whose rows are not aligned.
+# The one target with a budget, and of its variants those with the most code and those with unaligned rows.
 COMPILED := -m compile -k "sm_90 and budget and (entropy or unaligned or odd) or reader"
 # Tests of loss and gradient, whose numbers depend on the processor's matrix products and vector instructions.
 NUMERIC := $(addprefix tests/test_, $(addsuffix .py, parity hard_cases linear linear_hard_cases linear_paths \
@@ -33,8 +33,8 @@ help:  ## list the targets
 demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS="..." is handed on)
 	$(PY) examples/addition.py $(ARGS)
 
-# Status 5: none of the tests that ARGS select is a test of compiled kernels.
-test: $(VENV)/.test  ## run every test with a choice of its cases: five minutes on two cores, no GPU needed
+# pytest's status 5 is no error: ARGS may select no test of compiled kernels.
+test: $(VENV)/.test  ## run the tests with a choice of their cases: five minutes on two cores, no GPU needed
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(QUICK) $(ARGS)
 	env -u TRITON_INTERPRET $(PY) -m pytest tests/test_compile.py $(COMPILED) $(ARGS) || test $$? -eq 5
 
@@ -42,7 +42,7 @@ test-all: $(VENV)/.test  ## run every test with all of its cases, then test-comp
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
 	$(MAKE) test-compile
 
-test-processors: $(VENV)/.test  ## run the numeric tests as on other processors: MKL's oldest code, then no AVX in PyTorch
+test-processors: $(VENV)/.test  ## run the numeric tests with the code for older processors: first MKL's, then PyTorch's
 	MKL_CBWR=COMPATIBLE $(INTERPRET) $(PY) -m pytest -n $(JOBS) $(NUMERIC) $(QUICK) $(ARGS)
 	ATEN_CPU_CAPABILITY=default $(INTERPRET) $(PY) -m pytest -n $(JOBS) $(NUMERIC) $(QUICK) $(ARGS)
 

@@ -2,8 +2,8 @@
 
 `launches_for(target)` stands a driver without a device before Triton, so that the package's own launchers run
 up to the point where the machine code would start: what binds, specialises and compiles the arguments is the
-very code that does it on a GPU. Tensors may live on the CPU or on "meta", where the package would otherwise
-launch nothing. `Sass` reads the machine code.
+very code that does it on a GPU. Tensors may live on the CPU, or on "meta", for which the package
+otherwise launches nothing. `Sass` reads the machine code.
 """
 
 from __future__ import annotations

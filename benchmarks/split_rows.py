@@ -49,7 +49,7 @@ from grpo_kernels.kernels.device import (
 )
 from grpo_kernels.kernels.dlogits import zero_columns
 from grpo_kernels.kernels.launch import PER_ROW, compile_options, on_device_of, row_strides, rows_aligned
-from grpo_kernels.kernels.row_stats import fold, in_thread_sum, log_prob, moved, rescaled
+from grpo_kernels.kernels.row_stats import fold, in_thread_sum, log_prob, rescaled, shift_delta
 from grpo_kernels.kernels.token_loss import loss_arguments, token_loss
 
 from . import report
@@ -112,13 +112,13 @@ def incomplete(words, KINDS: tl.constexpr):
 def merged(shift, total, ref_shift, ref_total, cross, k, ref_k, KINDS: tl.constexpr):
     """Scalars of vectors of partial statistics, each relative to its own shift: see `fold_rows`."""
     whole_shift = tl.max(shift, 0)
-    delta = moved(shift, whole_shift, k)
+    delta = shift_delta(shift, whole_shift, k)
     alpha = tl.exp2(delta)
     whole_total = tl.sum(total * alpha, 0)
     whole_ref_shift, whole_ref_total, whole_cross = 0 * whole_total, 0 * whole_total, 0 * whole_total
     if KINDS > 1:
         whole_ref_shift = tl.max(ref_shift, 0)
-        ref_delta = moved(ref_shift, whole_ref_shift, ref_k)
+        ref_delta = shift_delta(ref_shift, whole_ref_shift, ref_k)
         whole_ref_total = tl.sum(ref_total * tl.exp2(ref_delta), 0)
         if KINDS > 2:
             whole_cross = tl.sum(rescaled(cross + total * (delta - ref_delta), alpha), 0)

@@ -29,8 +29,8 @@ def group_advantages(
         leave_one_out: compare each reward with the mean of the others of its group (RLOO, arXiv:2402.14740).
 
     Returns:
-        `[B]` in the dtype of `rewards`, or fp32 if that is not floating point; computed in fp64. Exactly 0 if
-        all rewards of a group are equal, a group of one included.
+        `[B]` in the dtype of `rewards`, or in fp32 if that dtype is not floating point; computed in fp64.
+        Exactly 0 if all rewards of a group are equal, as in a group of one.
 
     Raises:
         ValueError: a wrong shape, dtype, device, group size or scale; TypeError: a wrong type.
@@ -86,7 +86,7 @@ def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -
         got = f"{group_ids.dtype} of shape {tuple(group_ids.shape)}"
         raise ValueError(f"group_ids must be integers of shape {tuple(rewards.shape)}, got {got}")
     if not has_data(group_ids):
-        # How many groups there are is in the values; no shape depends on it, and there are B at most.
+        # The number of groups depends on values. There are at most B, and no shape depends on it.
         return group_ids.to(torch.int64), rewards.numel()
     unique, groups = torch.unique(group_ids, return_inverse=True)
     return groups, unique.numel()

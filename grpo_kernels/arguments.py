@@ -33,7 +33,7 @@ class LossOutput(NamedTuple):
 def resolve_spec(spec: LossSpec | PresetName) -> LossSpec:
     if isinstance(spec, str):
         check_choice("spec", spec, PRESET_NAMES)
-        return COMPLETE_PRESETS.get(spec) or LossSpec.preset(spec)  # the latter says what is missing
+        return COMPLETE_PRESETS.get(spec) or LossSpec.preset(spec)  # which says what is missing
     if not isinstance(spec, LossSpec):
         raise TypeError(f"spec must be a LossSpec or the name of a preset, got {spec!r}")
     return spec
@@ -126,7 +126,7 @@ def loss_output(
 
 
 def _normalizer(batch: Batch, normalizer: float | Tensor | None) -> float | Tensor | None:
-    """A 0-dim tensor on the batch's device, a Python number or None."""
+    """Check the normalizer, and return a 0-dim tensor on the batch's device, a Python number or None."""
     if not isinstance(normalizer, Tensor):
         return check_number("normalizer", normalizer, optional=True)
     if normalizer.dim() != 0:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def once_differentiable(x: Tensor, *sources: Tensor | None) -> Tensor:
-    """`x` as a function of `sources` that raises an error when autograd asks for its derivative."""
+    """Return `x` as a function of `sources` whose derivative raises an error."""
     error = torch._C._functions.DelayedError(
         "the losses of grpo_kernels are differentiable once", 1 + len(sources)
     )
@@ -29,7 +29,7 @@ def once_differentiable(x: Tensor, *sources: Tensor | None) -> Tensor:
 
 
 def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """Makes every derivative of the gradient that `backward` returns raise an error.
+    """Make every derivative of the gradient that `backward` returns raise an error.
 
     `torch.autograd.function.once_differentiable` does so only if the incoming gradient requires grad. The
     gradient of a loss does not, so a penalty on the gradient would silently drop out. The engine also skips
@@ -49,11 +49,11 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
 
 
 def refuse_transforms(*inputs: Tensor | None) -> None:
-    """Raises an error under the transforms of `torch.func`, and for dual numbers."""
+    """Raise an error under the transforms of `torch.func`, and for dual numbers."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "the losses of grpo_kernels are differentiable once, and by torch.autograd only: not under the "
-            "transforms of torch.func"
+            "the losses of grpo_kernels are differentiable once, and only by torch.autograd. They do not "
+            "support the transforms of torch.func"
         )
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise NotImplementedError(
@@ -62,9 +62,9 @@ def refuse_transforms(*inputs: Tensor | None) -> None:
 
 
 def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, ...], *rest: Any) -> Any:
-    """`function.apply(*inputs, *rest, origin)`, which can be differentiated by `inputs` once.
+    """Return `function.apply(*inputs, *rest, origin)`, differentiable once with respect to `inputs`.
 
-    `origin` is for `first_order`: an empty tensor that depends on `inputs` and keeps none of their memory. It
+    `first_order` reads `origin`, an empty tensor that depends on `inputs` and keeps none of their memory. It
     is in a tuple, which hides it from autograd, so that a first backward does not visit it. The tuple is
     empty if there is no graph, and under `torch.compile`, whose graphs have no second derivative.
     """

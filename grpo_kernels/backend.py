@@ -1,6 +1,6 @@
 """Chooses between the Triton kernels and PyTorch, and gives both one face.
 
-Where a call is `traced` the two primitives are opaque operators; else they are called as they are.
+If a call is `traced`, the two primitives are opaque operators. Otherwise they are called directly.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def choose_backend(backend: Backend, logits: Tensor) -> str:
 
 
 class OnceLogger:
-    """Logs each message once per process. Only records that a handler took count as logged.
+    """Logs each message once. Only records that a handler has output count.
 
-    What was logged before logging was configured is logged again. Once a message was seen, a call costs a set
-    lookup.
+    A message that came before logging was configured is therefore logged again. After a message was output,
+    its calls cost a set lookup.
     """
 
     def __init__(self, level: int) -> None:
@@ -91,7 +91,10 @@ warn_once = OnceLogger(logging.WARNING)
 
 
 def log_path(function: str, path: str, backend: str, **dtypes: torch.dtype | None) -> None:
-    """Log how a call is computed, once per function, path, backend and dtypes. None: the tensor is absent."""
+    """Log how a call is computed, once per function, path, backend and dtypes.
+
+    The dtype of an absent tensor is None.
+    """
     if torch.compiler.is_compiling():
         return
     given = [x for pair in dtypes.items() if pair[1] is not None for x in pair]
@@ -99,23 +102,24 @@ def log_path(function: str, path: str, backend: str, **dtypes: torch.dtype | Non
 
 
 def two_kernels(learns: bool) -> str:
-    """The path from logits for `log_path`, unless it is fused."""
+    """The `path` of a loss from logits for `log_path`, if it is not fused."""
     if not learns:
         return "one kernel (statistics, no gradient)"
     return "two kernels (statistics, then the gradient in the backward)"
 
 
 def two_passes(learns: bool) -> str:
-    """The path from hidden states for `log_path`, unless the forward computes the gradient too."""
+    """The `path` of a loss from hidden states for `log_path`, if its forward computes no gradient."""
     if not learns:
         return "one pass (statistics, no gradient)"
     return "two passes (statistics, then logits and gradient in the backward)"
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a call on `x` goes through opaque operators only: under `torch.compile`, and without data.
+    """Whether a call on `x` uses opaque operators only, as under `torch.compile` and if `x` has no data.
 
-    Without data the operators do nothing, so that shapes come out, and a tracer on fake tensors records them.
+    Without data the operators do nothing, and the results have shapes only. A tracer that uses fake tensors
+    records the operators.
     """
     return torch.compiler.is_compiling() or not has_data(x)
 

@@ -235,7 +235,7 @@ class Batch:
     def look_at_heads(self, vocab_size: int, **parts: Tensor | None) -> None:
         """Under GRPO_KERNELS_DEBUG, raise ValueError if a weight or bias is NaN or infinite.
 
-        Padding beyond `vocab_size` does not matter, nor does any of it if all tokens are masked.
+        Padding beyond `vocab_size` is not checked. Nothing is checked if all tokens are masked.
         """
         # The sync is part of GRPO_KERNELS_DEBUG.
         if debug.enabled() and has_data(self.mask) and bool(self.mask.any()):
@@ -269,8 +269,8 @@ class Batch:
             raise ValueError(f"{name} must be real, got {value.dtype}")
         value, got = value.detach(), tuple(value.shape)
         allowed = [self.shape]
-        if not self.packed:
-            allowed += [(self.shape[0], 1), (self.shape[0],)] if per_sequence else []
+        if per_sequence and not self.packed:
+            allowed += [(self.shape[0], 1), (self.shape[0],)]
         elif per_sequence and self.num_sequences is not None:
             allowed += [(self.num_sequences,)]
         if got not in allowed:
@@ -280,8 +280,8 @@ class Batch:
                 if self.packed and per_sequence and self.layout.sequence_ids is None
                 else ""
             )
-            hint_of_got = squeeze_hint(got, self.shape) if self.packed else ""
-            raise ValueError(f"{name} must have shape {expected}{hint}, got {got}{hint_of_got}")
+            squeeze = squeeze_hint(got, self.shape) if self.packed else ""
+            raise ValueError(f"{name} must have shape {expected}{hint}, got {got}{squeeze}")
         if got == self.shape:
             value = value.reshape(-1)
         elif self.packed:
@@ -305,16 +305,16 @@ class Batch:
 
 
 def moved_scalar(x: Tensor, device: torch.device) -> Tensor:
-    """A 0-dim tensor, detached, on `device`.
+    """Return a 0-dim tensor detached, and on `device` if it was on the CPU.
 
-    Operators take a 0-dim CPU tensor as a number, so that it gets to a GPU without the sync of a copy.
+    Operators take a 0-dim CPU tensor as a number, so it gets to a GPU without the sync of a copy.
     """
     x = x.detach()
     return torch.zeros_like(x, device=device) + x if x.device.type == "cpu" != device.type else x
 
 
 def squeeze_hint(got: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """For a packed batch that comes as one padded sequence, as in Hugging Face's padding-free training."""
+    """The end of an error's message if the shape is `[1, N]`, that of Hugging Face's padding-free batches."""
     return "; squeeze(0) removes its first dimension" if tuple(got) == (1, *expected) else ""
 
 
@@ -334,13 +334,13 @@ def _check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
     if source.dim() != 2:
         hint = ""
         if source.shape[0] == 1:
-            hint = f": pass {name}.squeeze(0), and everything else per token likewise"
+            hint = f": pass {name}.squeeze(0), and squeeze every other tensor of tokens"
         raise ValueError(f"seq_lens belongs to packed {name} [N, ...], got shape {tuple(source.shape)}{hint}")
     if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype == torch.bool:
         raise ValueError(
             f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
         )
-    # On the CPU the values are at hand; on a GPU reading them would make the host wait.
+    # On a GPU, reading the values would sync with the device.
     readable = seq_lens.device.type == "cpu" or debug.enabled()
     if not torch.compiler.is_compiling() and readable and has_data(seq_lens):
         total = int(seq_lens.sum())

@@ -1,10 +1,11 @@
-"""Checks of arguments that are no tensors: each names the argument and shows what it held. And `has_data`."""
+"""Checks of arguments that are no tensors, which name the argument and show its value; and `has_data`."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal, overload
 
@@ -14,9 +15,9 @@ from torch._subclasses.fake_tensor import is_fake
 
 
 def has_data(x: Tensor) -> bool:
-    """Whether `x` has values. Tensors on "meta" and fake tensors have none: only shapes come out of a call.
+    """Whether `x` has values. Fake tensors and those on "meta" have none, and a call computes only shapes.
 
-    Nothing may then read values, look at addresses, try the device or launch a kernel.
+    Without data, code must not read values or addresses, try what the device can do, or launch a kernel.
     """
     # A plain tensor is recognised by its type, because `is_fake` takes some microseconds.
     return not (x.is_meta if type(x) in (Tensor, nn.Parameter) else x.is_meta or is_fake(x))
@@ -35,13 +36,13 @@ def plain_number(value: Any) -> Any:
     """
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return None  # reading it would sync with the device
-    # Scalars and arrays of NumPy, tensors. torch.compile cannot ask a symbolic number for attributes.
+    # NumPy's scalars and arrays, and tensors. torch.compile cannot ask a symbolic number for attributes.
     if not isinstance(value, (int, float)) and hasattr(value, "ndim"):
         if value.ndim != 0:
             return None
         value = value.item()
-    # By exact type, because np.float64 is a subclass of float. torch.compile traces symbolic numbers as int
-    # and float; other tracers pass SymInt and SymFloat, which must stay symbolic.
+    # The type is compared exactly, because np.float64 is a subclass of float. torch.compile traces symbolic
+    # numbers as int and float. Other tracers pass SymInt and SymFloat, which must stay symbolic.
     if type(value) in (int, float) or isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
     if isinstance(value, bool):
@@ -109,23 +110,27 @@ def check_integer(name: str, value: Any, *, low: int = 1, optional: bool = False
     return number  # type: ignore[return-value]
 
 
-def number_field(config: Any, field: str, *, name: str | None = None, **bounds: Any) -> None:
-    """`check_number` of a field of a frozen dataclass, which then holds the Python number.
+def number_field(
+    config: Any,
+    field: str,
+    *,
+    name: str | None = None,
+    check: Callable[..., Any] = check_number,
+    **bounds: Any,
+) -> None:
+    """Check a number in a frozen dataclass, and replace it with the Python number that it equals.
 
-    Equality, hashes, torch.compile and the kernels' arguments then see the same types whatever was given.
+    Equality, hashes, torch.compile and the kernels' arguments then do not depend on the type that was given.
     """
     value = getattr(config, field)
-    number = check_number(name or f"{type(config).__name__}.{field}", value, **bounds)
+    number = check(name or f"{type(config).__name__}.{field}", value, **bounds)
     if type(number) is not type(value):
         object.__setattr__(config, field, number)
 
 
-def integer_field(config: Any, field: str, *, name: str | None = None, **bounds: Any) -> None:
-    """As `number_field`, of integers."""
-    value = getattr(config, field)
-    number = check_integer(name or f"{type(config).__name__}.{field}", value, **bounds)
-    if type(number) is not type(value):
-        object.__setattr__(config, field, number)
+def integer_field(config: Any, field: str, **options: Any) -> None:
+    """Check an integer in a frozen dataclass, as `number_field` does."""
+    number_field(config, field, check=check_integer, **options)
 
 
 def values(config: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""GRPO_KERNELS_DEBUG=1: what would show as a NaN later is named at once. Each check syncs with the device."""
+"""Checks of values under GRPO_KERNELS_DEBUG=1: an error names what would later be NaN. Each check syncs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_mask_values(name: str, mask: Tensor) -> None:
     """Raise ValueError at the first value of a float mask that is neither 0 nor 1, which would count as 1."""
     at = first((mask != 0) & (mask != 1)) if mask.is_floating_point() else None
     if at is not None:
-        raise ValueError(f"{name}{list(at)} is {float(mask[at])}, a mask holds 0 and 1 only")
+        raise ValueError(f"{name}{list(at)} is {float(mask[at])}, but a mask holds only 0 and 1")
 
 
 def check_numbers(name: str, x: Tensor, unmasked: Tensor) -> None:
@@ -76,6 +76,7 @@ def check_scalar(name: str, x: Tensor) -> None:
 
 
 def unusable(name: str, x: Tensor) -> Tensor:
+    """Which values are wrong whatever else holds: see `check_numbers` and `check_head`."""
     if name.endswith(("logits", "logps", "bias")):
         return x.isnan() | (x == torch.inf)
     return ~x.isfinite()

@@ -246,13 +246,13 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
 
 
 def multiplies_mixed(x: Tensor) -> bool:
-    """Whether the device of `x` multiplies 16-bit factors into fp32. Without data no device is tried."""
+    """Whether the device of `x` multiplies 16-bit operands into fp32. Without data no device is tried."""
     return x.device.type != "cpu" and has_data(x) and device_multiplies_mixed(x.device)
 
 
 @functools.cache
 def device_multiplies_mixed(device: torch.device) -> bool:
-    """Tries it: CUDA does, and ROCm with a recent PyTorch."""
+    """Try whether a device multiplies 16-bit operands into fp32. CUDA does, and ROCm with recent PyTorch."""
     factor = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(factor, factor, out_dtype=torch.float32)

@@ -151,7 +151,7 @@ def linear_grpo_loss(
     ran = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     one_pass = learns and fusible(spec, product_dtype(hidden))
-    one_pass = one_pass and not traced(hidden)  # the operators are those of the two passes
+    one_pass = one_pass and not traced(hidden)  # there are operators for two passes only
     path = "one pass (loss and gradient in the forward)" if one_pass else two_passes(learns)
     dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
     log_path("linear_grpo_loss", path, rows.backend, **dtypes)

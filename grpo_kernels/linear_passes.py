@@ -1,6 +1,6 @@
 """The passes of the linear form over all chunks: statistics, and the gradients of known coefficients.
 
-Where a call is `traced` a pass is one opaque operator: how many chunks there are depends on the data.
+If a call is `traced`, a pass is one opaque operator, because the number of chunks depends on the data.
 """
 
 from __future__ import annotations

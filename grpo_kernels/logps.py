@@ -193,7 +193,7 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """All that `linear_logps` can tell of each token in one pass; arguments and errors as there.
 
-    `function` is what the log calls it.
+    `function` is the caller's name in the log.
     """
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)

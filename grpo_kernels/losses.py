@@ -62,8 +62,8 @@ def grpo_loss(
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
 
     Padded batches have `B` sequences of `T` tokens, packed ones `N` tokens of `S` sequences end to end.
-    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes. Numbers may be any real
-    scalars, those of NumPy and 0-dim CPU tensors included.
+    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes. A number may be any real
+    scalar, including NumPy's and 0-dim CPU tensors.
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
@@ -86,8 +86,8 @@ def grpo_loss(
         vocab_size: columns from here on are padding: they take no part and get zero gradient. If it is given,
             policy and reference may have different numbers of columns.
         normalizer: a number or a 0-dim tensor. Replaces the denominator of the aggregation: the tokens
-            (sequences) of all micro-batches and ranks. Where gradients are averaged over ranks, as DDP and
-            FSDP do, divided by the number of ranks: `global_normalizer`.
+            (sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as DDP and FSDP
+            do, it is divided by the number of ranks. `global_normalizer` computes it.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
             operation that still needs the old values, as for any in-place operation; do not use them
@@ -203,7 +203,7 @@ class LossModule(nn.Module):
         self.options = options
 
     def check(self, options: dict[str, Any], spec: LossSpec | PresetName) -> None:
-        """Raises TypeError for an option that the function does not take."""
+        """Raise TypeError for an option that the function does not take."""
         unknown = [name for name in options if name not in self.option_names]
         if not unknown:
             return

@@ -1,4 +1,4 @@
-"""The values of string options. Each list is written once, as a type, from which the run-time checks read."""
+"""The values of string options. Each list is written once, as a type; run-time checks take it from there."""
 
 from __future__ import annotations
 

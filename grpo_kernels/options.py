@@ -1,6 +1,6 @@
-"""Keyword options that are handed on with `**options`, as types: a misspelt name fails in a type checker.
+"""Types of keyword options that are passed on as `**options`, so that type checkers refuse a misspelt name.
 
-Each class mirrors the keyword arguments of a function, names and types; tests/test_typing.py compares them.
+Each class has the names and types of a function's keyword arguments. tests/test_typing.py compares them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .names import Backend
 
 
 class LossOptions(TypedDict, total=False):
-    """What `grpo_loss` and `linear_grpo_loss` both take, but the spec."""
+    """The options that `grpo_loss` and `linear_grpo_loss` share, except for the spec."""
 
     completion_mask: Tensor | None
     seq_lens: Tensor | None
@@ -34,19 +34,19 @@ class LossOptions(TypedDict, total=False):
 
 
 class LogRatioLossOptions(LossOptions, total=False):
-    """What `log_ratio_loss` hands on to `grpo_loss`."""
+    """The options that `log_ratio_loss` passes on to `grpo_loss`."""
 
     inplace: bool
 
 
 class GRPOLossOptions(LogRatioLossOptions, total=False):
-    """What `grpo_loss` takes, but the spec."""
+    """The options of `grpo_loss`, except for the spec."""
 
     ref_logits: Tensor | None
 
 
 class LinearGRPOLossOptions(LossOptions, total=False):
-    """What `linear_grpo_loss` takes, but the spec."""
+    """The options of `linear_grpo_loss`, except for the spec."""
 
     lm_head_bias: Tensor | None
     ref_hidden: Tensor | None
@@ -59,7 +59,7 @@ class LinearGRPOLossOptions(LossOptions, total=False):
 
 
 class LogpsOptions(TypedDict, total=False):
-    """What `selective_logps` takes, but `return_entropy`."""
+    """The options of `selective_logps`, except for `return_entropy`."""
 
     temperature: float | Tensor
     logit_scale: float
@@ -71,7 +71,7 @@ class LogpsOptions(TypedDict, total=False):
 
 
 class LinearLogpsOptions(LogpsOptions, total=False):
-    """What `linear_logps` takes, but `return_entropy`."""
+    """The options of `linear_logps`, except for `return_entropy`."""
 
     lm_head_bias: Tensor | None
     chunk_tokens: int | None

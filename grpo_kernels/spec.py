@@ -145,12 +145,12 @@ class LossSpec:
         0.3
 
         Args:
-            name: `dr_grpo` requires the option `max_tokens`.
+            name: one of the presets. `dr_grpo` requires the option `max_tokens`.
             options: the fields of LossSpec, and those of the preset's surrogate, such as `eps_low`.
 
         Raises:
-            ValueError: an unknown name; an option that the preset does not have, or that a new `surrogate`
-                would discard; a bad value, or none for `max_tokens` where the aggregation divides by it.
+            ValueError: an unknown name, an option that the preset does not have or that a new `surrogate`
+                would discard, a bad value, or no `max_tokens` if the aggregation divides by it.
         """
         check_choice("preset", name, PRESET_NAMES)
         preset = PRESETS[name]
@@ -250,7 +250,7 @@ class PresetOptions(TypedDict, total=False):
     lambda_neg: float
 
 
-# GSPO's bounds are on the mean log-ratio of a sequence, hence far narrower (arXiv:2507.18071v2, section 5.1).
+# The ratio of GSPO is that of a sequence's mean log-ratio, hence the narrow bounds (arXiv:2507.18071v2, 5.1).
 GSPO_CLIP = PPOClip(eps_low=3e-4, eps_high=4e-4)
 
 # Fields of the LossSpec, and not the LossSpec itself: "dr_grpo" is complete only with `max_tokens`.
@@ -279,7 +279,7 @@ PRESETS: dict[PresetName, dict[str, Any]] = {
     "dppo_kl": {"surrogate": DPPO("kl")},
 }
 
-# Those that need no option: what a loss looks up if its spec is a name.
+# The presets that need no option. A loss looks its spec up here if it is a name.
 COMPLETE_PRESETS: dict[PresetName, LossSpec] = {
     name: LossSpec.preset(name) for name in PRESET_NAMES if name != "dr_grpo"
 }

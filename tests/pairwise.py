@@ -1,4 +1,4 @@
-"""`pytest --pairwise`: a few cases of each test function, which together hold every pair of parameter values.
+"""`pytest --pairwise`: runs a few cases of each test function, which contain every pair of parameter values.
 
 Most faults show at one value of one parameter, or at two values of two parameters together. A test of five
 parameters finds them with a tenth of its cases or fewer. `make test` runs those, `make test-all` every case.
@@ -20,12 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pairwise",
         action="store_true",
-        help="run only as many cases of each test function as hold every pair of its parameters' values, "
-        "and none marked long",
+        help="of each test function, run only cases that together contain every pair of its parameters' "
+        "values, and none marked long",
     )
 
 
-@pytest.hookimpl(trylast=True)  # after -k and -m, so that no pair is left to a case that they deselect
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that no chosen case is deselected by them
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--pairwise"):
         return
@@ -57,7 +57,7 @@ def parameters_of(item: pytest.Item) -> Mapping[str, Any]:
 
 
 def thinned(cases: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Choose cases that hold every pair of values that occurs in `cases`.
+    """Choose cases that contain every pair of values that occurs in `cases`.
 
     The choice is greedy. The next case is always the one with the most pairs that no chosen case holds, and
     the first of several such cases. So it depends on nothing but the order of the cases, and every process
@@ -84,7 +84,7 @@ def thinned(cases: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def pairs(params: Mapping[str, Any], numbers: Numbers) -> set[Pair]:
-    """Return the pairs of values of two parameters; with fewer than two parameters, all values as one."""
+    """Return the pairs of values of two parameters, or all values as one item if there is at most one."""
     values = [(name, numbers[value]) for name, value in params.items()]
     return set(combinations(values, 2)) if len(values) > 1 else {tuple(values)}
 
@@ -92,8 +92,8 @@ def pairs(params: Mapping[str, Any], numbers: Numbers) -> set[Pair]:
 class Numbers:
     """Numbers the values in the order of their first use.
 
-    Two values are the same if they have one type and are equal; if they cannot be hashed, only if they are
-    one object.
+    Two values are the same if they are equal and have the same type. Values that cannot be hashed are only
+    the same if they are one object.
     """
 
     def __init__(self) -> None:

@@ -113,7 +113,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", ["std", "none"])
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_integers_and_bools(dtype: torch.dtype, scale: str, leave_one_out: bool) -> None:
-    """As the same rewards in floating point; the advantages are fp32."""
+    """The advantages are fp32, and equal those of the same rewards in floating point."""
     r = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 1])
     options = {"group_size": 4, "scale": scale, "leave_one_out": leave_one_out}
     got = group_advantages(r.to(dtype), **options)
@@ -127,7 +127,7 @@ def test_integers_and_bools(dtype: torch.dtype, scale: str, leave_one_out: bool)
 
 
 def test_large_integers() -> None:
-    """Rewards that fp32 cannot tell apart."""
+    """fp32 cannot represent the differences between these rewards."""
     r = torch.tensor([2**24, 2**24 + 1, 2**24 + 2, 2**24 + 3])
     torch.testing.assert_close(
         group_advantages(r, group_size=4).double(), by_loop(r, 4), rtol=1e-5, atol=1e-6

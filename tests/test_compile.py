@@ -31,7 +31,7 @@ SHARED_BYTES = 48 * 1024  # a block has this much everywhere, without asking for
 BUDGETED = "sm_90"
 # Instructions per element of a row read.
 PLAIN_STATISTICS, FULL_STATISTICS, GRADIENT = 8, 12, 8
-# Two variants take one more: an exponent that is exact at the maximum costs two instructions and not one FMA.
+# Two variants take one more, because an exponent that is exact at the maximum takes two instructions.
 FORWARD_KL_STATISTICS, ENTROPY_GRADIENT = 13, 9
 # One exponential per element; and per thread and block of the row one more, which carries its sums to a new
 # maximum. A thread holds 16 elements or more.
@@ -103,8 +103,10 @@ FMA = re.compile(r"fma\.rn\.(?:ftz\.)?f32\s+(%\w+), [^,]+, [^,]+, ([^;]+);")
 
 @pytest.mark.parametrize("name", ["float32 exact KL, entropy", "bfloat16 fused forward KL"])
 def test_no_exponent_is_the_rounding_error_of_a_product(name: str) -> None:
-    """Each is a product of a difference. As `fma(k, y, -k * max)` one is not 0 at the maximum, and a mask of
-    -1e10 makes it 2^9: no number in the interpreter shows that."""
+    """Each exponent is a product with a difference. `fma(k, y, -k * max)` is not 0 at the maximum.
+
+    For a mask of -1e10 it would be 2^9. The interpreter does not contract, so only the PTX shows it.
+    """
     with launches_for(TARGETS[BUDGETED]) as kernels:
         CASES[name]()
     over_rows = [k for k in kernels if k.name in ("row_stats_kernel", "dlogits_kernel", "fused_loss_kernel")]

@@ -138,7 +138,7 @@ def test_hidden_states(name: str) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["hidden", "ref_hidden", "lm_head_weight", "ref_lm_head_weight"])
 def test_infinite_operands(name: str, value: float) -> None:
-    """A product with infinity is infinite or NaN, whatever its sign."""
+    """Products with infinity of either sign are infinite or NaN."""
     x = linear()
     x[name] = wrong_at(x[name], (1, 0, 3) if name.endswith("hidden") else (5, 2), value)
     at, masked = ("[1, 0, 3]", ", and not masked") if name.endswith("hidden") else ("[5, 2]", "")
@@ -160,7 +160,7 @@ def test_bias(name: str, value: float) -> None:
 
 
 def test_what_is_right_in_a_head() -> None:
-    """A bias of -inf takes an entry out of the vocabulary, as a logit of -inf does; padding never matters."""
+    """A bias of -inf excludes a vocabulary entry, as a logit of -inf does. Padding never matters."""
     x = linear()
     x["completion_ids"] %= 5
     for name in ("lm_head_bias", "ref_lm_head_bias"):
@@ -213,7 +213,7 @@ def test_infinite(name: str, value: float, form: str) -> None:
 
 @pytest.mark.parametrize("name", ["old_logps", "ref_logps"])
 def test_infinite_log_probabilities(name: str) -> None:
-    """+inf is no log-probability; -inf is that of a token that the model excludes."""
+    """-inf is the log-probability of a token that the model excludes. +inf is never one."""
     x = given()
     del x["ref_logits"]
     x = {"ref_logps": -torch.rand(B, T)} | x
@@ -228,17 +228,17 @@ def test_infinite_log_probabilities(name: str) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
 def test_normalizer(value: float) -> None:
-    """A tensor is held to what a number is held to."""
+    """A tensor must be as valid as a number."""
     message = f"normalizer must be finite and >= 0, got {value}"
     raises(grpo_loss, message, spec=SPEC, normalizer=torch.tensor(value), **given())
 
 
 @pytest.mark.parametrize("value", [0.5, 2.0, -1.0, torch.nan])
 def test_float_masks(value: float) -> None:
-    """Anything but 0 counts as 1, which a weight in the mask's place does not mean."""
+    """Anything but 0 would count as 1, which is wrong for a tensor of weights."""
     x = given()
     mask = wrong_at(x["completion_mask"], (1, 2), value)
-    said = f"[1, 2] is {value}, a mask holds 0 and 1 only"
+    said = f"[1, 2] is {value}, but a mask holds only 0 and 1"
     raises(grpo_loss, f"completion_mask{said}", spec=SPEC, **x | {"completion_mask": mask})
     logps, ids = -torch.rand(B, T), x["completion_ids"]
     raises(policy_loss, f"completion_mask{said}", logps=logps, advantages=torch.ones(B), completion_mask=mask)

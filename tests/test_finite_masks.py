@@ -1,4 +1,4 @@
-"""Case 23: logits masked by a finite number, and rows at either end of the range of fp32."""
+"""Logits masked by a finite number, and rows at either end of the range of fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ V = 300  # two blocks and a partial one of the interpreter's 128 threads
 
 
 def columns(where: str) -> Tensor:
-    """`[V]` bool: the columns that are masked."""
+    """The masked columns, `[V]` bool."""
     v = torch.arange(V)
     return {
         "one column": v == 17,
@@ -34,7 +34,7 @@ PATTERNS = ["one column", "most of the row", "the front", "blocks", "scattered"]
 
 
 def masked(case: Case, value: float, where: str, *names: str) -> Case:
-    """The logits in `names` masked in every row, except at the taken token."""
+    """Mask the logits in `names` in every row, except at the taken token."""
 
     def mask(z: Tensor) -> Tensor:
         taken = case.completion_ids.clamp(min=0)[..., None]
@@ -48,7 +48,7 @@ def masked(case: Case, value: float, where: str, *names: str) -> Case:
 
 
 def cases(value: float, names: tuple[str, ...], dtype: torch.dtype, kl: str) -> Iterator[tuple[str, Case]]:
-    """The ordinary logits are as far apart at every temperature; the masks are not."""
+    """The distances between ordinary logits are scaled with the temperature, and the masks are not."""
     spec = LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1)
     for number, where in enumerate(PATTERNS):
         temperature = TEMPERATURES[number % len(TEMPERATURES)]
@@ -91,7 +91,7 @@ def test_reference_only(value: float, dtype: torch.dtype, path: dict[str, Any]) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("value", [*MASKS, 1e10, 1e20, 1e38, -LOWEST])
 def test_a_row_of_one_number(value: float, dtype: torch.dtype, path: dict[str, Any]) -> None:
-    """It is uniform, wherever it lies."""
+    """The distribution is uniform, whatever the number."""
     value = min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max)
     logits = torch.full((1, 2, V), value, dtype=dtype, requires_grad=True)
     ids = torch.tensor([[0, V - 1]])
@@ -106,7 +106,7 @@ def test_a_row_of_one_number(value: float, dtype: torch.dtype, path: dict[str, A
 
 @pytest.mark.parametrize("top", [1e9, 1e10, 1e20, 1e38])
 def test_a_row_far_above_zero(top: float, path: dict[str, Any]) -> None:
-    """Nothing but the distance to the maximum counts."""
+    """Only the distances to the maximum count."""
     spacing = torch.tensor(top).nextafter(torch.tensor(torch.inf)) - top
     logits = torch.full((1, 2, V), -1.0)
     logits[..., 7], logits[..., 8] = top, top + spacing
@@ -117,7 +117,7 @@ def test_a_row_far_above_zero(top: float, path: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", MASKS)
 def test_a_taken_token_that_is_masked(value: float, backend: str) -> None:
-    """Its log-probability is the mask's distance from the rest, as in eager PyTorch, and its ratio 0."""
+    """Its log-probability is the mask's distance from the rest, as in eager PyTorch. Its ratio is 0."""
     logits = torch.randn(1, 2, V, generator=torch.Generator().manual_seed(0))
     logits[..., 5] = value
     ids = torch.full((1, 2), 5)
@@ -130,7 +130,7 @@ def test_a_taken_token_that_is_masked(value: float, backend: str) -> None:
 
 
 def test_equal_rows_have_no_divergence(backend: str) -> None:
-    """Exactly: also at temperatures whose products with the logits are not representable."""
+    """The KL is exactly 0, also at temperatures whose products with the logits are not representable."""
     logits = 9 * torch.randn(1, 4, V, generator=torch.Generator().manual_seed(0))
     logits[..., 1::5] = -1e10
     case = Case(LossSpec(PPOClip(), KLS["exact"]), logits, torch.tensor([[0, 2, 3, 4]]), torch.ones(1), {})

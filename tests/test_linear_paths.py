@@ -180,7 +180,7 @@ class TestChunks:
         assert largest == 4 * max(case.weight.numel(), case.hidden.numel(), 16 * 512)
 
     def test_no_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With compact=False nothing asks for a value, or it would fail: there is none on "meta"."""
+        """With compact=False nothing reads a value. On "meta" there is none, so reading one would fail."""
         monkeypatch.setattr("grpo_kernels.backend.has_data", lambda x: True)
         case = random_case(LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1))
 
@@ -199,7 +199,7 @@ class TestChunks:
             linear_grpo_loss(*arguments, **options, compact=False).loss.backward()
             assert arguments[1].grad is not None
             with pytest.raises((RuntimeError, NotImplementedError)):
-                linear_grpo_loss(*arguments, **options)  # whose rows are counted
+                linear_grpo_loss(*arguments, **options)  # counts rows
 
 
 @pytest.fixture

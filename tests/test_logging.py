@@ -1,4 +1,4 @@
-"""The logger says at INFO which path each kind of call takes: once, and not before somebody can see it."""
+"""The logger says at INFO which path each kind of call takes, once, and when a handler outputs it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_each_kind_of_call(name: str, informed: pytest.LogCaptureFixture) -> None:
-    """One record, however often it is called."""
+    """Repeated calls give one record."""
     call, message = CALLS[name]
     for _ in range(3):
         call()
@@ -146,7 +146,7 @@ def test_graphs_say_nothing(
 
 
 def test_level_set_later(caplog: pytest.LogCaptureFixture) -> None:
-    """At WARNING, the default, nobody sees the record. It comes again at INFO."""
+    """At WARNING, the default, no handler outputs the record. It is emitted again at INFO."""
     call, message = CALLS["fused"]
     with caplog.at_level(logging.WARNING, "grpo_kernels"):
         call()
@@ -156,7 +156,7 @@ def test_level_set_later(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == [message]
 
 
-# Before the first call. Only the last lets anybody see what that says.
+# What is configured before the first call. Only with the last one is the record of that call output.
 ORDERS = {
     "nothing": "",
     "level alone": "logging.getLogger('grpo_kernels').setLevel(logging.INFO)",
@@ -191,7 +191,7 @@ call()
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_before_logging_is_configured(order: str) -> None:
-    """In a process of its own: pytest configures logging here."""
+    """The program runs in its own process, because pytest configures logging here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = PROGRAM.format(before=ORDERS[order])
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -202,7 +202,7 @@ def test_before_logging_is_configured(order: str) -> None:
 
 
 def test_warnings_need_no_configuration() -> None:
-    """Python prints warnings by itself, unless handlers are there that drop them."""
+    """Python itself prints warnings, unless there are handlers that drop them."""
     program = """
 import logging
 from grpo_kernels.backend import warn_once
@@ -229,13 +229,13 @@ def test_handlers_in_the_hierarchy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert takes_records(child, logging.INFO) and not takes_records(child, logging.DEBUG)
     child.removeHandler(handler)
     child.propagate = True
-    assert takes_records(child, logging.INFO)  # by pytest's own handlers
+    assert takes_records(child, logging.INFO)  # pytest has handlers
 
 
 def test_seen_messages_are_not_looked_at_again(
     informed: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once seen, a call is a lookup: neither handlers nor the message's text are touched."""
+    """A call with a known message looks at no handler and formats no text."""
     once = OnceLogger(logging.INFO)
     once("%s and %s", "this", torch.float32)
 

@@ -86,7 +86,7 @@ Form = Callable[[Place], Found]
 
 
 def tokens(at: Place, packed: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """What a loss is given of each token but its taken id, and the leading shape."""
+    """The arguments of a loss for each token, except for the taken ids, and their leading shape."""
     shape = (N,) if packed else (B, T)
     options: dict[str, Any] = {
         "completion_mask": at.new(*shape),
@@ -291,7 +291,7 @@ def test_shapes(form: str, place: Place) -> None:
 @places
 @pytest.mark.parametrize("form", ["default", "in place", "packed", "linear, one pass, packed"])
 def test_under_debug(form: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no value to check."""
+    """There are no values to check."""
     monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
     with place.mode():
         FORMS[form](place)
@@ -300,7 +300,7 @@ def test_under_debug(form: str, place: Place, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("form", ["default", "in place", "linear, one pass, everything", "callable"])
 @pytest.mark.usefixtures("needs_triton")
 def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor would a GPU survive it: the address of a tensor on "meta" is 0."""
+    """On a GPU a launch would be an illegal access, because the address of a tensor on "meta" is 0."""
     import triton
 
     def launched(*args: Any, **kwargs: Any) -> None:
@@ -323,7 +323,7 @@ def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     "place", [META, pytest.param(FAKE_CUDA, marks=needs_cuda_build)], ids=lambda p: p.name
 )
 def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither for its free memory nor for what it multiplies: the device of a fake tensor may be absent."""
+    """The device of a fake tensor may be absent: its free memory and its products are not tried."""
 
     def asked(*args: Any) -> None:
         raise AssertionError(f"the device was asked: {args}")
@@ -356,7 +356,7 @@ def test_has_data() -> None:
 @pytest.mark.parametrize("form", ["logits", "logits in place", "hidden states", "log-probabilities"])
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 def test_a_graph_traced_on_fake_tensors_computes(form: str, mode: str) -> None:
-    """A tracer sees fake tensors, and the operators that it records run on real ones."""
+    """A tracer runs on fake tensors, and the operators that it records run on real ones."""
     linear = form == "hidden states"
     given = (REAL.new(B, T, H), REAL.new(V, H)) if linear else (REAL.new(B, T, V),)
     ids = REAL.new(B, T, dtype=torch.int64)

@@ -240,7 +240,7 @@ def test_calls(call: Callable[..., tuple[Tensor, Tensor]], kind: str, backend: s
 
 
 def test_normalizer_counted_by_numpy() -> None:
-    """The mask's sum, as data loaders count it."""
+    """Data loaders pass the mask's sum like this."""
     x, mask = inputs(), np.array([[1, 1, 0], [1, 0, 0]])
     options = {"completion_mask": torch.from_numpy(mask), "spec": "bnpo"}
     want = grpo_loss(**x, **options).loss
@@ -253,7 +253,7 @@ def test_zero_normalizer() -> None:
 
 
 def test_scalar_tensors_of_the_cpu_go_to_the_device() -> None:
-    """As temperature and normalizer, where a tensor stays one."""
+    """These arguments may be tensors, which are not converted to Python numbers."""
     x = {name: value.detach().to("meta") for name, value in inputs().items()}
     out = grpo_loss(**x, temperature=torch.tensor(0.75), normalizer=torch.tensor(3))
     assert out.loss.device.type == "meta" and out.loss.shape == ()

@@ -1,4 +1,4 @@
-"""A reference whose vocabulary is padded to another width: `vocab_size` says what both share."""
+"""A reference whose vocabulary is padded to another width; `vocab_size` is what both have in common."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_from_hidden_states(width: int, spec: str, backend: str) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_without_vocab_size(width: int) -> None:
-    """The error says what resolves it."""
+    """The error says how to fix it."""
     x = batch(width)
     logits, ref_logits = logits_of(x)
     with pytest.raises(ValueError, match=rf"^ref_logits must .*37\), got .*{width}\): give vocab_size"):

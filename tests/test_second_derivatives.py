@@ -55,7 +55,7 @@ CALLABLE = LossSpec(user_loss)
 
 def from_logits(spec: LossSpec | str, **options: Any) -> tuple[Scalar, Tensor]:
     def loss(z: Tensor) -> Tensor:
-        # What the gradient overwrites must not be a leaf.
+        # A leaf cannot be overwritten with the gradient.
         z = z.clone() if options.get("inplace") else z
         return grpo_loss(z, IDS, ADVANTAGES, spec=spec, old_logps=OLD, **options).loss
 
@@ -65,7 +65,7 @@ def from_logits(spec: LossSpec | str, **options: Any) -> tuple[Scalar, Tensor]:
 def from_hidden(
     spec: LossSpec | str, of: str = "hidden", dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Scalar, Tensor]:
-    """By one of the head's three tensors."""
+    """A loss as a function of one of the three tensors of a head."""
     given = {"hidden": HIDDEN.to(dtype), "weight": WEIGHT.to(dtype), "bias": BIAS.to(dtype)}
 
     def loss(x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def from_hidden(
 
 
 def losses() -> dict[str, tuple[Scalar, Tensor]]:
-    """Each function in each form: a function of one tensor to a 0-dim one, and the tensor."""
+    """Every loss in every form, as a function from one tensor to a scalar, and that tensor."""
     k3 = LossSpec(PPOClip(), KL("k3"), entropy_coef=0.1)
     coupled = LossSpec(ImportanceRatio(), level="sequence")  # unclipped: no token is without a gradient
     return {
@@ -130,13 +130,13 @@ def of_a_gradient_if_used(loss: Scalar, x: Tensor) -> Any:
 
 
 def of_a_penalty(loss: Scalar, x: Tensor) -> Any:
-    """Beside a term that has a second derivative."""
+    """The second derivative together with that of a smooth term."""
     x = x.clone().requires_grad_()
     (x.square().sum() + gradient(loss, x).square().sum()).backward()
 
 
 def of_an_intermediate(loss: Scalar, x: Tensor) -> Any:
-    """By what the loss was given, of which the leaf is further up."""
+    """The loss receives a tensor that is computed from the leaf."""
     x = x.clone().requires_grad_()
     given = x * 1.0
     return torch.autograd.grad(gradient(loss, given).sum(), x)
@@ -171,7 +171,7 @@ WAYS: dict[str, Callable[[Scalar, Tensor], Any]] = {
     ),
     "hvp": lambda f, x: functional.hvp(f, x, x),
     "vhp": lambda f, x: functional.vhp(f, x, x),
-    "jvp": lambda f, x: functional.jvp(f, x, x),  # which is a derivative by the incoming gradient
+    "jvp": lambda f, x: functional.jvp(f, x, x),  # differentiates with respect to the incoming gradient
     "dual numbers": by_dual_numbers,
     "func.hessian": lambda f, x: torch.func.hessian(f)(x),
     "func.jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
@@ -199,7 +199,7 @@ def test_kernels(way: str, inplace: bool) -> None:
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VocabShard]:
-    """All of the vocabulary, on the one rank there is."""
+    """The whole vocabulary as the shard of the only rank."""
     store = Path(tmp_path_factory.mktemp("ranks")) / "store"
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
     yield VocabShard(0, V)
@@ -218,7 +218,7 @@ def test_vocab_shard(way: str, shard: VocabShard) -> None:
 
 
 def test_a_mixed_derivative_raises() -> None:
-    """Of the gradient by the weight, by the hidden states."""
+    """The gradient of the weight is differentiated with respect to the hidden states."""
     for spec in ("grpo", "gspo"):
         hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
         loss = linear_grpo_loss(hidden, weight, IDS, ADVANTAGES, spec=spec).loss
@@ -228,7 +228,7 @@ def test_a_mixed_derivative_raises() -> None:
 
 
 def test_by_a_factor_of_the_log_probabilities_raises() -> None:
-    """The gradient is linear in it, which only the graph of the incoming gradient shows."""
+    """The gradient depends on the factor only through the incoming gradient."""
     logits, factor = LOGITS.clone().requires_grad_(), torch.ones(B, T, requires_grad=True)
     (grad,) = torch.autograd.grad((factor * selective_logps(logits, IDS)).sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match=MESSAGE):
@@ -236,7 +236,7 @@ def test_by_a_factor_of_the_log_probabilities_raises() -> None:
 
 
 class TestFirstOrder:
-    """What has no second derivative in it goes on as without `create_graph`."""
+    """Without a second derivative, results are the same with `create_graph` as without."""
 
     @pytest.mark.parametrize("name", losses())
     def test_same_gradient_under_create_graph(self, name: str) -> None:
@@ -248,7 +248,7 @@ class TestFirstOrder:
 
     @pytest.mark.parametrize("name", losses())
     def test_the_gradient_may_be_changed_in_place(self, name: str) -> None:
-        """As clipping does."""
+        """Gradient clipping does that."""
         loss, x = losses()[name]
         x = x.clone().requires_grad_()
         got = gradient(loss, x)
@@ -261,7 +261,7 @@ class TestFirstOrder:
         assert torch.equal(other, want)
 
     def test_a_penalty_on_another_gradient(self) -> None:
-        """Of a smooth term, with the loss in the same graph."""
+        """The penalty is on the gradient of a smooth term, and the loss is in the same graph."""
         weight = WEIGHT.clone().requires_grad_()
 
         def smooth(w: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ class TestMemory:
     @pytest.mark.parametrize("create_graph", [False, True])
     @pytest.mark.parametrize("name", losses())
     def test_no_reference_cycle(self, name: str, create_graph: bool) -> None:
-        """The tensor goes with the last name for it, before any garbage collection."""
+        """The tensor is freed with its last reference, without a garbage collection."""
         loss, x = losses()[name]
         gc.collect()
         gc.disable()
@@ -317,7 +317,7 @@ class TestMemory:
             gc.enable()
 
     def test_one_pass_keeps_no_hidden_states(self) -> None:
-        """The gradient is made in the forward: until the backward it is all there is."""
+        """The forward computes the gradient, and keeps nothing else until the backward."""
         leaf = HIDDEN.clone().requires_grad_()
         hidden = leaf * 1.0
         gone = weakref.ref(hidden.untyped_storage())

@@ -1,4 +1,4 @@
-"""`token_weights` of sequences: `[B]` as `[B, 1]`, packed `[S]`."""
+"""`token_weights` with one weight per sequence: `[B]`, `[B, 1]`, packed `[S]`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch() -> dict[str, Any]:
 
 
 def packed(x: dict[str, Any]) -> dict[str, Any]:
-    """Without the masked tokens."""
+    """The same batch, packed, without the masked tokens."""
     mask = x["completion_mask"]
     found = {name: value if name == "advantages" else value[mask] for name, value in x.items()}
     return found | {"seq_lens": LENGTHS}
@@ -44,7 +44,7 @@ WEIGHTS = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_of_sequences(spec: str, backend: str) -> None:
-    """Padded and packed, loss and gradient as the reference's, and as those of `[B, 1]`."""
+    """Loss and gradient equal the reference's, padded and packed, for both padded shapes."""
     x = batch()
     logits = x.pop("logits").requires_grad_()
     want = reference_loss(logits, spec=SPECS[spec], token_weights=WEIGHTS[:, None], **x)
@@ -61,7 +61,7 @@ def test_of_sequences(spec: str, backend: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_other_forms(spec: str) -> None:
-    """From hidden states and from log-probabilities."""
+    """The losses from hidden states and from log-probabilities take the same shapes."""
     x = batch()
     weight = torch.randn(V, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     hidden = x.pop("logits") @ weight
@@ -75,7 +75,7 @@ def test_other_forms(spec: str) -> None:
 
 
 def test_as_many_sequences_as_tokens() -> None:
-    """Packed, `[N]` is one weight per token: an empty sequence may make `S` as large."""
+    """In a packed batch with an empty sequence, `S` may equal `N`. Then `[N]` is one weight per token."""
     x = {
         "logits": torch.randn(2, V, generator=torch.Generator().manual_seed(0)),
         "completion_ids": torch.tensor([1, 2]),

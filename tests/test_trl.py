@@ -707,8 +707,10 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name: str) -> None:
-    """Our presets are TRL's defaults, but for the upper bound of `dapo` and `cispo`, which it leaves
-    open, and for GSPO's bounds, which it documents and does not set."""
+    """Our presets have TRL's defaults, except for two bounds.
+
+    TRL leaves open the upper bound of `dapo` and `cispo`. It documents GSPO's bounds, but does not set them.
+    """
     defaults = trl.GRPOConfig.__dataclass_fields__
     assert (defaults["epsilon"].default, defaults["epsilon_high"].default) == (DEFAULTS["epsilon"], None)
     for key, names in (

@@ -45,7 +45,7 @@ def sequences(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def shifted(model: Any, amount: float = 0.05) -> None:
-    """Moves every parameter, as training would."""
+    """Change every parameter, as training would."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -96,7 +96,7 @@ def trained_by(kind: str, path: str, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("kind", ["plain", "PEFT", "fp32 head", "second trainer"])
 def test_copy_has_its_own_forward(how: str, kind: str, folders: Folders, tmp_path: Path) -> None:
-    """After the original has moved, the copy scores as before, by logits, log-probabilities and loss."""
+    """After the original has changed, logits, log-probabilities and loss of the copy are as before."""
     trainer = trained_by(kind, folders("bias"), tmp_path)
     model, ids = trainer.model, sequences(batch())
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_copy_has_its_own_forward(how: str, kind: str, folders: Folders, tmp_pat
         assert torch.equal(twin(**ids).logits, logits)
         assert torch.equal(scores(trainer, twin), logps)
         assert torch.equal(trainer._compute_loss(twin, batch()), loss)
-        # And the original has indeed moved.
+        # The original has changed.
         assert (model(**ids).logits - logits).abs().max() > 1e-2
         assert (scores(trainer, model) - logps).abs().max() > 1e-2
 
@@ -133,7 +133,7 @@ def test_copy_trains_itself(kind: str, folders: Folders, tmp_path: Path) -> None
 
 
 def test_copy_in_mixed_precision(folders: Folders, tmp_path: Path) -> None:
-    """accelerate wraps the forward that it finds, and binds what comes out."""
+    """accelerate wraps the forward that it finds, and binds the wrapper to the model."""
     trainer = trained_by("plain", folders("llama"), tmp_path)
     from accelerate.utils import convert_outputs_to_fp32
 
@@ -163,7 +163,7 @@ def test_copy_under_hooks_of_accelerate(folders: Folders, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("how", ["pickle", "torch.save"])
 def test_pickled_model(how: str, folders: Folders, tmp_path: Path) -> None:
-    """It loads with its own parameters and the forward of its class, and a new trainer takes it."""
+    """A pickled model loads with its parameters and the forward of its class, and a new trainer takes it."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     ids = sequences(batch())
     with torch.no_grad():

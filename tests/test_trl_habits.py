@@ -88,7 +88,7 @@ def test_own_spec_of_another_type(folders: Folders, tmp_path: Path) -> None:
 
 
 def test_own_spec_that_reads_a_later_attribute(folders: Folders, tmp_path: Path) -> None:
-    """Set after `super().__init__()`, so that the constructor cannot know; it raises before generation."""
+    """The attribute is set after `super().__init__()`, so the error comes before generation."""
 
     class Later(FusedGRPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -169,7 +169,7 @@ def test_head_that_only_multiplies(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """No warning for what computes the same: PEFT's copy, TRL's cast, accelerate's hooks."""
+    """PEFT's copy, TRL's cast and accelerate's hooks compute the same, so there is no warning."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -233,6 +233,6 @@ def test_fuse_trl_logps_says_so(caplog: pytest.LogCaptureFixture) -> None:
         found = [text for text in messages(caplog, logging.INFO) if text.startswith("fuse_trl_logps")]
         assert len(found) == calls and "linear_logps" in found[0]
     assert trl_head.utils._ChunkedLogProbFunction is trl_head.FusedUnlessSharded
-    # And when a head runs, for whoever configured logging only later.
+    # It is named again when a head runs, because logging may be configured only then.
     trl_head.FusedUnlessSharded.apply(torch.randn(3, 4), torch.randn(5, 4), None, torch.arange(3), 1.0, 2)
     assert messages(caplog, logging.INFO)[-1].startswith("fuse_trl_logps: one pass")

@@ -1,5 +1,5 @@
 # ruff: noqa: F811 - fixtures are imported
-"""Subclasses and mixins that override methods of TRL's trainer: fused or TRL's loss, never another one."""
+"""Subclasses and mixins that override methods of TRL's trainer get our loss or TRL's, and no other one."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ Folders = Callable[[str], str]
 
 
 class OneByOne:
-    """Several calls of the model per loss."""
+    """Calls the model several times per loss."""
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         return super()._get_per_token_logps_and_entropies(*args, **{**kwargs, "batch_size": 1})  # type: ignore
 
 
 class InHalves:
-    """Several calls of the method per loss."""
+    """Calls the method several times per loss."""
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, **kwargs: Any
@@ -64,7 +64,7 @@ class InHalves:
 
 
 class FromLogits:
-    """No call that could carry a loss."""
+    """Makes no call that could compute a loss."""
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, **_: Any
@@ -76,7 +76,7 @@ class FromLogits:
 
 
 class Twice:
-    """The mean of two passes, as with dropout."""
+    """Averages two passes, as with dropout."""
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         score = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
@@ -85,7 +85,7 @@ class Twice:
 
 
 class Sorted:
-    """Another order of the same sequences."""
+    """Scores the same sequences in another order."""
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, **kwargs: Any
@@ -99,7 +99,7 @@ class Sorted:
 
 
 class Rescaled:
-    """Other log-probabilities than those of the loss."""
+    """Returns other log-probabilities than those of our loss."""
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         logps, entropy, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
@@ -107,7 +107,7 @@ class Rescaled:
 
 
 class ThroughAFunction:
-    """Another callable in the place of the model."""
+    """Passes a function in place of the model."""
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         def call(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **_: Any) -> Any:
@@ -138,7 +138,7 @@ def test_scores_overridden(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One warning that says why, and the run is that of TRL with the same override."""
+    """One warning says why, and the run equals TRL's with the same override."""
     mixin, why = OVERRIDES[name]
     stock = type("Stock", (mixin, trl.GRPOTrainer), {})
     if place == "below":
@@ -156,7 +156,7 @@ def test_scores_overridden(
     got = grpo(fused, folders("llama"), tmp_path, **config)
     found = messages(caplog, logging.WARNING)
     if (name, place) == ("through a function", "above"):
-        assert found == []  # there the function that it calls passes the loss on
+        assert found == []  # our method is called with the function, which passes the loss on
     else:
         (warning,) = found
         assert why in warning
@@ -166,7 +166,7 @@ def test_scores_overridden(
 
 
 def test_controller_moves_once(folders: Folders, tmp_path: Path) -> None:
-    """A micro-batch that is computed again moves TRL's entropy controller once, and is logged once."""
+    """A micro-batch that is computed again updates TRL's entropy controller once, and is logged once."""
     config = {"entropy_coef": 0.05, "use_adaptive_entropy": True, "entropy_target": 2.9}
     found = []
     for parent in (trl.GRPOTrainer, FusedGRPOTrainer):
@@ -184,7 +184,7 @@ def test_scores_overridden_under_zero3(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """There the backward of our log-probabilities would meet a head in shards: they are TRL's as well."""
+    """The log-probabilities are TRL's, too, because the backward of ours would find the head sharded."""
     trainer = new_trainer(type("Z", (OneByOne, FusedGRPOTrainer), {}), folders("llama"), tmp_path)
     for step in (1, 2):
         trainer._compute_loss(trainer.model, batch()).backward()
@@ -202,7 +202,7 @@ def test_another_rank_calls_the_model_otherwise(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All ranks hand over, and compute a micro-batch again only together."""
+    """All ranks switch to TRL's loss, and all or none compute a micro-batch again."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
 
     def gather(self: Any, x: Tensor) -> Tensor:
@@ -222,12 +222,12 @@ def test_another_rank_calls_the_model_otherwise(
 
 
 class Logged:
-    """An override that changes nothing, and looks at the model."""
+    """Changes nothing, and reads attributes of the model."""
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         assert model.config.vocab_size == V
         with torch.no_grad():
-            # Passes of other models, or without gradients, belong to no loss.
+            # Passes of other models, or without gradients, are not part of the loss.
             for other in (model, self.ref_model):  # type: ignore[attr-defined]
                 super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                     other, *args, **{**kwargs, "compute_entropy": False}
@@ -255,16 +255,16 @@ def test_harmless_override_stays_fused(
 
 @pytest.mark.parametrize("name", [name for name in OVERRIDES if name != "rescaled"])
 def test_scores_overridden_with_own_spec(name: str, folders: Folders, tmp_path: Path) -> None:
-    """TRL's loss would be another than was asked for."""
+    """TRL's loss would not be the loss of `loss_spec()`."""
     mixin, why = OVERRIDES[name]
     trainer = new_trainer(type("Own", (mixin, LogRatioTrainer), {}), folders("llama"), tmp_path, beta=0.04)
-    with pytest.raises(ValueError, match=why.replace("8", str(B)) + ".*TRL's loss is another one"):
+    with pytest.raises(ValueError, match=why.replace("8", str(B)) + ".*TRL's loss cannot replace it"):
         trainer._compute_loss(trainer.model, batch())
 
 
 @pytest.mark.parametrize("rows", [B // 2, 2 * B])
 def test_wrapper_splits_the_batch(rows: int, folders: Folders, tmp_path: Path) -> None:
-    """Inside the model, where the trainer does not see it: long prompts, so that the shapes would fit."""
+    """The trainer does not see a split inside the model. With these long prompts the shapes would fit."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     inputs = batch()
     prompts = torch.randint(2, V, (B, 3 * T), generator=torch.Generator().manual_seed(2))
@@ -295,7 +295,7 @@ def test_wrapper_splits_the_batch(rows: int, folders: Folders, tmp_path: Path) -
 
 
 def test_compiled_model(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """torch.compile traces the forward, and with it the count of the calls."""
+    """torch.compile traces the forward, which counts its calls."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     wanted = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
     compiled = torch.compile(trainer.model, backend="eager")
@@ -310,7 +310,7 @@ def test_compiled_model(folders: Folders, tmp_path: Path, caplog: pytest.LogCapt
 
 
 class SmallTerm(trl.GRPOTrainer):
-    """A term that neither value nor gradient by log-probabilities shows."""
+    """Adds a term that is too small to compare, and that does not depend on log-probabilities."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         norm = sum(p.square().sum() for p in model.parameters())
@@ -345,14 +345,14 @@ def test_class_that_trl_does_not_reach(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """TRL's method calls no `super()`: a class behind GRPOTrainer adds nothing there either."""
+    """TRL's method does not call `super()`, so a class after GRPOTrainer adds nothing, as in TRL."""
     behind = type("Behind", (), {"_compute_loss": None})
     new_trainer(type("Fused", (FusedGRPOTrainer, behind), {}), folders("llama"), tmp_path)
     assert messages(caplog, logging.WARNING) == []
 
 
 def test_compute_loss_around_ours(folders: Folders, tmp_path: Path) -> None:
-    """Methods that call `_compute_loss` keep what they add, wherever they stand."""
+    """Overrides of methods that call `_compute_loss` keep working in every class."""
 
     class Doubled(trl.GRPOTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:

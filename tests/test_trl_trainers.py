@@ -417,7 +417,7 @@ CASES = {
         theirs="top_entropy_quantile=0.6",
     ),
 }
-# Each option of these is an option of another case too.
+# Other cases have each option of these, too.
 LONG = {
     *(
         "grpo",

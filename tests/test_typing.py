@@ -29,7 +29,7 @@ BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_e
 
 
 def run(*command: Any, cwd: Path, succeeds: bool = True) -> str:
-    paths = ("PYTHONPATH", "MYPYPATH")  # where a checkout could be found without an installation
+    paths = ("PYTHONPATH", "MYPYPATH")  # a checkout could be found there without an installation
     environment = {name: value for name, value in os.environ.items() if name not in paths}
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 or not succeeds, done.stdout + done.stderr
@@ -38,13 +38,13 @@ def run(*command: Any, cwd: Path, succeeds: bool = True) -> str:
 
 @pytest.fixture
 def editable(tmp_path: Path) -> Path:
-    """What `pip install -e .` builds and unpacks, of a copy of the project."""
+    """Install a copy of the project as `pip install -e .` does."""
     pytest.importorskip("setuptools", minversion="77")
     project = tmp_path / "project"
     shutil.copytree(ROOT / "grpo_kernels", project / "grpo_kernels")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
-    for name in ("benchmarks", "tests", "docs", "examples"):  # folders that are no part of the package
+    for name in ("benchmarks", "tests", "docs", "examples"):  # these folders are no part of the package
         (project / name).mkdir()
         (project / name / "module.py").touch()
     wheel = run(sys.executable, "-c", BUILD, tmp_path, cwd=project).splitlines()[-1]

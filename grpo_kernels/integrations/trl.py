@@ -45,7 +45,7 @@ TOLERANCE = 1e-3
 # Micro-batches whose gradients are compared. In the long run a ratio within rounding of its clip bound falls
 # to one side here and to the other there, which the loss does not show and the gradient does.
 GRADIENT_CHECKS = 8
-# What TRL's `_compute_loss` changes in a trainer, except for metrics.
+# Attributes of a trainer that TRL's `_compute_loss` changes, apart from its metrics.
 CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 
 
@@ -171,9 +171,10 @@ class FusedGRPOTrainer(GRPOTrainer):
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
     def _overrides(self, name: str, *, after: bool = False) -> str | None:
-        """The method `name` of the first other class between this object's and TRL's, None if there is none.
+        """Name the first override of a method outside of `FusedGRPOTrainer`, None if there is none.
 
-        `after=True` looks only at classes that `FusedGRPOTrainer` itself would call with `super()`.
+        The classes are those before TRL's in the method resolution order; with `after`, only those that
+        `FusedGRPOTrainer` calls with `super()`.
         """
         order = type(self).__mro__
         start = order.index(FusedGRPOTrainer) if after else 0
@@ -184,7 +185,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if self._has_own_spec:
-            self._fusible_spec()  # raises before the time for generation and rewards is spent
+            self._fusible_spec()  # to raise before time is spent on generation and rewards
         return super()._generate_and_score_completions(inputs)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -203,23 +204,23 @@ class FusedGRPOTrainer(GRPOTrainer):
             return self._own_loss(step)
         loss = self._loss(step) if step.once else None
         if self._disagree(step, loss, theirs):
-            self._restore(logged)
+            self._restore(*logged)
             return super()._compute_loss(model, inputs)
         return theirs if loss is None else loss
 
-    def _logged(self) -> dict[str, Any]:
-        """What TRL's loss changes in the trainer: lengths of the metrics' lists, the entropy controller."""
+    def _logged(self) -> tuple[dict[str, int], dict[str, Any]]:
+        """The state of the trainer that TRL's loss changes: lengths of metrics and the entropy controller."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         controller = {name: vars(self)[name] for name in CONTROLLER if name in vars(self)}
-        return {"lengths": {name: len(values) for name, values in metrics.items()}, "controller": controller}
+        return {name: len(values) for name, values in metrics.items()}, controller
 
-    def _restore(self, logged: dict[str, Any]) -> None:
+    def _restore(self, lengths: dict[str, int], controller: dict[str, Any]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [*metrics]:
-            metrics[name] = metrics[name][: logged["lengths"].get(name, 0)]
+            metrics[name] = metrics[name][: lengths.get(name, 0)]
             if not metrics[name]:
                 del metrics[name]
-        self.__dict__.update(logged["controller"])
+        self.__dict__.update(controller)
 
     def _loss(self, step: Step) -> Tensor:
         loss = step.loss / self._divisor(step.arguments["normalizer"])
@@ -234,7 +235,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         step = self._fused_step
         if step is not None and not step.concerns(model):
             step = None
-        # The backward of linear_logps needs the head, which DeepSpeed ZeRO-3 has taken apart again by then.
+        # The backward of linear_logps needs the head, which DeepSpeed ZeRO-3 has sharded again by then.
         stock = self._handed_over or (step is not None and zero3_enabled())
         with stock_head() if stock else head_function(FusedLogProbs(self.loss_options)):
             if step is None:
@@ -247,12 +248,12 @@ class FusedGRPOTrainer(GRPOTrainer):
             step.aux_loss = aux_loss
             mask, old_logps = step.arguments["completion_mask"], step.arguments["old_logps"]
             if old_logps is not None:
-                # We have none of the tokens that a tool wrote, TRL forms their ratio all the same: 1.
+                # We have no logps of tokens that a tool wrote. TRL still forms their ratio, which becomes 1.
                 logps = torch.where(mask.bool(), logps, old_logps)
         return logps, entropy, aux_loss
 
     def _learns_in_the_forward(self) -> bool:
-        """Or else the backward needs the head, which DeepSpeed ZeRO-3 has taken apart again by then."""
+        """Otherwise the backward needs the head, which DeepSpeed ZeRO-3 has sharded again by then."""
         try:
             return fusible(self._fusible_spec(), torch.float16 if self.args.fp16 else self.model.dtype)
         except ValueError:
@@ -291,7 +292,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         except ValueError as reason:
             if self._has_own_spec:
                 raise
-            self._log_once(f"FusedGRPOTrainer: TRL's loss, logps by linear_logps, because {reason}")
+            self._log_once(f"FusedGRPOTrainer: TRL's loss from linear_logps, because {reason}")
             return None
         self._log_once(f"FusedGRPOTrainer: loss in the model's forward, loss_type={self.loss_type!r}")
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -331,12 +332,12 @@ class FusedGRPOTrainer(GRPOTrainer):
             return 0.0
         if normalizer is None:
             return self.entropy_coef
-        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch. The host waits,
-        # because a LossSpec holds numbers.
+        # Ours would be divided by the normalizer, TRL's bonus is a mean over the micro-batch. Syncs, because
+        # a LossSpec holds numbers.
         return self.entropy_coef * float(normalizer / (mask.sum().clamp(min=1) * self._accumulation))
 
     def _disagree(self, step: Step, loss: Tensor | None, theirs: Tensor) -> bool:
-        """Whether to compute this micro-batch again with TRL's loss, which then takes over on all ranks.
+        """Whether to compute this micro-batch again with TRL's loss, which is then used on all ranks.
 
         `loss` is None if the model was not called exactly once. If no call has computed our loss, `theirs`
         has all gradients, and nothing is computed again.
@@ -346,7 +347,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         else:
             apart, gap = self._compare(step, loss.detach(), theirs)
         flags = torch.stack([apart, torch.full_like(apart, not step.computed)])
-        # Syncs, as each of TRL's metrics does: which loss is returned depends on it.
+        # Syncs, as each of TRL's metrics does, because it decides which loss is returned.
         again, outside = self.accelerator.gather(flags[None]).reshape(-1, 2).any(0).tolist()
         if not (again or outside):
             return False
@@ -371,7 +372,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _compare(self, step: Step, loss: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Whether TRL's loss of the same log-probabilities differs, and the distance of the gradients."""
         divisor = self._divisor(step.arguments["normalizer"])
-        # What a token with an advantage and a ratio of 1 each would add up to.
+        # The loss of tokens that all have an advantage of 1 and a ratio of 1.
         size = (step.completion_ids.shape[1] if self.loss_type == "luspo" else 1) / self._accumulation
         apart = ~((loss - theirs).abs() <= TOLERANCE * (size + theirs.abs())) & theirs.isfinite()
         apart |= step.other_tokens
@@ -380,12 +381,12 @@ class FusedGRPOTrainer(GRPOTrainer):
         wanted = step.gradient(theirs)
         error = (step.gradient(step.loss_of_logps() / divisor) - wanted).abs().sum()
         norm = wanted.abs().sum()
-        # A batch without advantages tells nothing. The host waits, a few times in all.
+        # A batch without advantages proves nothing and does not count. Syncs, only while checks remain.
         self._gradient_checks -= int(norm > 0)
         return apart | (~(error <= TOLERANCE * (size + norm)) & norm.isfinite()), error / norm
 
     def _own_loss(self, step: Step) -> Tensor:
-        """The loss of `loss_spec()`, which is compared with nothing. TRL's loss cannot replace it."""
+        """The loss of `loss_spec()`. TRL's loss is neither compared with it nor a replacement for it."""
         if step.once:
             loss, others = self._loss(step), self._log_own_metrics(step)
             if not others:
@@ -393,15 +394,15 @@ class FusedGRPOTrainer(GRPOTrainer):
         why = step.why_not() or "another rank was called with other tokens than those of its batch"
         raise ValueError(
             f"{self._explained(why)}. The loss of loss_spec() needs exactly one call of the model, with the "
-            "whole batch, and TRL's loss is another one"
+            "whole batch, and TRL's loss cannot replace it"
         )
 
     def _log_own_metrics(self, step: Step) -> bool:
-        """Returns whether the model was called with other tokens on any rank."""
+        """Log the loss's metrics. Return whether the model was called with other tokens on any rank."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         found = step.output.metrics
         rows = torch.stack([*found.values(), step.other_tokens.float()])[None]
-        # The host waits, once for all; TRL does for each of its own.
+        # One sync for all metrics. TRL syncs for each of its own.
         *values, others = self.accelerator.gather(rows).nanmean(0).tolist()
         for name, value in zip(found, values, strict=True):
             metrics[f"grpo_kernels/{name}"].append(value)

@@ -134,7 +134,7 @@ class ForwardLoss:
 
     It counts the calls, because a loss of the whole batch is right only if exactly one call computed it.
 
-    No dataclass: FSDP looks into those among a model's arguments, and casts what they hold.
+    It is not a dataclass, because FSDP casts the tensors in a dataclass among a model's arguments.
     """
 
     output: LossOutput
@@ -158,7 +158,7 @@ class ForwardLoss:
         self.sequences = 0  # of the last call
 
     def takes(self, labels: Tensor | None) -> bool:  # [B, L]
-        """Counts a call of the model. Returns whether the call has as many sequences as the loss."""
+        """Count a call of the model, and return whether it has as many sequences as the loss."""
         B, T = self.completion_ids.shape
         self.calls += 1
         self.sequences = 0 if labels is None else len(labels)

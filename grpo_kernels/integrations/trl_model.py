@@ -1,4 +1,4 @@
-"""The forward and the head of a model in `FusedGRPOTrainer`."""
+"""Changes to the forward and the head of a model in `FusedGRPOTrainer`, and what of a head is not run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def base_model(model: Any) -> Any:
-    """The model inside a PEFT wrapper, or `model` itself. TRL adds its fused head to this one."""
+    """The model inside a PEFT wrapper, or else `model` itself. TRL adds its fused head to it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unbound(forward: Any, model: Any) -> Callable[..., Any]:
-    """`forward`, which is bound to `model`, as a function whose first argument is the model."""
+    """Return the bound method `forward` of `model` as a function that takes the model first."""
     if isinstance(forward, types.MethodType) and forward.__self__ is model:
         return forward.__func__
     if isinstance(forward, functools.partial) and forward.args == (model,) and not forward.keywords:
@@ -32,21 +32,21 @@ def unbound(forward: Any, model: Any) -> Callable[..., Any]:
 
 
 def add_fused_loss(model: Any) -> None:
-    """Lets a model that has TRL's fused head take `fused_loss=`, a `ForwardLoss`, in its forward.
+    """Let a model that has TRL's fused head accept `fused_loss=`, a `ForwardLoss`, in its forward.
 
-    The loss is computed there and is part of what the model returns, so that the hooks of DDP, FSDP and
-    DeepSpeed see it as they see TRL's log-probabilities. These are constants in it, `[B, T]`.
+    The forward computes the loss and returns it, so that the hooks of DDP, FSDP and DeepSpeed see it as they
+    see TRL's log-probabilities. The output also has these, `[B, T]`, as constants.
 
-    The new forward is a method that holds no model, so a deep copy computes with its own parameters. A model
-    that was pickled loads with the forward of its class, as it does from TRL.
+    The new forward is a method that holds no model, so a deep copy computes with its own parameters. A
+    pickled model loads with the forward of its class, as it does with TRL's forward.
     """
     model = base_model(model)
     fused = unbound(model.forward, model)
-    # TRL's forward calls the model's earlier one as bound to this very model. A copy would call it, too.
+    # TRL's forward calls the earlier one, which is bound to this model. A copy's forward would call it, too.
     original = inspect.getclosurevars(fused).nonlocals.get("original_forward")
     plain = fused if original is None else unbound(original, model)
 
-    @functools.wraps(type(model).forward)  # the signature is what `generate` goes by
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(
         self: Any,
         *args: Any,
@@ -69,21 +69,21 @@ def add_fused_loss(model: Any) -> None:
 
 
 def linear_in_fp32(self: Any, hidden: Tensor) -> Tensor:
-    """The forward that TRL gives a head under `cast_lm_head_to_fp32`, for the head that it is called on."""
+    """The forward that TRL gives a head under `cast_lm_head_to_fp32`, as a method of the head."""
     bias = None if self.bias is None else self.bias.float()
     return nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 def cast_own_head(model: Any) -> None:
-    """Binds the fp32 forward of the head to each copy of it. TRL's is a closure over one head."""
+    """Replace TRL's fp32 forward, a closure over one head, by a method, so that copies use their own head."""
     head = base_model(model).get_output_embeddings()
     head.forward = types.MethodType(linear_in_fp32, head)
 
 
 def ignored_forward(model: Any) -> str | None:
-    """What the head of `model` computes beyond weight and bias, None if nothing.
+    """Name what the head of `model` computes in addition to its linear layer, None if nothing.
 
-    TRL's fused head reads weight and bias, and does not call the head.
+    TRL's fused head reads the weight and the bias, and does not call the head.
     """
     head = base_model(model).get_output_embeddings()
     saved = getattr(head, "modules_to_save", None)  # PEFT's wrapper calls one of these copies
@@ -95,6 +95,7 @@ def ignored_forward(model: Any) -> str | None:
 
 
 def extra_computation(head: Any) -> str | None:
+    """`ignored_forward` of one module, which may be wrapped."""
     for name in WRAPPED:
         head = getattr(head, name, head)
     forward = vars(head).get("forward")
@@ -103,7 +104,7 @@ def extra_computation(head: Any) -> str | None:
     function = getattr(forward, "__func__", forward) or type(head).forward
     if function not in (nn.Linear.forward, linear_in_fp32):
         return f"{type(head).__name__}.forward"
-    # Those of FSDP2 and tensor parallelism gather shards, which TRL does as well.
+    # The hooks of FSDP2 and tensor parallelism gather shards, as TRL does.
     if (head._forward_hooks or head._forward_pre_hooks) and not isinstance(head.weight, DTensor):
         return f"the forward hooks of {type(head).__name__}"
     return None

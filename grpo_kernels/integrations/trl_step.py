@@ -12,25 +12,25 @@ from .trl_head import ForwardLoss
 
 
 class Step(ForwardLoss):
-    """One micro-batch: the arguments of its loss, and what the model has made of them."""
+    """The arguments of the loss of one micro-batch, and the outputs of the model for it."""
 
-    loss: Tensor  # as the wrapped model has returned it
+    loss: Tensor  # from the wrapped model
     aux_loss: Tensor | None
-    logps: Tensor  # [B, T], a leaf: TRL's loss is taken of it
-    entropy: Tensor  # likewise
+    logps: Tensor  # [B, T], a leaf from which TRL computes its loss
+    entropy: Tensor  # [B, T], a leaf, too
 
     def start(self, model: Any) -> None:
-        """Begins a micro-batch with `model`."""
+        """Begin a micro-batch with `model`."""
         self.model = model
         self.with_gradients = torch.is_grad_enabled()
         self.scored = 0  # how often the trainer asked for log-probabilities
 
     def concerns(self, model: Any) -> bool:
-        """Whether a pass of `model` is part of the loss. A reference's is not."""
+        """Whether a pass of `model` is part of the loss. A pass of the reference is not."""
         return model is self.model and torch.is_grad_enabled() == self.with_gradients
 
     def call(self, **inputs: Any) -> Any:
-        """The outputs of the model, with `logps` and `entropy` in them if it has computed the loss."""
+        """Call the model. If it has computed the loss, its outputs contain `logps` and `entropy`."""
         if not self.concerns(self.model):
             return self.model(**inputs)
         before = self.computed
@@ -47,7 +47,7 @@ class Step(ForwardLoss):
         return self.scored == self.calls == self.computed == 1
 
     def why_not(self) -> str | None:
-        """What was wrong with the calls of the model. Syncs with the device."""
+        """Say what was wrong with the calls of the model, None if nothing. Syncs with the device."""
         if not self.calls:
             return "the model was not called with the loss"
         if max(self.scored, self.calls) > 1:
@@ -59,12 +59,12 @@ class Step(ForwardLoss):
         return None
 
     def loss_of_logps(self) -> Tensor:
-        """Our loss of `logps` and `entropy`, for its gradient."""
+        """Our loss as a differentiable function of `logps` and `entropy`."""
         options = {"backend": self.options.get("backend", "auto"), "entropy": self.entropy, **self.arguments}
         return policy_loss(self.logps, self.advantages, **options).loss
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """`[2, B, T]`, by `logps` and `entropy`."""
+        """Return the gradient of `loss` with respect to `logps` and `entropy`, `[2, B, T]`."""
         leaves = (self.logps, self.entropy)
         return torch.stack(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 

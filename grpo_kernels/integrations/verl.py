@@ -101,7 +101,7 @@ def register_loss(name: str, spec: LossSpec | PresetName | Callable[[Any], LossS
                 f"actor.loss_agg_mode={loss_agg_mode} decides"
             )
         info = config.global_batch_info
-        # Where `loss_scale_factor` is null, verl's `agg_loss` divides by the padded width.
+        # If `loss_scale_factor` is null, verl's `agg_loss` divides by the padded width.
         max_tokens = info.get("loss_scale_factor") or max(response_mask.shape[-1], 1)
         chosen = replace(chosen, aggregation=loss_agg_mode, max_tokens=max_tokens)
         chosen, ref_logps = with_reference(name, chosen)
@@ -127,7 +127,7 @@ def is_free(name: str) -> bool:
 
 
 def unscaled_preset(preset: PresetName) -> LossSpec:
-    """A preset whose `max_tokens` does not count: verl's `loss_scale_factor` replaces it."""
+    """A preset with any `max_tokens`, which verl's `loss_scale_factor` replaces."""
     return LossSpec.preset(preset, max_tokens=1)
 
 

@@ -1,4 +1,4 @@
-"""What verl's engine is asked for while its model runs, which verl's fused forwards are not told."""
+"""The running call of verl's engine. verl's fused forwards are not told what the engine needs from them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ current_call: ContextVar[EngineCall | None] = ContextVar("current_call", default
 
 
 def find_engines() -> None:
-    """Makes `current_call` tell the calls of verl's engines, if verl has imported these.
+    """Record the calls of verl's engines in `current_call`, if verl has imported its engines.
 
-    It does not import them: they bring Megatron along, also in processes that run no engine.
+    This function does not import them, because that imports Megatron, also in processes without an engine.
     """
     base = sys.modules.get("verl.workers.engine.base")
     if base is not None:
-        tell_calls(base.BaseEngine)
+        record_calls(base.BaseEngine)
 
 
 @functools.cache  # once per class
-def tell_calls(engine: Any) -> None:
+def record_calls(engine: Any) -> None:
     for name in ("train_batch", "infer_batch"):  # every engine inherits both
         setattr(engine, name, with_call(getattr(engine, name)))
 

@@ -1,7 +1,7 @@
-"""What a model does between its head's product and its logits. verl's fused forwards leave it out.
+"""Bias, scale and softcap of a model's logits, which verl's fused forwards leave out.
 
-They hand over the hidden states and the head's weight. The bias of the head, and the scale and the softcap of
-the logits, are read here from the model whose forward is running.
+These pass on only the hidden states and the head's weight. The rest is read here from the model whose forward
+is running.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class LogitRule(NamedTuple):
         scale = first(MULTIPLIERS)
         divisor = getattr(config, "logits_scaling", None)
         if scale is None and divisor is not None:
-            # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
+            # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies by it.
             scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
         if scale is None and getattr(config, "dim_model_base", None) is not None:
-            # MiniCPM, whose hidden states are divided by the inverse before the head.
+            # MiniCPM multiplies its hidden states by this before the head.
             scale = config.dim_model_base / config.hidden_size
         return cls(1.0 if scale is None else scale, first(SOFTCAPS))
 
@@ -65,7 +65,7 @@ class LogitRule(NamedTuple):
 
 
 class LogitHead(NamedTuple):
-    """What `linear_logps` takes besides the head's weight."""
+    """The arguments of `linear_logps` that describe a head, except for its weight."""
 
     bias: Tensor | None = None  # [V]
     rule: LogitRule = LogitRule()
@@ -74,7 +74,7 @@ class LogitHead(NamedTuple):
     def of(cls, model: Any) -> LogitHead:
         """The head of a causal language model. Raises ValueError if it is more than a linear layer."""
         head = model.lm_head
-        # These have the weight of the layer that they wrap: FSDP, and PEFT for `modules_to_save`.
+        # Attributes under which FSDP, and PEFT's `modules_to_save`, hold the layer that they wrap.
         for name in ("_fsdp_wrapped_module", "original_module"):
             head = getattr(head, name, head)
         if type(head).forward is not torch.nn.Linear.forward:
@@ -91,7 +91,7 @@ current_model: ContextVar[Any] = ContextVar("current_model", default=None)
 
 
 def current_head() -> LogitHead:
-    """The head of the model whose forward is running; a plain one outside of verl's forwards."""
+    """The head of the model whose forward is running, or a plain one outside of verl's forwards."""
     model = current_model.get()
     return LogitHead() if model is None else LogitHead.of(model)
 
@@ -102,11 +102,11 @@ def patch_forward_with_backends(
     fused_kernels_backend: str | None = None,
     **options: Any,
 ) -> None:
-    """verl's function of this name, whose fused forward then also tells us its model.
+    """Call verl's function of this name, and let the fused forward set `current_model`.
 
     Raises:
-        ValueError: the model's own forward computes its logits in another way than its config names, or the
-            backend is Liger's and the logits are more than `hidden @ weight.T`.
+        ValueError: the model's own forward computes other logits than its config says, or the backend is
+            Liger's and the logits are not `hidden @ weight.T`.
     """
     find_engines()  # an engine builds this model
     stock = getattr(type(model).forward, "stock", type(model).forward)
@@ -118,7 +118,7 @@ def patch_forward_with_backends(
 
 
 def with_model(verl_forward: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A fused forward of verl, during which `current_head` is that of its model."""
+    """Wrap a fused forward of verl, so that `current_model` is its model while it runs."""
 
     @functools.wraps(verl_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,12 +128,12 @@ def with_model(verl_forward: Callable[..., Any], stock: Callable[..., Any]) -> C
         finally:
             current_model.reset(token)
 
-    forward.stock = stock  # type: ignore[attr-defined]  # verl patches the class once for each model of it
+    forward.stock = stock  # type: ignore[attr-defined]  # verl patches the class again for its next model
     return forward
 
 
 def check_logits(model: Any, stock: Callable[..., Any], backend: str) -> None:
-    """Refuses a model whose fused log-probabilities would be those of other logits than its own."""
+    """Raise ValueError if verl's fused log-probabilities would not be those of the model's own logits."""
     name, rule = type(model).__name__, LogitRule.of(model.config)
     bias = getattr(getattr(model, "lm_head", None), "bias", None)
     liger = backend == "liger" and torch_functional._LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY is not None
@@ -144,11 +144,11 @@ def check_logits(model: Any, stock: Callable[..., Any], backend: str) -> None:
             f"actor_rollout_ref.model.fused_kernel_options.impl_backend=torch or triton, which apply these."
         )
     if stock.__module__.startswith("verl."):
-        return  # of a vision-language model, whose logits verl takes from the head as they are
+        return  # a vision-language model: verl takes its logits directly from the head
     try:
         z, logits = probe(model, stock)
     except Exception as error:
-        # The forward of a model that is not in transformers may need anything. Only its config is left then.
+        # A forward from outside of transformers may need anything. Then only the config is known.
         warn_once(
             f"could not check the logits of {name} ({type(error).__name__}: {error}). verl's fused kernels "
             f"compute lm_head(hidden) with {rule} after it, as the config names"
@@ -164,25 +164,25 @@ def check_logits(model: Any, stock: Callable[..., Any], backend: str) -> None:
 
 @torch.no_grad()
 def probe(model: Any, stock: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    """Products of a head, and the logits that the model's own forward makes of them; `[V]` fp32, on the CPU.
+    """Return made-up products of a head, and the model's own logits for them; `[V]` fp32, on the CPU.
 
     The forward runs on a copy of the model whose only modules are a backbone that returns the products and a
-    head that passes them on. No weight is read: they may be on the meta device.
+    head that passes them on. No weight is read, so weights may be on the meta device.
     """
     z = (torch.arange(model.lm_head.weight.shape[0], device="cpu") % 257 - 128).float()  # exact in bf16
     hidden = z.clone()[None, None]
-    double = copy.copy(model)
-    double._modules = {
+    stubbed = copy.copy(model)
+    stubbed._modules = {
         "model": Stub(model.model, lambda *args, **kwargs: BackboneOutput([hidden])),
         "lm_head": Stub(model.lm_head, lambda x: x),
     }
     ids = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
-    out = stock(double, input_ids=ids, use_cache=False, return_dict=True)
+    out = stock(stubbed, input_ids=ids, use_cache=False, return_dict=True)
     return z, out.logits[0, 0].float()
 
 
 class Stub:
-    """A module's settings, with another function in place of its forward."""
+    """An object with the attributes of a module, and another function in place of its forward."""
 
     def __init__(self, module: Any, function: Callable[..., Any]) -> None:
         self.module = module
@@ -199,7 +199,7 @@ class Stub:
 
 
 class BackboneOutput(tuple[Tensor, ...]):
-    """Hidden states; None for all else that an output of transformers may have."""
+    """Hidden states, as an output of transformers. Its other fields read as None."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None

@@ -88,7 +88,7 @@ def logps_and_entropy(
     temperature: float | Tensor,
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the model whose forward is running; the entropy is None if the running engine does not use it."""
+    """Apply `linear_logps` to the running model's head. The entropy is None if the engine does not use it."""
     head, call = current_head(), current_call.get()
     if isinstance(temperature, Tensor) and temperature.numel() == 1:
         temperature = temperature.reshape(())
@@ -112,10 +112,10 @@ def logps_and_entropy(
 
 
 def check_megatron_logits() -> None:
-    """Refuses a model with a scale or a softcap, which Megatron's fused forward does not apply."""
+    """Raise ValueError for a scale or a softcap, which verl's fused forward for Megatron does not apply."""
     call = current_call.get()
     if call is None:
-        # This is the first that we see of Megatron's engine. Its next batch is checked.
+        # Only this call shows that Megatron's engine exists. Its next batch is checked.
         find_engines()
     elif call.config is not None and (rule := LogitRule.of(call.config)) != LogitRule():
         raise ValueError(

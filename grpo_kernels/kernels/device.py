@@ -11,8 +11,8 @@ import triton.language as tl
 MASKED = tl.constexpr(-1)  # in targets: a row that takes no part
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# A lower bound on exponents, in log2 units. 2^LOWEST is 0, and LOWEST times a coefficient is finite, where
-# -inf would give 0 * inf.
+# A lower bound on exponents, in log2 units. 2^LOWEST is 0, and LOWEST times a coefficient is finite. With
+# -inf that product could be 0 * inf.
 LOWEST = tl.constexpr(-1e30)
 
 
@@ -88,7 +88,7 @@ def lowest_logit(DTYPE: tl.constexpr):
 
 @triton.jit
 def exponent(y, shift, k):
-    """`k * (y - shift)`, which is exactly 0 at the maximum `shift` of the row, compiled or not.
+    """`k * (y - shift)`. It is exactly 0 at the maximum `shift` of the row, also after compilation.
 
     `k * y - k * shift` takes one instruction less, but the compiler contracts it to an FMA, whose result at
     the maximum is the rounding error of `k * shift`: up to 2^9 for a mask of -1e10, which overflows exp2.

@@ -94,7 +94,7 @@ def row_gradient(
     With d = k (y - shift) in log2 units and e = 2^d, p_v = e / sum_exp and log p_v = LN2 d - log sum_exp, and
     likewise q_v. The gradient is then e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. The
     taken token has dlogp (1 - p_y) in place of e by_p, computed as -dlogp expm1(logp), which keeps the digits
-    that 1 - p_y would cancel where p_y is nearly 1.
+    that 1 - p_y would cancel if p_y is nearly 1.
     """
     slope = k
     if CAPPED:

@@ -76,9 +76,9 @@ def rows_aligned(tensor: Tensor) -> bool:
 
 @functools.cache
 def compile_options() -> dict[str, bool]:
-    """Options of every launch: FMA contraction, because Triton's default for it changes between versions.
+    """Options of every launch. They ask for FMA contraction, whose default differs between Triton's versions.
 
-    Empty if this Triton does not know the option, because it would reject it. The interpreter drops options.
+    Empty if this Triton does not have the option, because it would reject it. The interpreter drops options.
     """
     option = "enable_fp_fusion"
     if not INTERPRETED:

@@ -22,7 +22,7 @@ from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, ro
 
 @triton.jit
 def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
-    """Raises the running maxima `shift` `[THREADS]` of y to those of a block.
+    """Raise the running maxima `shift` `[THREADS]` of y to those of a block.
 
     Returns the new maxima, `delta` (log2 of the factor that earlier sums must be scaled by), and exponents
     `d = k * (y - shift)`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`. A block has this shape in registers,
@@ -31,11 +31,11 @@ def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.cons
     """
     y = tl.reshape(y, [BLOCK // (THREADS * GROUP), THREADS, GROUP])
     new_shift = tl.maximum(shift, tl.max(tl.max(y, 2), 0))
-    return new_shift, moved(shift, new_shift, k), exponent(y, new_shift[None, :, None], k)
+    return new_shift, shift_delta(shift, new_shift, k), exponent(y, new_shift[None, :, None], k)
 
 
 @triton.jit
-def moved(shift, new_shift, k):
+def shift_delta(shift, new_shift, k):
     """The exponent of the old maximum relative to the new one; finite, because it multiplies sums of 0."""
     return tl.maximum(exponent(shift, new_shift, k), LOWEST)
 
@@ -125,7 +125,7 @@ def row_statistics(
         )  # fmt: skip
 
     row_shift = tl.max(shift, 0)
-    delta = moved(shift, row_shift, k)
+    delta = shift_delta(shift, row_shift, k)
     alpha = tl.exp2(delta)
     sum_exp = tl.sum(total * alpha, 0)
     log_sum = tl.log(sum_exp)
@@ -136,7 +136,7 @@ def row_statistics(
         entropy = tl.where(entropy < 0, 0.0, entropy)
     if ref_ptr is not None:
         ref_row_shift = tl.max(ref_shift, 0)
-        ref_delta = moved(ref_shift, ref_row_shift, ref_k)
+        ref_delta = shift_delta(ref_shift, ref_row_shift, ref_k)
         ref_alpha = tl.exp2(ref_delta)
         ref_sum_exp = tl.sum(ref_total * ref_alpha, 0)
         ref_log_sum = tl.log(ref_sum_exp)
@@ -159,7 +159,7 @@ def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
 
 @triton.jit
 def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
-    # In nats: times log2(e) a finite logit might overflow.
+    # In nats, because a finite logit times log2(e) might overflow.
     return exponent(softcapped(z, scale, softcap, CAPPED), shift, k) - tl.log(sum_exp)
 
 

@@ -1,4 +1,4 @@
-"""The loops of docs/integrations.md under DDP and FSDP2, as they stand there, with left-padded prompts."""
+"""Runs the loops of docs/integrations.md under DDP and FSDP2 unchanged, with left-padded prompts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_batch(seed: int) -> SimpleNamespace:
 
 
 def gradients_without_padding(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Each sequence by itself; on-policy, the gradient of PPO-clip is that of `-A * logp`."""
+    """Gradients of each sequence by itself. On-policy, that of PPO-clip is the gradient of `-A * logp`."""
     model = make_model().to(dtype)
     batches = [make_batch(seed) for seed in range(MICRO_BATCHES * dist.get_world_size())]
     tokens = sum(int(b.mask.sum()) for b in batches)
@@ -94,7 +94,7 @@ LOOPS = {
 @cases.add(loop=["ddp", "inside", "outside"], dtype=[torch.float32])
 @cases.add(loop=["inside", "outside"], dtype=[torch.bfloat16])
 def same_gradients(loop: str, dtype: torch.dtype) -> None:
-    """In bf16 the parameters stay in fp32, and FSDP2 casts them for each forward."""
+    """For bf16 the parameters stay in fp32, and FSDP2 casts them in each forward."""
     model, rank = make_model(), dist.get_rank()
     policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
     names: dict[str, Any] = {
@@ -108,7 +108,7 @@ def same_gradients(loop: str, dtype: torch.dtype) -> None:
         "model": model,
         "micro_batches": [make_batch(MICRO_BATCHES * rank + i) for i in range(MICRO_BATCHES)],
     }
-    if loop == "inside":  # the class stands in the block of DDP
+    if loop == "inside":  # this loop uses the class in the block for DDP
         exec(block(LOOPS["ddp"]).split("policy = ")[0], names)
     exec(block(LOOPS[loop]), names)
     grads = {name: p.grad for name, p in model.named_parameters()}

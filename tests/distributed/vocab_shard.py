@@ -134,9 +134,9 @@ def logit_transforms(backend: str, kl: str) -> None:
 
 
 def with_masked_part(case: Case, value: float, names: str) -> Case:
-    """The second rank's columns all hold `value`. A taken token among them swaps its logit with column 0.
+    """Fill the second rank's columns with `value`. A taken token among them swaps its logit with column 0.
 
-    Its logit is lowered, because fewer others would leave 1 - p of the surest one with few digits.
+    Its logit is lowered, because with fewer other tokens 1 - p of the likeliest one would have few digits.
     """
     start, stop = bounds("uneven", V)[1]
     ids = case.completion_ids.clamp(min=0)
@@ -169,7 +169,7 @@ def a_part_of_masks(backend: str, value: float, inplace: bool) -> None:
 
 @cases.add(backend=BACKENDS)
 def a_part_of_masks_of_the_reference(backend: str) -> None:
-    """The policy gives the part probability: the exact KL is that times the mask."""
+    """The exact KL is the policy's probability of these columns times the mask."""
     case = with_masked_part(every_branch(FULL, V, torch.float32), -1e10, "reference")
     assert_parity(case, backend=backend)
 

@@ -1,7 +1,7 @@
 """Models whose logits are not `hidden @ weight.T`, under verl's `use_fused_kernels`; and entropies on demand.
 
-In verl's environment: `make test-verl`. The models' own logits are the truth: verl's fused forwards leave out
-their scale, softcap and bias.
+Run by `make test-verl` in verl's environment. Results are compared with the models' own logits. verl's fused
+forwards leave out their scale, softcap and bias.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def tiny(name: str) -> Any:
-    """A model of a class of its own, whose forward verl may patch. The bias of its head is not 0."""
+    """A model with its own class, because verl patches the class. The bias of its head is not 0."""
     family, options = MODELS[name]
     config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     base = getattr(hf, f"{family}ForCausalLM")
@@ -78,7 +78,7 @@ def ids_of_tokens() -> Tensor:
 
 
 def learn(model: nn.Module, logps: Tensor, entropy: Tensor) -> dict[str, Tensor]:
-    """The values `[2 * T]`, and the gradient of all parameters of a loss of them."""
+    """The values `[2 * T]`, and the gradients of all parameters for a loss that is computed from them."""
     model.zero_grad()
     weights = torch.randn(2, 2 * T, generator=torch.Generator().manual_seed(1))
     (logps.flatten() @ weights[0] + 0.3 * entropy.flatten() @ weights[1]).backward()
@@ -87,14 +87,14 @@ def learn(model: nn.Module, logps: Tensor, entropy: Tensor) -> dict[str, Tensor]
 
 
 def own(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """From the model's own logits."""
+    """`learn` from the model's own logits."""
     log_p = torch.log_softmax(model(input_ids=ids, use_cache=False).logits.float() / TEMPERATURE, -1)
     logps = log_p.gather(-1, ids.roll(-1, -1)[..., None])[..., 0]
     return learn(model, logps, -(log_p.exp() * log_p).sum(-1))
 
 
 def fused(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """From the forward that verl has patched."""
+    """`learn` from the forward that verl has patched."""
     out = model(input_ids=ids, return_dict=True, use_cache=False, temperature=TEMPERATURE)
     return learn(model, out.log_probs, out.entropy)
 
@@ -105,9 +105,9 @@ def patch(model: nn.Module, backend: str, function: Callable[..., None] | None =
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest error in the L2 norm, relative to that of all."""
+    """The largest error in the L2 norm, relative to the norm of its kind."""
     assert found.keys() == expected.keys()
-    # Each to the norm of its kind: single gradients may be zero but for roundings.
+    # Gradients are relative to the largest one, because a single gradient may be zero except for rounding.
     grads = [x.norm() for name, x in expected.items() if name not in ("log_probs", "entropy")]
     scale = dict.fromkeys(expected, max(float(x) for x in grads))
     scale |= {name: float(expected[name].norm()) for name in ("log_probs", "entropy")}
@@ -121,13 +121,13 @@ def test_models(name: str, backend: str) -> None:
     model, ids = tiny(name), ids_of_tokens()
     expected = own(model, ids)
     patch(model, backend)
-    # fp32: logits are sums of 32 products, of a size that the models' weights make about 10.
+    # In fp32, logits are sums of 32 products, and of a size of about 10 with these weights.
     assert worst(fused(model, ids), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_transforms_matter(name: str) -> None:
-    """verl's own patch does not tell us the model, and then only the plain heads are right: in nats."""
+    """verl's own patch does not tell us the model. Then only plain heads are right; errors in nats."""
     model, ids = tiny(name), ids_of_tokens()
     expected = own(model, ids)["log_probs"]
     patch(model, "torch", VERLS_PATCH)
@@ -136,7 +136,7 @@ def test_the_transforms_matter(name: str) -> None:
 
 
 def test_each_model_has_its_own() -> None:
-    """verl patches the class, which has other models: one with another config, a copy, one on no device."""
+    """verl patches the class, which other models share: one with another config, a copy, one on "meta"."""
     first, ids = tiny("granite"), ids_of_tokens()
     second = copy.deepcopy(first)
     second.config.logits_scaling = 0.5
@@ -161,11 +161,11 @@ def verl_heads() -> Any:
     return sys.modules["grpo_kernels.integrations.verl_heads"]
 
 
-# What cannot be applied.
+# Models whose logits cannot be computed from a config.
 
 
 class Masking(hf.LlamaForCausalLM):
-    """As Chameleon: some tokens have no probability."""
+    """Gives some tokens no probability, as Chameleon does."""
 
     def forward(self, *args: Any, **options: Any) -> Any:
         out = super().forward(*args, **options)
@@ -192,7 +192,7 @@ def llama(cls: type[hf.LlamaForCausalLM] = hf.LlamaForCausalLM, **options: Any) 
 
 @BACKENDS
 def test_logits_that_the_config_does_not_tell(backend: str) -> None:
-    """An error before the first step: the model's forward runs once, on products that are made up."""
+    """The error comes before the first step, because the model's forward runs once on made-up products."""
     for model in (llama(Masking), llama(logit_scale=0.5), llama(final_logit_softcapping=5.0)):
         stock = type(model).forward
         with pytest.raises(ValueError, match=r"would be wrong for Tiny.*use_fused_kernels=False"):
@@ -262,7 +262,7 @@ def test_liger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """verl's FSDP engine but for its set-up, which needs a GPU; one micro-batch a batch."""
+    """verl's FSDP engine without its set-up, which needs a GPU, and with one micro-batch per batch."""
     from verl.workers.config import FSDPEngineConfig
     from verl.workers.engine.fsdp import transformer_impl
 
@@ -324,7 +324,7 @@ def test_entropy_on_demand(backend: str, packed: bool, engine: Any, monkeypatch:
 
 
 class Group:
-    """A tensor-parallel group of one rank, which verl's Megatron forward always hands over."""
+    """A tensor-parallel group of one rank. verl's Megatron forward always passes a group."""
 
     def size(self) -> int:
         return 1
@@ -332,7 +332,7 @@ class Group:
 
 @pytest.mark.filterwarnings("ignore:.* engine is not available")
 def test_megatron() -> None:
-    """Its forward does not tell its model. Its engine does, at the latest from the second batch on."""
+    """Its forward does not tell us the model. Its engine does, from the second batch on at the latest."""
     from verl.workers.engine import BaseEngine
 
     class Engine(BaseEngine):

@@ -142,7 +142,7 @@ class Batch(NamedTuple):
         return self._replace(old_logps=self.logps() - log_ratio)
 
 
-WIDTH = 8  # of every batch: what verl divides by unless it has a loss_scale_factor
+WIDTH = 8  # of every batch; verl divides by it unless it has a loss_scale_factor
 
 
 @functools.cache

@@ -343,7 +343,7 @@ def test_losses_of_ones_own(integration: ModuleType, monkeypatch: pytest.MonkeyP
     for spec in (LossSpec(entropy_coef=0.1), LossSpec(kl=KL("exact"))):
         with pytest.raises(ValueError, match="entropy_coeff"):
             register("mine", spec)
-    # A preset that needs max_tokens gets verl's loss_scale_factor, or the padded width, as verl's own losses.
+    # As verl's own losses, a preset that needs max_tokens gets verl's loss_scale_factor or the padded width.
     register("mine", "dr_grpo")
     batch, mode = random_batch(1).full(), "seq-mean-token-sum-norm"
     unclamped = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 1e9}
