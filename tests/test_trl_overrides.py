@@ -75,6 +75,18 @@ class FromLogits:
         return logps.gather(-1, input_ids[:, -keep:, None]).squeeze(-1), entropy, None
 
 
+class FromLogitsByPosition:
+    """Arguments of the model by position."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, **_: Any
+    ) -> Any:
+        logits = model(input_ids, attention_mask).logits[:, -keep - 1 : -1]
+        logps = (logits / self.temperature).log_softmax(-1)  # type: ignore[attr-defined]
+        entropy = -(logps.exp() * logps).sum(-1)
+        return logps.gather(-1, input_ids[:, -keep:, None]).squeeze(-1), entropy, None
+
+
 class Twice:
     """Averages two passes, as with dropout."""
 
@@ -122,6 +134,7 @@ OVERRIDES = {
     "one by one": (OneByOne, "the model was called 8 times for one loss"),
     "in halves": (InHalves, "the model was called 2 times for one loss"),
     "from logits": (FromLogits, "the model was not called with the loss"),
+    "by position": (FromLogitsByPosition, "the model was not called with the loss"),
     "twice": (Twice, "the model was called 2 times for one loss"),
     "sorted": (Sorted, "the model was called with other tokens"),
     "through a function": (ThroughAFunction, "the model was not called with the loss"),
@@ -303,6 +316,63 @@ def test_compiled_model(folders: Folders, tmp_path: Path, caplog: pytest.LogCapt
         got = loss_and_gradients(trainer, batch(), compiled)
         assert_close("loss", got[0], wanted[0], 1e-6)
         assert_same_gradients(got[1], wanted[1])
+    assert messages(caplog, logging.WARNING) == []
+
+
+# --- Terms of one's own -------------------------------------------------------------------------------------
+
+
+class KeepsScores:
+    """A term of what the scores of the loss were: log-probabilities (0) or entropies (1)."""
+
+    which = 0
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        self.scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        return self.scores
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
+        return loss + 0.1 * self.scores[self.which].square().mean()
+
+
+class ScoresAgain:
+    """The same term, of another call."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")
+        )
+        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, T)  # type: ignore[attr-defined]
+        return loss + 0.1 * logps.square().mean()
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["old", "on-policy"])
+@pytest.mark.parametrize("which", [0, 1], ids=["logps", "entropy"])
+def test_term_of_the_scores_of_our_loss(which: int, old: bool, folders: Folders, tmp_path: Path) -> None:
+    """Its gradient would end at the scores, and the term would be lost without a word."""
+    cls = type("Keeps", (KeepsScores, FusedGRPOTrainer), {"which": which})
+    trainer = new_trainer(cls, folders("llama"), tmp_path)
+    inputs = batch()
+    if not old:
+        del inputs["old_per_token_logps"]
+    for _ in range(10):  # after those whose gradients are compared, too
+        loss = trainer._compute_loss(trainer.model, inputs)
+        with pytest.raises(RuntimeError, match=r"does not reach the model.*another call"):
+            loss.backward()
+    # Where the loss is TRL's, the term has its gradient.
+    loss_and_gradients(new_trainer(cls, folders("llama"), tmp_path, top_entropy_quantile=0.5), inputs)
+
+
+def test_term_of_other_scores(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the message advises."""
+    got, wanted = (
+        loss_and_gradients(new_trainer(type("A", (mixin, parent), {}), folders("llama"), tmp_path), batch())
+        for mixin, parent in ((ScoresAgain, FusedGRPOTrainer), (KeepsScores, trl.GRPOTrainer))
+    )
+    assert_close("loss", got[0], wanted[0], 1e-6)
+    assert_same_gradients(got[1], wanted[1])
     assert messages(caplog, logging.WARNING) == []
 
 

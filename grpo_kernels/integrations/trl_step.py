@@ -29,16 +29,16 @@ class Step(ForwardLoss):
         """Whether a pass of `model` is part of the loss. A pass of the reference is not."""
         return model is self.model and torch.is_grad_enabled() == self.with_gradients
 
-    def call(self, **inputs: Any) -> Any:
+    def call(self, *args: Any, **inputs: Any) -> Any:
         """Call the model. If it has computed the loss, its outputs contain `logps` and `entropy`."""
         if not self.concerns(self.model):
-            return self.model(**inputs)
+            return self.model(*args, **inputs)
         before = self.computed
-        outputs = self.model(**inputs, fused_loss=self)
+        outputs = self.model(*args, **inputs, fused_loss=self)
         if self.computed > before:
             self.loss = outputs.loss
-            self.logps = outputs.log_probs = outputs.log_probs.detach().requires_grad_()
-            self.entropy = outputs.entropy = outputs.entropy.detach().requires_grad_()
+            self.logps = outputs.log_probs = leaf(outputs.log_probs)
+            self.entropy = outputs.entropy = leaf(outputs.entropy)
         return outputs
 
     @property
@@ -66,7 +66,27 @@ class Step(ForwardLoss):
     def gradient(self, loss: Tensor) -> Tensor:
         """Return the gradient of `loss` with respect to `logps` and `entropy`, `[2, B, T]`."""
         leaves = (self.logps, self.entropy)
-        return torch.stack(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        # A term of the user's own may share a part of the graph. Its backward has to reach `refuse_gradient`.
+        return torch.stack(
+            torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+        )
+
+
+def leaf(x: Tensor) -> Tensor:
+    """`x` without its graph. `torch.autograd.grad` by it works, a backward that reaches it raises."""
+    x = x.detach().requires_grad_()
+    x.register_post_accumulate_grad_hook(refuse_gradient)
+    return x
+
+
+def refuse_gradient(_: Tensor) -> None:
+    """The model's graph ends in our loss, so this gradient would not reach any parameter."""
+    raise RuntimeError(
+        "a term of the loss depends on the log-probabilities or entropies that FusedGRPOTrainer returned for "
+        "its own loss. Its gradient does not reach the model. Compute the term from another call of "
+        "_get_per_token_logps_and_entropies, outside of super()._compute_loss(), or use GRPOTrainer after "
+        "fuse_trl_logps()"
+    )
 
 
 class CallWithLoss:
@@ -75,8 +95,8 @@ class CallWithLoss:
     def __init__(self, step: Step) -> None:
         self.step = step
 
-    def __call__(self, **inputs: Any) -> Any:
-        return self.step.call(**inputs)
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        return self.step.call(*args, **inputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step.model, name)
