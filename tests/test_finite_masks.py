@@ -39,7 +39,8 @@ def masked(case: Case, value: float, where: str, *names: str) -> Case:
     def mask(z: Tensor) -> Tensor:
         taken = case.completion_ids.clamp(min=0)[..., None]
         hit = columns(where).expand(z.shape).clone().scatter_(-1, taken, False)
-        return z.masked_fill(hit, max(value, torch.finfo(z.dtype).min))
+        lowest = torch.finfo(z.dtype).min
+        return z.masked_fill(hit, value if value == -torch.inf else max(value, lowest))
 
     options = dict(case.options)
     if "reference" in names:
@@ -85,6 +86,13 @@ def test_policy_only(value: float, dtype: torch.dtype, path: dict[str, Any]) -> 
 def test_reference_only(value: float, dtype: torch.dtype, path: dict[str, Any]) -> None:
     """The exact KL is the policy's probability of the masked columns times the mask."""
     for what, case in cases(value, ("reference",), dtype, "exact"):
+        assert_parity(oracle(case), what=what, return_entropy=True, **path)
+
+
+@pytest.mark.parametrize("value", [-1e10, -torch.inf])
+def test_forward_kl_to_a_masked_reference(value: float, path: dict[str, Any]) -> None:
+    """It is finite: what the reference excludes has no weight. The reverse KL, a metric, may be infinite."""
+    for what, case in cases(value, ("reference",), torch.float32, "exact_forward"):
         assert_parity(oracle(case), what=what, return_entropy=True, **path)
 
 

@@ -108,7 +108,11 @@ def row_gradient(
         log_sum = tl.log(sum_exp)
         constant = -dentropy * (entropy - log_sum)
         if ref_ptr is not None:
-            constant += dkl * (tl.log(ref_sum_exp) - log_sum - kl) + dkl_forward
+            # `kl` may be infinite where only `dkl_forward` counts: 0 * inf is not the 0 that is meant.
+            if KL_FORWARD:
+                constant += dkl_forward
+            else:
+                constant += dkl * (tl.log(ref_sum_exp) - log_sum - kl)
             by_ref_d = -slope_p * dkl * LN2
             by_ref_p = -slope * dkl_forward / ref_sum_exp
         constant *= slope_p
