@@ -154,7 +154,7 @@ class LossSpec:
         """
         check_choice("preset", name, PRESET_NAMES)
         preset = PRESETS[name]
-        of_spec = [f.name for f in fields(cls)]
+        of_spec = list(cls.__dataclass_fields__)  # torch.compile cannot trace `fields` of a class
         of_surrogate = [f.name for f in fields(preset["surrogate"])]
         unknown = sorted(options.keys() - {*of_spec, *of_surrogate})
         if unknown:

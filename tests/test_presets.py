@@ -72,3 +72,15 @@ def test_max_tokens_and_not_the_padded_width(tokens: int) -> None:
     spec = LossSpec.preset("dr_grpo", max_tokens=8)
     out = grpo_loss(torch.zeros(1, tokens, 7), ids, advantages, spec=spec, completion_mask=mask)
     assert float(out.loss) == -2 / 8
+
+
+def test_a_preset_made_inside_a_compiled_step() -> None:
+    torch.manual_seed(0)
+    logits, ids, advantages = torch.randn(2, 3, 7), torch.randint(7, (2, 3)), torch.tensor([1.0, -2.0])
+
+    def step(logits: torch.Tensor) -> torch.Tensor:
+        spec = LossSpec.preset("dr_grpo", max_tokens=8, eps_high=0.3)
+        return grpo_loss(logits, ids, advantages, spec=spec).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), step(logits))
