@@ -198,15 +198,16 @@ def assert_gradients(
     """Each row errs at most twice what eager errs, and some roundings of the terms that it is the sum of.
 
     Of these the product's order of summation takes `rounding_bound`. The terms themselves are gradients of
-    logits, good to 32 roundings as in parity.py. The parts of a single term may cancel under a KL penalty,
-    hence the same share of an average row's terms. `lengths`: how many terms an entry is the sum of.
+    logits, and parity.py holds a row of these to 32 roundings, in fp64 to 1e-12. A single entry errs more
+    than its row: its parts, such as `p - q` under a KL penalty, may cancel. Hence twice that, and the same
+    share of an average row's terms. `lengths`: how many terms an entry is the sum of.
     """
     for name, *gradients in zip(("hidden", "weight", "bias"), got, eager, truth, terms, strict=False):
         ours, theirs, exact, magnitude = (x if x.dim() > 1 else x[None] for x in gradients)
         assert ours.dtype == theirs.dtype, f"{what}: {name}"
         eps = torch.finfo(ours.dtype).eps
         # In fp64 eager is the truth itself. 16-bit gradients are rounded once, and so are their terms.
-        share = {torch.float64: 512 * eps, torch.float32: 32 * eps}.get(ours.dtype, 2 * eps)
+        share = {torch.float64: 2e-12, torch.float32: 64 * eps}.get(ours.dtype, 2 * eps)
         share += rounding_bound(lengths[name] + 1, ours.dtype)
         error, bar = ((x.double() - exact).norm(dim=-1) for x in (ours, theirs))
         size = magnitude.norm(dim=-1)
