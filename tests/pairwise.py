@@ -1,8 +1,9 @@
 """`pytest --pairwise`: runs a few cases of each test function, which contain every pair of parameter values.
 
 Most faults show at one value of one parameter, or at two values of two parameters together. A test of five
-parameters finds them with a tenth of its cases or fewer. `make test` runs those, `make test-all` every case.
-Cases marked `long` are left to `make test-all` as well.
+parameters finds them with a tenth of its cases or fewer. If the pairs need more than `MOST` cases, only every
+value is kept. `make test` runs the chosen cases, `make test-all` every case. Cases marked `long` are left to
+`make test-all` as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-Pair = tuple[Hashable, ...]
+MOST = 40  # cases of one test function
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--pairwise",
         action="store_true",
         help="of each test function, run only cases that together contain every pair of its parameters' "
-        "values, and none marked long",
+        f"values (every value, if that takes more than {MOST}), and none marked long",
     )
 
 
@@ -39,9 +40,7 @@ def pairwise(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
         functions.setdefault(function_of(item), []).append(item)
-    return {
-        cases[i] for cases in functions.values() for i in thinned([parameters_of(item) for item in cases])
-    }
+    return {cases[i] for cases in functions.values() for i in few([parameters_of(item) for item in cases])}
 
 
 def function_of(item: pytest.Item) -> str:
@@ -56,37 +55,44 @@ def parameters_of(item: pytest.Item) -> Mapping[str, Any]:
     return {} if callspec is None else callspec.params
 
 
-def thinned(cases: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Choose cases that contain every pair of values that occurs in `cases`.
+def few(cases: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Choose cases of one test function by pairs of values, or by values if that takes more than `MOST`."""
+    by_pairs = thinned(cases)
+    return by_pairs if len(by_pairs) <= MOST else thinned(cases, size=1)
 
-    The choice is greedy. The next case is always the one with the most pairs that no chosen case holds, and
-    the first of several such cases. So it depends on nothing but the order of the cases, and every process
-    makes the same choice, as pytest-xdist requires.
+
+def thinned(cases: Sequence[Mapping[str, Any]], *, size: int = 2) -> list[int]:
+    """Choose cases that contain every combination of `size` values that occurs in `cases`.
+
+    The choice is greedy. The next case is always the one with the most combinations that no chosen case
+    holds, and the first of several such cases. So it depends on nothing but the order of the cases, and every
+    process makes the same choice, as pytest-xdist requires.
 
     Args:
         cases: Values of the parameters by name, one mapping per case. They may all be empty.
+        size: Number of parameters in a combination.
 
     Returns:
         Positions in `cases`, in ascending order.
     """
     numbers = Numbers()
-    open_pairs = [pairs(params, numbers) for params in cases]
-    missing = set().union(*open_pairs)
+    held = [combinations_in(params, numbers, size) for params in cases]
+    missing = set().union(*held)
     chosen = []
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(open_pairs[i]))
+        best = max(range(len(cases)), key=lambda i: len(held[i]))
         chosen.append(best)
-        found = frozenset(open_pairs[best])
+        found = frozenset(held[best])
         missing -= found
-        for each in open_pairs:
+        for each in held:
             each -= found
     return sorted(chosen)
 
 
-def pairs(params: Mapping[str, Any], numbers: Numbers) -> set[Pair]:
-    """Return the pairs of values of two parameters, or all values as one item if there is at most one."""
+def combinations_in(params: Mapping[str, Any], numbers: Numbers, size: int) -> set[tuple[Hashable, ...]]:
+    """Return the combinations of `size` values. Fewer parameters give one combination of all values."""
     values = [(name, numbers[value]) for name, value in params.items()]
-    return set(combinations(values, 2)) if len(values) > 1 else {tuple(values)}
+    return set(combinations(values, size)) if len(values) >= size else {tuple(values)}
 
 
 class Numbers:

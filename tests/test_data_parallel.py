@@ -17,10 +17,12 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
 
 @pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_workers(Path(data_parallel.__file__), request.param, session_folder(tmp_path_factory))
+    thin = request.config.getoption("--pairwise")
+    folder = session_folder(tmp_path_factory)
+    return run_workers(Path(data_parallel.__file__), request.param, folder, pairwise=thin)
 
 
-@pytest.mark.parametrize("name", data_parallel.cases)
+@pytest.mark.parametrize("name", data_parallel.cases.params())
 def test_data_parallel(outcomes: dict[str, str], name: str) -> None:
     if "fsdp2" in name and torch.__version__.startswith("2.8."):
         pytest.skip(

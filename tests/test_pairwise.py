@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pairwise import thinned
+from pairwise import MOST, few, thinned
 
 # Equal values of different types are different: 1 == 1.0 == True.
 FACTORS = {"loss": list("abcdefg"), "dtype": [1, 1.0, True], "packed": [False, True], "backend": ["x", "y"]}
@@ -48,6 +48,17 @@ def test_few_cases_stay() -> None:
     """7 losses times 3 dtypes is the least possible."""
     assert len(grid(**FACTORS)) == 84
     assert 21 <= len(thinned(grid(**FACTORS))) <= 23
+
+
+def test_every_value_stays_of_many_pairs() -> None:
+    """The pairs of 9 losses and 5 dtypes are 45."""
+    cases = grid(loss=list("abcdefghi"), dtype=list(range(5)), packed=[False, True])
+    assert len(thinned(cases)) > MOST
+    kept = [cases[i] for i in few(cases)]
+    assert len(kept) == 9
+    values = [{(name, value) for case in given for name, value in case.items()} for given in (kept, cases)]
+    assert values[0] == values[1]
+    assert few(grid(**FACTORS)) == thinned(grid(**FACTORS))
 
 
 def test_one_parameter_keeps_every_value() -> None:

@@ -76,6 +76,7 @@ def short_of_memory(way: Way, enough_for: int) -> Way:
     return replace(way, what=f"small {way.what}", make=make)
 
 
+@pytest.mark.long
 def test_every_way(run: Callable[..., list[record.Row]], tmp_path: Path) -> None:
     rows = run([WAYS[name] for name in FLOORS + TIMED])
     for loss in ("grpo", "grpo_kl"):
@@ -103,6 +104,7 @@ def test_every_way(run: Callable[..., list[record.Row]], tmp_path: Path) -> None
     )
 
 
+@pytest.mark.long
 def test_who_runs_out_of_memory_is_tried_with_less(run: Callable[..., list[record.Row]]) -> None:
     small = [short_of_memory(WAYS[name], 2) for name in ("TRL: FusedGRPOTrainer", "PyTorch: grpo_kernels")]
     rows = run([*(WAYS[name] for name in FLOORS), *small], "--loss", "grpo_kl")

@@ -142,7 +142,7 @@ OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize("place", ["below", "above"])
+@pytest.mark.parametrize("place", ["below", pytest.param("above", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", OVERRIDES)
 def test_scores_overridden(
     name: str,

@@ -417,7 +417,7 @@ CASES = {
         theirs="top_entropy_quantile=0.6",
     ),
 }
-# Other cases have each option of these, too.
+# `make test` runs the options of these in other cases, or with one micro-batch in test_trl.py.
 LONG = {
     *(
         "grpo",
@@ -429,7 +429,16 @@ LONG = {
         "bonus, counted",
     ),
     *("adaptive bonus", "high entropy", "high entropy, bonus", "experts", "lora, high entropy", "tools"),
-    *("sampler, vespo", "sampler, all masks"),
+    *(
+        "sampler, vespo",
+        "sampler, all masks",
+        "dr_grpo, plain KL",
+        "sapo",
+        "gspo",
+        "delta",
+        "luspo, sequence",
+    ),
+    *("masked truncated", "tied", "checkpointed", "prompt tuning", "experts, high entropy", "tools, bonus"),
 }
 
 

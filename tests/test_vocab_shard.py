@@ -15,10 +15,12 @@ from grpo_kernels import VocabShard, grpo_loss, linear_logps, selective_logps
 
 @pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format)
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_workers(Path(vocab_shard.__file__), request.param, session_folder(tmp_path_factory))
+    thin = request.config.getoption("--pairwise")
+    folder = session_folder(tmp_path_factory)
+    return run_workers(Path(vocab_shard.__file__), request.param, folder, pairwise=thin)
 
 
-@pytest.mark.parametrize("name", vocab_shard.cases)
+@pytest.mark.parametrize("name", vocab_shard.cases.params())
 def test_vocab_shard(outcomes: dict[str, str], name: str) -> None:
     assert outcomes[name] == "ok", outcomes[name]
 

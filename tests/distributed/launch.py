@@ -1,10 +1,11 @@
 """The side of pytest: starts a worker script on several ranks, once per session, and gathers what they say.
 
 @pytest.fixture(scope="session")
-def outcomes(tmp_path_factory):
-    return run_workers(Path(data_parallel.__file__), 2, session_folder(tmp_path_factory))
+def outcomes(request, tmp_path_factory):
+    thin = request.config.getoption("--pairwise")
+    return run_workers(Path(data_parallel.__file__), 2, session_folder(tmp_path_factory), pairwise=thin)
 
-@pytest.mark.parametrize("name", data_parallel.cases)
+@pytest.mark.parametrize("name", data_parallel.cases.params())
 def test_data_parallel(outcomes, name):
     assert outcomes[name] == "ok", outcomes[name]
 """
@@ -30,17 +31,18 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-def run_workers(script: Path, nproc: int, tmp_path: Path) -> dict[str, str]:
+def run_workers(script: Path, nproc: int, tmp_path: Path, *, pairwise: bool = False) -> dict[str, str]:
     """Runs `script` on `nproc` ranks. `{case: "ok"}`, or what those ranks say on which it failed.
 
-    Processes that share `tmp_path` share one run.
+    Processes that share `tmp_path` share one run. `pairwise` runs only the cases of `pytest --pairwise`.
     """
     folder = tmp_path / f"{script.stem}-{nproc}"
     folder.mkdir(exist_ok=True)
     log = folder / "log.txt"
+    options = ["--pairwise"] if pairwise else []
     with FileLock(folder / "lock"):
         if not log.exists():
-            log.write_text(torchrun(script, nproc, str(folder)), encoding="utf-8")
+            log.write_text(torchrun(script, nproc, str(folder), *options), encoding="utf-8")
     ranks = [folder / f"{rank}.json" for rank in range(nproc)]
     if not all(path.exists() for path in ranks):
         raise RuntimeError(f"{script.name} did not start on {nproc} ranks:\n{log.read_text('utf-8')}")

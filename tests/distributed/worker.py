@@ -17,12 +17,15 @@ import itertools
 import json
 import sys
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from pairwise import few
 from torch import distributed as dist
 
 Function = Callable[..., None]
@@ -34,6 +37,10 @@ TIMEOUT = timedelta(minutes=10)
 class Cases(dict[str, Callable[[], None]]):
     """Every rank runs them in the same order, with the default process group (gloo) at hand."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # by function and case
+
     def add(self, **values: Iterable[Any]) -> Callable[[Function], Function]:
         """One case for each combination of the keyword arguments' values."""
 
@@ -44,23 +51,36 @@ class Cases(dict[str, Callable[[], None]]):
                 name = f"{function.__name__}[{label}]" if label else function.__name__
                 assert name not in self, f"two cases are called {name}"
                 self[name] = lambda arguments=arguments: function(**arguments)
+                self.arguments[function.__name__][name] = arguments
             return function
 
         return register
 
+    def pairwise(self) -> set[str]:
+        """Names of the cases that `pytest --pairwise` runs."""
+        return {[*cases][i] for cases in self.arguments.values() for i in few([*cases.values()])}
+
+    def params(self) -> list[Any]:
+        """The names of all cases, for `parametrize`."""
+        chosen = self.pairwise()
+        return [pytest.param(name, marks=[] if name in chosen else pytest.mark.long) for name in self]
+
     def main(self) -> None:
-        """Writes `{name: "ok", or a traceback}` to `<first argument>/<rank>.json`, anew after each case."""
+        """With the argument `--pairwise`, run the cases of `pairwise`, else all.
+
+        Writes `{name: "ok", or a traceback}` to `<first argument>/<rank>.json`, anew after each case."""
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=TIMEOUT)
         rank = dist.get_rank()
         path = Path(sys.argv[1]) / f"{rank}.json"
-        outcomes = dict.fromkeys(self, f"rank {rank} did not come to it")
+        chosen = self.pairwise() if "--pairwise" in sys.argv else {*self}
+        outcomes = {name: f"rank {rank} did not come to it" for name in self if name in chosen}
         try:
-            for name, run in self.items():
+            for name in outcomes:
                 outcomes[name] = f"rank {rank} hung or died in it"
                 path.write_text(json.dumps(outcomes), encoding="utf-8")
                 try:
-                    run()
+                    self[name]()
                     outcomes[name] = "ok"
                 except Exception:
                     outcomes[name] = f"rank {rank}:\n{traceback.format_exc()}"
