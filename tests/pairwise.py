@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-MOST = 40  # cases of one test function
+MOST = 12  # cases of one test function
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,6 +22,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_workers(Path(docs_loops.__file__), 2, session_folder(tmp_path_factory))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", docs_loops.cases)
 def test_loops_on_two_ranks(outcomes: dict[str, str], name: str) -> None:
     assert outcomes[name] == "ok", outcomes[name]

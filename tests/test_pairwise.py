@@ -58,7 +58,8 @@ def test_every_value_stays_of_many_pairs() -> None:
     assert len(kept) == 9
     values = [{(name, value) for case in given for name, value in case.items()} for given in (kept, cases)]
     assert values[0] == values[1]
-    assert few(grid(**FACTORS)) == thinned(grid(**FACTORS))
+    others = {name: values for name, values in FACTORS.items() if name != "loss"}
+    assert few(grid(**others)) == thinned(grid(**others))
 
 
 def test_one_parameter_keeps_every_value() -> None:

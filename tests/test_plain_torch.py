@@ -38,6 +38,7 @@ def one_process() -> dict[str, torch.Tensor]:
     return logs(run.stdout)
 
 
+@pytest.mark.long
 def test_it_learns(one_process: dict[str, torch.Tensor]) -> None:
     """From a reward of 0.03 to 0.6 and more in half of the steps that it has by default."""
     reward = one_process["reward"]

@@ -636,6 +636,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_workers(Path(trl_trainer.__file__), 2, session_folder(tmp_path_factory))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", trl_trainer.cases)
 def test_two_ranks(outcomes: dict[str, str], name: str) -> None:
     assert outcomes[name] == "ok", outcomes[name]
