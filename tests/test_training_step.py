@@ -133,6 +133,7 @@ def test_a_wrong_way_is_said(
     assert all(r.status.startswith(status) for r in rows if r.kernel_provider == "PyTorch: wrong")
 
 
+@pytest.mark.long
 def test_what_cannot_be_timed_is_said(run: Callable[..., list[record.Row]]) -> None:
     floor = WAYS["PyTorch: no loss"]
     absent = replace(floor, what="absent", package="no-such")
@@ -142,6 +143,7 @@ def test_what_cannot_be_timed_is_said(run: Callable[..., list[record.Row]]) -> N
     assert rows[0].status == "not run: the limit of 0 s was reached"
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_a_way(run: Callable[..., list[record.Row]]) -> None:
     """Or the next one would find less memory."""
     models: list[weakref.ref[Any]] = []
