@@ -130,6 +130,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *argv: str) -> list[recor
     return list(record.read(output))
 
 
+@pytest.mark.long
 def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every provider has rows: times and memory, or the reason why there are none."""
 

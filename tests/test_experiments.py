@@ -54,6 +54,7 @@ def test_a_variant_computes_the_loss(work: Workload, variant: Variant, device: s
         assert gate.check(variant, batch).wrong is None
 
 
+@pytest.mark.long
 def test_a_run_says_what_was_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("benchmarks.measure.COPY_BYTES", {"cpu": 2**16})
     for name, experiment in EXPERIMENTS.items():

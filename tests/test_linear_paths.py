@@ -472,6 +472,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_sharded_weights(tmp_path: Any) -> None:
     """A DTensor is gathered, and its shards get the mean over the ranks, whose batches differ: FSDP2's."""
     ranks = [

@@ -291,6 +291,7 @@ def test_helpers(kind: str) -> None:
     assert torch.equal(off_policy_sequence_mask(*of, threshold=number(-0.75)), kept)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled(dynamic: bool | None) -> None:
     """np.float64 is a float to torch.compile, which makes it symbolic when its value changes."""
