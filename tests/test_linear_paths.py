@@ -400,6 +400,7 @@ class TestCompile:
         """Not here: Dynamo cannot look into an allocation that fills what it allocates."""
         torch._dynamo.reset()
 
+    @pytest.mark.long
     @pytest.mark.parametrize("options", [{}, {"compact": False}, {"skip_inactive": True}], ids=str)
     def test_loss(self, spec: LossSpec, options: dict[str, Any], backend: str) -> None:
         case = random_case(spec)
