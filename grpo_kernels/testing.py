@@ -83,14 +83,15 @@ def assert_no_worse_than_eager(
     truth: Tensor,
     *,
     factor: float = 2.0,
-    epsilon: float | None = None,
+    epsilon: float | Tensor | None = None,
     what: str = "",
 ) -> None:
     """`got` errs from the fp64 `truth` at most `factor` times what `eager` errs, plus `epsilon`, row by row.
 
     Errors are relative L2 norms over the last dimension: a bound on the largest element would let a gradient
-    of zeros pass. `epsilon` defaults to one rounding of `got`'s dtype, and to at least 2e-6 (fp64: 1e-12),
-    what a log-probability near -10 is rounded by in fp32. A row in which eager is NaN has no bar but NaN.
+    of zeros pass. `epsilon` is one number, or one per row. It defaults to one rounding of `got`'s dtype, and
+    to at least 2e-6 (fp64: 1e-12), what a log-probability near -10 is rounded by in fp32. A row in which
+    eager is NaN has no bar but NaN.
 
     Raises:
         AssertionError: naming the worst row and both errors.
@@ -98,12 +99,13 @@ def assert_no_worse_than_eager(
     if epsilon is None:
         epsilon = 1e-12 if got.dtype == torch.float64 else max(torch.finfo(got.dtype).eps, 2e-6)
     ours, theirs = relative_error(got, truth).reshape(-1), relative_error(eager, truth).reshape(-1)
-    excess = (ours - (factor * theirs.nan_to_num(nan=torch.inf) + epsilon)).nan_to_num(nan=torch.inf)
+    allowed = factor * theirs.nan_to_num(nan=torch.inf) + torch.as_tensor(epsilon).to(theirs).reshape(-1)
+    excess = (ours - allowed).nan_to_num(nan=torch.inf)
     if bool((excess > 0).any()):
         worst = int(excess.argmax())
         raise AssertionError(
             f"{what}: row {worst} errs {float(ours[worst]):.3g}, eager {float(theirs[worst]):.3g}, allowed "
-            f"{float(factor * theirs[worst] + epsilon):.3g}"
+            f"{float(allowed[worst]):.3g}"
         )
 
 

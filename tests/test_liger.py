@@ -85,6 +85,7 @@ class Result(NamedTuple):
     grad: Tensor  # of the loss by Batch.logits
     kl: Tensor | None = None  # mean over the unmasked tokens
     clip_fraction: Tensor | None = None
+    factor: float = 1.0  # the largest that a token's weight is multiplied by in the loss
 
 
 def random_batch(
@@ -171,7 +172,15 @@ def ours(batch: Batch, spec: LossSpec, backend: str, **options: Any) -> Result:
     )
     out.loss.backward()
     assert leaf.grad is not None
-    return Result(out.loss.detach(), leaf.grad, out.metrics.get("kl"), out.metrics.get("clip_fraction"))
+    # CISPO and VESPO multiply their weight by the log-probability.
+    times_logp = isinstance(spec.surrogate, (CISPO, VESPO))
+    return Result(
+        out.loss.detach(),
+        leaf.grad,
+        out.metrics.get("kl"),
+        out.metrics.get("clip_fraction"),
+        factor=float(out.logps.abs().max()) if times_logp else 1.0,
+    )
 
 
 def liger_options(loss_type: str, *, level: str = "token", kl: KL | None = None) -> dict[str, Any]:
@@ -228,8 +237,11 @@ def liger(batch: Batch, loss_type: str, *, reduce: bool = True, **options: Any) 
 
 
 def assert_same(found: Result, expected: Result, what: str = "") -> None:
-    """To a few roundings of fp32 in every log-probability, and those times the ratio's exponent."""
-    size = float(expected.loss.abs() + expected.grad.abs().sum())
+    """To a few roundings of fp32 in every log-probability, and those times the ratio's exponent.
+
+    The gradient has the weights of the tokens; the loss may be the small sum of large terms of both signs.
+    """
+    size = float(expected.loss.abs() + found.factor * expected.grad.abs().sum())
     assert abs(float(found.loss - expected.loss)) <= 5e-6 * size, f"{what}: {found.loss} {expected.loss}"
     assert_rows(found.grad, expected.grad, what)
     assert (found.kl is None) == (expected.kl is None), what

@@ -843,10 +843,11 @@ def test_small_divergence(trainer: Any) -> None:
     assert_same("fp64", found["fp64"][2], truth, 1e-7)
     wanted, wanted_grad, got, got_grad = (x.double() for x in found["fp32"])
     assert float((wanted - truth).abs() / truth) > 0.9
-    assert float((got - truth).abs() / truth) < 0.02
-    # Either's distance to the reference is good to one rounding of the log-probabilities, 1e-3 of 1e-4.
-    assert_same("our gradient", got_grad, truth_grad, 0.01)
-    assert_same("their gradient", wanted_grad, truth_grad, 0.01)
+    # A log-probability near -10 is a logit less the maximum, less the logarithm of a sum of 23, each rounded:
+    # good to 3e-6 in fp32, which is 0.03 of the distance. k3 has its square.
+    assert float((got - truth).abs() / truth) < 0.06
+    assert_same("our gradient", got_grad, truth_grad, 0.03)
+    assert_same("their gradient", wanted_grad, truth_grad, 0.03)
 
 
 @pytest.mark.parametrize("loss_type", GLOBAL)

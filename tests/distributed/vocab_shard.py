@@ -97,7 +97,8 @@ def assert_parity(case: Case, split: str = "uneven", *, what: str = "", **option
     assert_outputs(expected, got.out, what=what, return_entropy=entropy)
     grad = joined(got.grad, split, width, -1)
     _, truth, eager = expected
-    assert_rows_no_worse(grad, eager.grad, truth.grad, ids=case.completion_ids, what=what)
+    ids, logps = case.completion_ids, truth.out.logps
+    assert_rows_no_worse(grad, eager.grad, truth.grad, ids=ids, logps=logps, what=what)
 
 
 @cases.add(pair=["-".join(pair) for pair in PAIRS])
