@@ -1,15 +1,26 @@
 """Fused policy losses for GRPO-style reinforcement learning of language models."""
 
 from .advantages import group_advantages
-from .arguments import LossOutput
-from .distributed import VocabShard
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
 from .normalizers import global_normalizer
 from .policy_loss import policy_loss
 from .spec import KL, LossSpec
-from .surrogates import CISPO, DPPO, DRO, GMPO, SAPO, VESPO, ImportanceRatio, LogRatio, PPOClip, Reinforce
+from .spec.surrogates import (
+    CISPO,
+    DPPO,
+    DRO,
+    GMPO,
+    SAPO,
+    VESPO,
+    ImportanceRatio,
+    LogRatio,
+    PPOClip,
+    Reinforce,
+)
+from .tokens.output import LossOutput
+from .vocab.shard import VocabShard
 from .weights import importance_weights
 
 __version__ = "0.1.0"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_integer, check_number, has_data
-from .names import ADVANTAGE_SCALES, AdvantageScale
+from .checks.choices import ADVANTAGE_SCALES, AdvantageScale
+from .checks.scalars import check_choice, check_integer, check_number
+from .checks.tensors import has_data
 
 
 def group_advantages(

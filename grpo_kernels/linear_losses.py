@@ -1,4 +1,4 @@
-"""The losses from hidden states: the product with the head's weight is part of the loss."""
+"""The losses from hidden states: the product with the LM head's weight is part of the loss."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .arguments import (
-    LossOutput,
-    check_reference,
-    logit_transform,
-    loss_output,
-    resolve_spec,
-    token_inputs,
-)
-from .autograd import RowConfig, fusible, loss_of_statistics
-from .backend import choose_backend, log_path, traced, two_passes
-from .batch import Batch, Vocabulary
-from .distributed import VocabShard
-from .heads import check_head, check_ref_head, linear_config, product_dtype
-from .linear_autograd import linear_loss, linear_row_statistics
+from .checks.choices import Backend, PresetName
+from .checks.tensors import traced
+from .linear.autograd import differentiable_stats, linear_loss
+from .linear.config import linear_config
+from .linear.head import check_head, check_ref_head
+from .linear.plan import RowPlan
+from .linear.products import product_dtype
+from .linear.rows import LinearRows
+from .log import log_path, two_passes
 from .losses import LossModule
-from .names import Backend, PresetName
-from .objective import MASKED
 from .options import LinearGRPOLossOptions
-from .row_loss import coefficients, may_be_active
-from .spec import LossSpec
+from .spec import LogitTransform, LossSpec, resolve_spec
+from .tokens.autograd import loss_of_statistics
+from .tokens.batch import Batch
+from .tokens.inputs import check_reference, token_inputs
+from .tokens.loss import BatchLoss
+from .tokens.output import LossOutput, loss_output
+from .vocab.autograd import fusible
+from .vocab.dispatch import choose_backend
+from .vocab.rows import MASKED
+from .vocab.shard import VocabShard
+from .vocab.vocabulary import Vocabulary
+from .vocab.want import Want
 
 
 def linear_grpo_loss(
@@ -61,63 +64,65 @@ def linear_grpo_loss(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, which are never held all at once.
+    """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, without ever holding all logits.
 
-    Loss and gradient are made in the forward, a chunk of tokens at a time: 6 N V H operations for `N` tokens,
-    4 with a frozen head. Losses that couple tokens (callables, sequence-level ratios), fp16, fp64 and
-    `torch.compile` take two passes: statistics in the forward, the logits once more in the backward, 8 N V H.
-    Masked rows cost nothing, rows without a gradient (of most losses those of zero advantage or token weight,
-    unless there is a KL term or an entropy bonus) 2 V H each. docs/kernels.md counts them all.
+    Loss and gradient are computed in the forward, a chunk of tokens at a time, in 6 N V H FLOPs for `N`
+    tokens, or 4 N V H with a frozen head. Losses that couple tokens (callables, sequence-level ratios),
+    fp16, fp64 and `torch.compile` take two passes, 8 N V H: statistics in the forward, and the logits again
+    in the backward. Masked rows cost nothing. Rows without a gradient cost 2 V H each. In most losses these
+    are the rows with zero advantage or zero token weight, unless there is a KL term or an entropy bonus.
+    docs/kernels.md has all counts.
 
     Args:
-        hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: what the head is applied to.
+        hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: the input of the LM head.
             `hidden[b, t]` predicts `completion_ids[b, t]`.
-        lm_head_weight: `[V, H]`, in the dtype of `hidden`, or in any under autocast. Its gradient is summed
-            in fp32 over the chunks and rounded once; frozen, it costs none. A DTensor is gathered, and its
-            shards get the mean of all ranks' gradients, as from FSDP2.
-        completion_ids, advantages: as in `grpo_loss`, as are all options that are not named here.
+        lm_head_weight: `[V, H]`, in the dtype of `hidden`, or in any dtype under autocast. Its gradient is
+            summed in fp32 over the chunks and rounded once. A frozen weight gets none, which saves its
+            cost. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as from FSDP2.
+        completion_ids, advantages: as in `grpo_loss`, as are all options that are not described here.
         lm_head_bias: `[V]`.
-        ref_hidden, ref_lm_head_weight, ref_lm_head_bias: the reference model's, `[B, T, H']`, `[V, H']` and
-            `[V]`; no gradient. Or `ref_logps`.
-        chunk_tokens: tokens per chunk. None: chosen by vocabulary and free memory, even for the number of
-            tokens; the logger "grpo_kernels" tells at level DEBUG.
-        logits_dtype: what a chunk of logits is held in, for bf16 factors: `torch.float32`, in which their
-            products are summed, or `torch.bfloat16` for half the traffic at 1e4 times the error.
-        compact: order the rows by what they need. The host waits once to learn their number (with two passes
-            once more in the backward). False: every row is run where it stands, and the host never waits.
-        skip_inactive: rows without a gradient are not even run forward: their `logps`, `ref_logps` and
-            `entropy` read 0, and the metrics but `active_fraction` are means over the rest.
-        shard: the heads hold these rows of a vocabulary that is split over ranks, each of which has the same
-            hidden states (tensor parallelism with its sequences gathered). Loss, outputs and the gradient by
-            `hidden`, summed over the ranks, are then the same on all of them; each has the gradients of its
-            own rows. The ranks meet at every chunk, whose length they agree upon where it is not given (the
-            host waits). A DTensor is taken for its local part (`VocabShard.of(weight)`).
+        ref_hidden, ref_lm_head_weight, ref_lm_head_bias: `[B, T, H']`, `[V, H']` and `[V]` of the reference
+            model, which get no gradient. Or give `ref_logps`.
+        chunk_tokens: tokens per chunk. None: chosen by vocabulary and free memory, so that the chunks have
+            nearly equal lengths. The logger "grpo_kernels" shows it at level DEBUG.
+        logits_dtype: dtype of a chunk of logits, for bf16 operands. `torch.float32`, in which their
+            products are summed, or `torch.bfloat16` for half the memory traffic at 1e4 times the error.
+        compact: order the rows by what they need. This syncs once with the device to learn their number,
+            and with two passes once more in the backward. False: all rows are run in their own order,
+            without a sync.
+        skip_inactive: do not even run rows without a gradient forward. Their `logps`, `ref_logps` and
+            `entropy` are 0, and the metrics except `active_fraction` are means over the other rows.
+        shard: the heads hold these rows of a vocabulary that is split over ranks. All ranks have the same
+            hidden states, as in tensor parallelism after gathering the sequences. Loss, outputs and the
+            gradient of `hidden`, summed over the ranks, are then the same on all of them, and each has the
+            gradients of its own rows. The ranks communicate in every chunk. They agree on its length if it
+            is not given, which syncs. Of a DTensor the local part is used (`VocabShard.of(weight)`).
 
     Returns:
-        LossOutput as `grpo_loss`.
+        LossOutput as in `grpo_loss`.
 
     Raises:
-        ValueError, TypeError: as `grpo_loss`.
+        ValueError, TypeError: as in `grpo_loss`.
     """
     spec = resolve_spec(spec)
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
-    batch = Batch.of(hidden, completion_ids, completion_mask, seq_lens, vocab, name="hidden")
+    batch = Batch.of(hidden, completion_mask, seq_lens, name="hidden")
+    targets = vocab.targets(batch, completion_ids)
     check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
     ref = check_ref_head(
         ref_hidden,
         ref_lm_head_weight,
         ref_lm_head_bias,
-        like=hidden,
+        policy=hidden,
         width=vocab.width,
         padded=vocab_size is not None,
         shard=shard,
     )
-    batch.look_at(hidden=hidden, ref_hidden=ref_hidden)
-    batch.look_at_heads(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
+    batch.debug_numbers(hidden=hidden, ref_hidden=ref_hidden)
+    batch.debug_head(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
     if ref is not None:
-        parts = {"ref_lm_head_weight": ref.weight, "ref_lm_head_bias": ref.bias}
-        batch.look_at_heads(vocab.width, **parts)
+        batch.debug_head(vocab.width, ref_lm_head_weight=ref.weight, ref_lm_head_bias=ref.bias)
     config = linear_config(
         hidden,
         ref,
@@ -126,16 +131,18 @@ def linear_grpo_loss(
         compact=compact,
         skip_inactive=skip_inactive,
     )
-    rows = RowConfig.of(
-        spec,
-        logit_transform(
+    rows = LinearRows(
+        head,
+        ref,
+        targets,
+        batch.temperatures(temperature),
+        LogitTransform.of(
             vocab.width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
         ),
         choose_backend(backend, hidden),
-        reference=ref is not None,
-        entropy=return_entropy,
-        shard=shard,
+        config,
     )
+    want = Want.of(spec, reference=ref is not None, entropy=return_entropy, shard=shard)
     inputs = token_inputs(
         spec,
         batch,
@@ -145,30 +152,26 @@ def linear_grpo_loss(
         token_weights=token_weights,
         normalizer=normalizer,
     )
-    temperatures = batch.temperatures(temperature)
+    loss = BatchLoss(spec, inputs, batch.sequences)
 
-    active = may_be_active(spec, inputs, batch.layout)
-    ran = active if skip_inactive else batch.mask
+    active = loss.may_be_active()
+    run = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     one_pass = learns and fusible(spec, product_dtype(hidden))
     one_pass = one_pass and not traced(hidden)  # there are operators for two passes only
     path = "one pass (loss and gradient in the forward)" if one_pass else two_passes(learns)
-    dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
-    log_path("linear_grpo_loss", path, rows.backend, **dtypes)
+    log_path("linear_grpo_loss", path, rows.backend, operands=config.dtype, logits=config.logits_dtype)
     if one_pass:
-        loss, dlogp, stats = linear_loss(
-            head, ref, batch.targets, temperatures, inputs, ran, active, spec, config, rows
-        )
-        derivatives = coefficients(spec, inputs, dlogp)
+        value, dlogp, stats = linear_loss(rows, loss, RowPlan.of(run, active, compact=compact), want)
+        derivatives = loss.coefficients(dlogp)
     else:
-        targets = torch.where(ran, batch.targets, MASKED)
-        live = linear_row_statistics(head, ref, targets, temperatures, config, rows)
-        loss, stats, derivatives = loss_of_statistics(live, spec, inputs, batch.layout, rows.backend)
-    return loss_output(spec, batch, loss, stats, inputs, derivatives, rows.backend, ran)
+        rows = rows._replace(targets=torch.where(run, targets, MASKED))
+        value, stats, derivatives = loss_of_statistics(differentiable_stats(rows, want), loss, rows.backend)
+    return loss_output(value, batch, loss, stats, derivatives, rows.backend, run)
 
 
 class LinearGRPOLoss(LossModule):
-    """`linear_grpo_loss` as a module: the spec and the options that stay the same are given once.
+    """`linear_grpo_loss` as a module, with a spec and default options.
 
     ```python
     loss_fn = LinearGRPOLoss("dapo", temperature=0.9)
@@ -180,7 +183,8 @@ class LinearGRPOLoss(LossModule):
         options: keyword arguments of `linear_grpo_loss`.
 
     Raises:
-        TypeError: an option that `linear_grpo_loss` does not have; ValueError: an unknown preset.
+        TypeError: an option that `linear_grpo_loss` does not have.
+        ValueError: an unknown preset.
     """
 
     function = staticmethod(linear_grpo_loss)
@@ -200,7 +204,7 @@ class LinearGRPOLoss(LossModule):
         spec: LossSpec | PresetName | None = None,
         **options: Unpack[LinearGRPOLossOptions],
     ) -> LossOutput:
-        """As `linear_grpo_loss`; options given here win over the module's."""
+        """As `linear_grpo_loss`. Options given here override those of the module."""
         return self.call(hidden, lm_head_weight, completion_ids, advantages, spec=spec, **options)
 
     if TYPE_CHECKING:  # as in GRPOLoss

@@ -1,4 +1,4 @@
-"""Log-probabilities alone, differentiable: for trainers that keep their own loss."""
+"""Log-probabilities alone, differentiable, for trainers that keep their own loss."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .arguments import logit_transform
-from .autograd import RowConfig, row_statistics
-from .backend import choose_backend, log_path, two_kernels, two_passes
-from .batch import Batch, Vocabulary, by_rows, check_logits
-from .distributed import VocabShard, local_part
-from .heads import check_head, linear_config
-from .linear_autograd import linear_row_statistics
-from .names import Backend
-from .objective import RowStats
+from .checks.choices import Backend
+from .linear.autograd import differentiable_stats as differentiable_linear_stats
+from .linear.config import linear_config
+from .linear.head import check_head
+from .linear.rows import LinearRows
+from .log import log_path, two_kernels, two_passes
 from .options import LinearLogpsOptions, LogpsOptions
+from .spec import LogitTransform
+from .tokens.batch import Batch
+from .tokens.statistics import RowStats
+from .vocab.autograd import differentiable_stats
+from .vocab.dispatch import choose_backend
+from .vocab.logits import check_logits
+from .vocab.rows import Rows, as_rows
+from .vocab.shard import VocabShard, local_part
+from .vocab.vocabulary import Vocabulary
+from .vocab.want import Want
 
 
 @overload
@@ -45,32 +52,39 @@ def selective_logps(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the taken tokens, differentiable; with `return_entropy`, the entropies too.
+    """Log-probabilities of the taken tokens, differentiable. With `return_entropy`, also the entropies.
 
     Args:
-        logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`, as are the options.
+        logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`, as are the options that are not described here.
         ids: `[B, T]` or `[N]`, int32 or int64.
-        mask: `[B, T]` or `[N]`; where 0 the row is not read: log-probability, entropy and gradient are 0.
+        mask: `[B, T]` or `[N]`. If 0, the row is not read, and log-probability, entropy and gradient are 0.
 
     Returns:
-        `[B, T]` or `[N]` fp32 (fp64 for fp64 logits) in nats, or a pair of such. A row whose upstream
-        gradient is exactly zero costs nothing in the backward but its zeros.
+        `[B, T]` or `[N]` fp32 (fp64 for fp64 logits) in nats, or a pair of these. In the backward, a row
+        whose upstream gradient is exactly zero is not read.
 
     Raises:
-        ValueError, TypeError: as `grpo_loss`.
+        ValueError, TypeError: as in `grpo_loss`.
     """
     if shard is not None:
         logits = local_part(logits)
-    check_logits("logits", logits)
+    check_logits(logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
-    batch = Batch.of(logits, ids, mask, None, vocab, ids_name="ids", mask_name="mask")
-    batch.look_at(logits=logits[..., : vocab.width])
-    transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
-    config = RowConfig(transform, choose_backend(backend, logits), entropy=return_entropy, shard=shard)
+    batch = Batch.of(logits, mask, None, mask_name="mask")
+    targets = vocab.targets(batch, ids, "ids")
+    batch.debug_numbers(logits=logits[..., : vocab.width])
+    rows = Rows(
+        as_rows(logits),
+        None,
+        targets,
+        batch.temperatures(temperature),
+        LogitTransform.of(vocab.width, temperature, logit_scale, logit_softcap),
+        choose_backend(backend, logits),
+    )
     learns = torch.is_grad_enabled() and logits.requires_grad
-    log_path("selective_logps", two_kernels(learns), config.backend, logits=logits.dtype)
-    stats = row_statistics(by_rows(logits), None, batch.targets, batch.temperatures(temperature), config)
-    found = TokenStatistics.of(stats, batch)
+    log_path("selective_logps", two_kernels(learns), rows.backend, logits=logits.dtype)
+    stats = differentiable_stats(rows, Want(entropy=return_entropy, shard=shard))
+    found = TokenStats.of(stats, batch)
     return found.logps if found.entropy is None else (found.logps, found.entropy)
 
 
@@ -119,25 +133,26 @@ def linear_logps(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_logps` of `hidden @ lm_head_weight.T + lm_head_bias`, never holding all logits at once.
+    """`selective_logps` of `hidden @ lm_head_weight.T + lm_head_bias`, without ever holding all logits.
 
-    Takes 2 N V H operations for `N` unmasked tokens, and for each with an upstream gradient 6 V H in the
-    backward, which makes its logits once more.
+    It takes 2 N V H FLOPs for `N` unmasked tokens. The backward takes 6 V H for each token with an upstream
+    gradient, because it computes the logits again.
 
     Args:
-        hidden: `[B, T, H]` or `[N, H]`, as in `linear_grpo_loss`, as are the options.
+        hidden: `[B, T, H]` or `[N, H]`, as in `linear_grpo_loss`, as are the options that are not described
+            here.
         lm_head_weight: `[V, H]`.
         ids: `[B, T]` or `[N]`, int32 or int64.
-        shard: `lm_head_weight` and `lm_head_bias` hold these rows; see `linear_grpo_loss`.
-        mask: `[B, T]` or `[N]`; where 0 the row is not run: log-probability, entropy and gradient are 0.
+        mask: `[B, T]` or `[N]`. If 0, the row is not run, and log-probability, entropy and gradient are 0.
+        shard: `lm_head_weight` and `lm_head_bias` hold these rows. See `linear_grpo_loss`.
 
     Returns:
-        `[B, T]` or `[N]` fp32 (fp64 for fp64 hidden states) in nats, or a pair of such; differentiable.
+        `[B, T]` or `[N]` fp32 (fp64 for fp64 hidden states) in nats, differentiable, or a pair of these.
 
     Raises:
-        ValueError, TypeError: as `grpo_loss`.
+        ValueError, TypeError: as in `grpo_loss`.
     """
-    found = linear_token_statistics(
+    found = linear_token_stats(
         hidden,
         lm_head_weight,
         ids,
@@ -157,21 +172,21 @@ def linear_logps(
     return found.logps if found.entropy is None else (found.logps, found.entropy)
 
 
-class TokenStatistics(NamedTuple):
-    """`[B, T]` or `[N]` each, 0 (False) where masked; None where it was not asked for."""
+class TokenStats(NamedTuple):
+    """`[B, T]` or `[N]` each, 0 or False at masked positions. None if it was not asked for."""
 
     logps: Tensor  # nats, differentiable
     entropy: Tensor | None  # nats, differentiable
     top1: Tensor | None  # bool: no token is likelier than the taken one
 
     @classmethod
-    def of(cls, stats: RowStats, batch: Batch) -> TokenStatistics:
-        entropy = None if stats.entropy is None else batch.shaped(stats.entropy)
-        top1 = None if stats.top1 is None else batch.shaped(stats.top1 == 1)
-        return cls(batch.shaped(stats.logps), entropy, top1)
+    def of(cls, stats: RowStats, batch: Batch) -> TokenStats:
+        entropy = None if stats.entropy is None else batch.unflatten(stats.entropy)
+        top1 = None if stats.top1 is None else batch.unflatten(stats.top1 == 1)
+        return cls(batch.unflatten(stats.logps), entropy, top1)
 
 
-def linear_token_statistics(
+def linear_token_stats(
     hidden: Tensor,
     lm_head_weight: Tensor,
     ids: Tensor,
@@ -190,24 +205,31 @@ def linear_token_statistics(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
     function: str = "linear_logps",
-) -> TokenStatistics:
-    """All that `linear_logps` can tell of each token in one pass; arguments and errors as there.
+) -> TokenStats:
+    """Everything that one pass can compute for each token. Arguments and errors as in `linear_logps`.
 
-    `function` is the caller's name in the log.
+    `function` is the name of the caller in the log.
     """
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
-    batch = Batch.of(hidden, ids, mask, None, vocab, name="hidden", ids_name="ids", mask_name="mask")
-    batch.look_at(hidden=hidden)
-    batch.look_at_heads(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
+    batch = Batch.of(hidden, mask, None, name="hidden", mask_name="mask")
+    targets = vocab.targets(batch, ids, "ids")
+    batch.debug_numbers(hidden=hidden)
+    batch.debug_head(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
     config = linear_config(
         hidden, None, logits_dtype=logits_dtype, chunk_tokens=chunk_tokens, compact=compact
     )
-    transform = logit_transform(vocab.width, temperature, logit_scale, logit_softcap)
-    rows = RowConfig(transform, choose_backend(backend, hidden), entropy=entropy, top1=top1, shard=shard)
-    temperatures = batch.temperatures(temperature)
+    rows = LinearRows(
+        head,
+        None,
+        targets,
+        batch.temperatures(temperature),
+        LogitTransform.of(vocab.width, temperature, logit_scale, logit_softcap),
+        choose_backend(backend, hidden),
+        config,
+    )
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
     log_path(function, two_passes(learns), rows.backend, **dtypes)
-    stats = linear_row_statistics(head, None, batch.targets, temperatures, config, rows)
-    return TokenStatistics.of(stats, batch)
+    stats = differentiable_linear_stats(rows, Want(entropy=entropy, top1=top1, shard=shard))
+    return TokenStats.of(stats, batch)

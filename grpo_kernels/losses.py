@@ -1,4 +1,4 @@
-"""The losses from logits: check what comes in, lay it out by rows, call autograd, shape what goes out."""
+"""The losses from logits."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .arguments import (
-    LossOutput,
-    check_reference,
-    logit_transform,
-    loss_output,
-    resolve_spec,
-    token_inputs,
-)
-from .autograd import (
-    RowConfig,
-    fused_loss,
-    fusible,
-    loss_of_statistics,
-    refuse_transforms,
-    row_statistics,
-)
-from .backend import choose_backend, log_path, traced, two_kernels
-from .batch import Batch, Vocabulary, by_rows, check_logits, check_writable
-from .distributed import VocabShard, local_part
-from .names import Aggregation, Backend, PresetName
+from .checks.choices import Aggregation, Backend, PresetName
+from .checks.tensors import traced
+from .log import log_path, two_kernels
 from .options import GRPOLossOptions, LogRatioLossOptions
-from .row_loss import coefficients
-from .spec import LossSpec, PresetOptions
-from .surrogates import LogRatio
+from .spec import LogitTransform, LossSpec, PresetOptions, resolve_spec
+from .spec.surrogates import LogRatio
+from .tokens.autograd import loss_of_statistics
+from .tokens.batch import Batch
+from .tokens.differentiation import refuse_transforms
+from .tokens.inputs import check_reference, token_inputs
+from .tokens.loss import BatchLoss
+from .tokens.output import LossOutput, loss_output
+from .vocab.autograd import differentiable_stats, fused_loss, fusible
+from .vocab.dispatch import choose_backend
+from .vocab.logits import check_logits, check_ref_logits, check_writable
+from .vocab.rows import Rows, as_rows
+from .vocab.shard import VocabShard, local_part
+from .vocab.vocabulary import Vocabulary
+from .vocab.want import Want
 
 
 def grpo_loss(
@@ -61,86 +56,92 @@ def grpo_loss(
 ) -> LossOutput:
     """A GRPO-style policy loss from logits, with its gradient in one pass over them.
 
-    Padded batches have `B` sequences of `T` tokens, packed ones `N` tokens of `S` sequences end to end.
-    Formulas: docs/math.md; the losses' papers stand at the surrogates' classes. A number may be any real
-    scalar, including NumPy's and 0-dim CPU tensors.
+    A padded batch has `B` sequences of `T` tokens. A packed batch has `N` tokens of `S` sequences, end to
+    end. Formulas: docs/math.md. Papers: the classes of the surrogates. A number may be any real scalar,
+    including NumPy's and 0-dim CPU tensors.
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
-            t]`. Any strides but the last, which must be 1; never copied.
+            t]`. The last stride must be 1, the others may be any. They are never copied.
         completion_ids: `[B, T]` or `[N]`, int32 or int64.
         advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
         spec: a `LossSpec`, or the name of a preset. The default is PPO-clip with "token-mean".
-        completion_mask: `[B, T]` or `[N]`, bool, int or float; 0: not a completion token. What any argument
-            holds at such a position never matters.
-        seq_lens: packed only: `[S]` integers that sum to `N`; on the device of the logits, lest the host
-            wait.
-        ref_logits: the reference model's logits, as `logits`; no gradient.
-        ref_logps: `[B, T]` or `[N]`, nats: its log-probabilities instead. Not both.
-        old_logps: `[B, T]` or `[N]`, nats: the behaviour policy's. None: on-policy, the ratio is exactly 1.
-        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`: constant factor on the surrogate,
-            before the KL term; of VESPO and GMPO, on the sequence's ratio (see there).
+        completion_mask: `[B, T]` or `[N]`, bool, int or float. 0 means that the token is not part of the
+            completion. No argument is read at such a position.
+        seq_lens: packed only: `[S]` integers that sum to `N`, on the device of the logits to avoid a sync.
+        ref_logits: logits of the reference model, shaped as `logits`. They get no gradient.
+        ref_logps: `[B, T]` or `[N]`, nats: log-probabilities of the reference model instead of `ref_logits`.
+        old_logps: `[B, T]` or `[N]`, nats: log-probabilities of the behaviour policy. None means on-policy:
+            the ratio is exactly 1.
+        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`. Constant weights of the surrogate,
+            without the KL term. In VESPO and GMPO they weight the sequence's ratio; see these classes.
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
-        ref_logit_scale, ref_logit_softcap: the reference's; None: as the policy's.
-        vocab_size: columns from here on are padding: they take no part and get zero gradient. If it is given,
+        ref_logit_scale, ref_logit_softcap: the same for the reference. None: those of the policy.
+        vocab_size: columns from here on are padding. They are ignored and get zero gradient. If it is given,
             policy and reference may have different numbers of columns.
-        normalizer: a number or a 0-dim tensor. Replaces the denominator of the aggregation: the tokens
-            (sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as DDP and FSDP
-            do, it is divided by the number of ranks. `global_normalizer` computes it.
+        normalizer: a number or a 0-dim tensor that replaces the denominator of the aggregation: the number of
+            tokens (or sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as in
+            DDP and FSDP, divide it by the number of ranks. `global_normalizer` computes it.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
-        inplace: the gradient overwrites `logits`, at the latest in the backward. Autograd reports an
-            operation that still needs the old values, as for any in-place operation; do not use them
-            afterwards. Neither may they share memory with the reference's logits of other tokens. Under
-            torch.compile the logits are kept.
-        shard: logits (and `ref_logits`) hold these columns of a vocabulary that is split over ranks; ids are
-            those of the whole vocabulary, as is `vocab_size`. All ranks get the same loss and outputs, each
-            the gradient of its own columns. A DTensor is taken for its local part (`VocabShard.of(logits,
-            dim=-1)`).
-        backend: "triton", "torch", or "auto": triton on GPU tensors, torch elsewhere.
+        inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
+            afterwards. As for any in-place operation, autograd raises an error if another operation still
+            needs the old values. They must not overlap `ref_logits` of other tokens. Under torch.compile
+            the logits are kept.
+        shard: `logits` and `ref_logits` hold these columns of a vocabulary that is split over ranks. The
+            ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
+            and each gets the gradient of its own columns. Of a DTensor the local part is used
+            (`VocabShard.of(logits, dim=-1)`).
+        backend: "triton", "torch", or "auto", which is triton for GPU tensors and torch otherwise.
 
     Returns:
-        LossOutput with `loss` (0-dim fp32, fp64 for fp64 logits), `metrics` (detached 0-dim tensors: means
-        over the unmasked tokens of `log_ratio`, `ratio`, `clip_fraction`, `clip_fraction_low`,
-        `clip_fraction_high`, `kl`, `kl_exact`, `entropy`, `active_fraction`, where they apply), and detached
-        `[B, T]` or `[N]` tensors `logps`, `ref_logps`, `entropy` in nats, 0 at masked positions.
+        LossOutput with
+            loss: 0-dim fp32, fp64 for fp64 logits.
+            metrics: detached 0-dim tensors, means over the unmasked tokens: `log_ratio`, `ratio`,
+                `clip_fraction`, `clip_fraction_low`, `clip_fraction_high`, `kl`, `kl_exact`, `entropy`,
+                `active_fraction`. Those that do not apply are absent.
+            logps, ref_logps, entropy: detached `[B, T]` or `[N]`, nats, 0 at masked positions.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, enum value or a missing companion; TypeError: a wrong type.
-            An unmasked id outside the vocabulary, or a NaN among what is given, makes the loss NaN. With
-            GRPO_KERNELS_DEBUG=1 in the environment they raise ValueError with position and value, as do
-            infinite advantages, token weights, hidden states and head weights, tensor temperatures that are
-            not positive, and float masks with values other than 0 and 1. A batch without an unmasked token is
-            then logged as a warning. Each of these checks syncs with the device.
+        ValueError: a wrong shape, dtype, device or name, or a missing argument that another one needs.
+        TypeError: a wrong type.
+
+    An unmasked id outside the vocabulary, or an unmasked NaN, makes the loss NaN. With GRPO_KERNELS_DEBUG=1
+    in the environment these raise a ValueError that shows position and value. So do infinite advantages,
+    token weights, hidden states and head weights, temperatures (as a tensor) that are not positive, and
+    float masks with values other than 0 and 1. A batch without an unmasked token logs a warning. Each of
+    these checks syncs with the device.
     """
     spec, given = resolve_spec(spec), logits
     if shard is not None:
         logits, ref_logits = local_part(logits), None if ref_logits is None else local_part(ref_logits)
-    check_logits("logits", logits)
+    check_logits(logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
-    batch = Batch.of(logits, completion_ids, completion_mask, seq_lens, vocab)
-    batch.look_at(logits=logits[..., : vocab.width])
+    batch = Batch.of(logits, completion_mask, seq_lens)
+    targets = vocab.targets(batch, completion_ids)
+    batch.debug_numbers(logits=logits[..., : vocab.width])
     check_reference(spec, ref_logits, ref_logps, "ref_logits")
     if ref_logits is not None:
-        padded = vocab_size is not None
-        check_logits("ref_logits", ref_logits, like=logits, width=vocab.width, padded=padded)
-        batch.look_at(ref_logits=ref_logits[..., : vocab.width])
-        ref_logits = by_rows(ref_logits.detach())
-    # A graph copies what its operators overwrite, or else cannot tell what shares memory with its inputs.
+        check_ref_logits(ref_logits, logits, vocab.width, padded=vocab_size is not None)
+        batch.debug_numbers(ref_logits=ref_logits[..., : vocab.width])
+        ref_logits = as_rows(ref_logits.detach())
+    # A graph copies what its operators overwrite, or cannot tell what shares memory with its inputs.
     inplace = inplace and not traced(logits)
     if inplace:
         refuse_transforms(logits)  # whose tensors have no address to compare
-        check_writable(by_rows(logits), given, ref_logits)
-    config = RowConfig.of(
-        spec,
-        logit_transform(
+        check_writable(as_rows(logits), given, ref_logits)
+    rows = Rows(
+        as_rows(logits),
+        ref_logits,
+        targets,
+        batch.temperatures(temperature),
+        LogitTransform.of(
             vocab.width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
         ),
         choose_backend(backend, logits),
-        reference=ref_logits is not None,
-        entropy=return_entropy,
-        inplace=inplace,
-        shard=shard,
+    )
+    want = Want.of(
+        spec, reference=ref_logits is not None, entropy=return_entropy, inplace=inplace, shard=shard
     )
     inputs = token_inputs(
         spec,
@@ -151,21 +152,19 @@ def grpo_loss(
         token_weights=token_weights,
         normalizer=normalizer,
     )
-    tensors = (by_rows(logits), ref_logits, batch.targets, batch.temperatures(temperature))
+    loss = BatchLoss(spec, inputs, batch.sequences)
 
     learns = torch.is_grad_enabled() and logits.requires_grad
     fused = inplace and learns and fusible(spec, logits.dtype) and shard is None
     path = "fused (loss and gradient in one kernel)" if fused else two_kernels(learns)
     ref_dtype = None if ref_logits is None else ref_logits.dtype
-    log_path("grpo_loss", path, config.backend, logits=logits.dtype, ref_logits=ref_dtype)
+    log_path("grpo_loss", path, rows.backend, logits=logits.dtype, ref_logits=ref_dtype)
     if fused:
-        loss, dlogp, stats = fused_loss(*tensors, inputs, spec, config)
-        derivatives = coefficients(spec, inputs, dlogp)
+        value, dlogp, stats = fused_loss(rows, loss, want)
+        derivatives = loss.coefficients(dlogp)
     else:
-        loss, stats, derivatives = loss_of_statistics(
-            row_statistics(*tensors, config), spec, inputs, batch.layout, config.backend
-        )
-    return loss_output(spec, batch, loss, stats, inputs, derivatives, config.backend)
+        value, stats, derivatives = loss_of_statistics(differentiable_stats(rows, want), loss, rows.backend)
+    return loss_output(value, batch, loss, stats, derivatives, rows.backend)
 
 
 def log_ratio_loss(
@@ -179,10 +178,10 @@ def log_ratio_loss(
 ) -> LossOutput:
     """`-aggregate(rewards * (logp - ref_logp))`: the reward-weighted log-ratio of policy and reference.
 
-    Exactly `grpo_loss(logits, completion_ids, rewards, spec=LossSpec(LogRatio(), aggregation=aggregation),
-    ref_logits=ref_logits, **options)`; see there for shapes, options, return value and errors. Its gradient
-    is REINFORCE's: the reference is a constant in it. What does hold the policy near the reference:
-    docs/math.md.
+    The same as `grpo_loss(logits, completion_ids, rewards, spec=LossSpec(LogRatio(),
+    aggregation=aggregation), ref_logits=ref_logits, **options)`, which documents shapes, options, return
+    value and errors. Its gradient is that of REINFORCE, because the reference is a constant. docs/math.md
+    says what keeps a policy near the reference.
     """
     if "spec" in options:
         raise TypeError("log_ratio_loss has a fixed spec; use grpo_loss for another")
@@ -191,7 +190,7 @@ def log_ratio_loss(
 
 
 class LossModule(nn.Module):
-    """A loss function as a module: the spec and the options that stay the same are given once."""
+    """A loss function as a module, with a spec and default options."""
 
     function: Callable[..., LossOutput]
 
@@ -212,11 +211,11 @@ class LossModule(nn.Module):
         if of_loss:
             preset = repr(spec) if isinstance(spec, str) else "name"
             given = "".join(f", {name}=..." for name in of_loss)
-            message += f": options of the loss go into its spec, LossSpec.preset({preset}{given})"
+            message += f": give options of the loss in its spec, LossSpec.preset({preset}{given})"
         raise TypeError(f"{message}. The options are {', '.join(self.option_names)}")
 
     def call(self, *tensors: Tensor, spec: LossSpec | PresetName | None = None, **options: Any) -> LossOutput:
-        """The function; options given here win over the module's."""
+        """Call the function. Options given here override those of the module."""
         spec = self.spec if spec is None else spec
         self.check(options, spec)
         return self.function(*tensors, **{"spec": spec, **self.options, **options})
@@ -226,7 +225,7 @@ class LossModule(nn.Module):
 
 
 class GRPOLoss(LossModule):
-    """`grpo_loss` as a module: the spec and the options that stay the same are given once.
+    """`grpo_loss` as a module, with a spec and default options.
 
     ```python
     loss_fn = GRPOLoss("dapo", temperature=0.9)
@@ -238,7 +237,8 @@ class GRPOLoss(LossModule):
         options: keyword arguments of `grpo_loss`.
 
     Raises:
-        TypeError: an option that `grpo_loss` does not have; ValueError: an unknown preset.
+        TypeError: an option that `grpo_loss` does not have.
+        ValueError: an unknown preset.
     """
 
     function = staticmethod(grpo_loss)
@@ -255,10 +255,10 @@ class GRPOLoss(LossModule):
         spec: LossSpec | PresetName | None = None,
         **options: Unpack[GRPOLossOptions],
     ) -> LossOutput:
-        """As `grpo_loss`; options given here win over the module's."""
+        """As `grpo_loss`. Options given here override those of the module."""
         return self.call(logits, completion_ids, advantages, spec=spec, **options)
 
-    if TYPE_CHECKING:  # nn.Module declares it as `Callable[..., Any]`, which takes everything
+    if TYPE_CHECKING:  # nn.Module declares it as `Callable[..., Any]`, which accepts any argument
 
         def __call__(
             self,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from . import debug
-from .batch import check_tensor
-from .checks import check_choice
-from .names import AGGREGATIONS, Aggregation
+from .checks import debug
+from .checks.choices import AGGREGATIONS, Aggregation
+from .checks.scalars import check_choice
+from .checks.tensors import check_tensor
 
 
 def global_normalizer(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from .distributed import VocabShard
-from .names import Backend
+from .checks.choices import Backend
+from .vocab.shard import VocabShard
 
 
 class LossOptions(TypedDict, total=False):

@@ -1,17 +1,22 @@
-"""The losses of log-probabilities: for trainers that have computed these themselves."""
+"""The losses from log-probabilities, for trainers that compute these themselves."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .arguments import LossOutput, check_reference, loss_output, resolve_spec, token_inputs
-from .autograd import loss_of_statistics
-from .backend import choose_backend, has_token_kernels, log_path
-from .batch import Batch, Vocabulary, check_dtype, check_tensor, squeeze_hint
-from .names import Backend, PresetName
-from .objective import RowStats
-from .spec import LossSpec
+from .checks.choices import Backend, PresetName
+from .checks.tensors import check_dtype, check_tensor, squeeze_hint
+from .log import log_path
+from .spec import LossSpec, resolve_spec
+from .tokens.autograd import loss_of_statistics
+from .tokens.batch import Batch
+from .tokens.dispatch import has_token_kernels
+from .tokens.inputs import check_reference, token_inputs
+from .tokens.loss import BatchLoss
+from .tokens.output import LossOutput, loss_output
+from .tokens.statistics import RowStats
+from .vocab.dispatch import choose_backend
 
 
 def policy_loss(
@@ -28,33 +33,33 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """`grpo_loss` of the taken tokens' log-probabilities, as `selective_logps` and `linear_logps` give them.
+    """`grpo_loss` from log-probabilities, which `selective_logps` and `linear_logps` compute.
 
-    Use it when something has to be computed between the log-probabilities and the loss, such as token weights
-    that depend on the policy's entropies.
+    Use it to compute something between the log-probabilities and the loss, such as token weights that
+    depend on the policy's entropies.
 
     Args:
-        logps: `[B, T]` or `[N]`, nats, any floating dtype; differentiable. What it holds at a masked position
-            never matters.
-        entropy: as `logps`; differentiable: that of the bonus, where `spec.entropy_coef` is set.
-        advantages, and all other options: as in `grpo_loss`.
+        logps: `[B, T]` or `[N]`, nats, any floating dtype, differentiable. Not read at masked positions.
+        advantages: as in `grpo_loss`, as are all options that are not described here.
+        entropy: shaped as `logps`, nats, differentiable. The entropy bonus of `spec.entropy_coef` needs it.
 
     Returns:
-        LossOutput as `grpo_loss`; `logps` and `entropy` are those given, detached, 0 where masked.
+        LossOutput as in `grpo_loss`. `logps` and `entropy` are those given, detached, and 0 at masked
+        positions.
 
     Raises:
-        ValueError, TypeError: as `grpo_loss`; for an exact KL, which runs over the vocabulary; for an entropy
-            bonus without `entropy`.
+        ValueError, TypeError: as in `grpo_loss`. Also ValueError for an exact KL, which needs the
+            vocabulary, and for an entropy bonus without `entropy`.
     """
     spec = resolve_spec(spec)
     check_tensor("logps", logps)
     check_dtype("logps", logps)
     if logps.dim() not in (1, 2):
         raise ValueError(f"logps must be [B, T] or packed [N], got shape {tuple(logps.shape)}")
-    batch = Batch.of(logps.unsqueeze(-1), None, completion_mask, seq_lens, Vocabulary(1, 0, 1), name="logps")
+    batch = Batch.of(logps.unsqueeze(-1), completion_mask, seq_lens, name="logps")
     check_reference(spec, None, ref_logps, None)
     if spec.entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef is {spec.entropy_coef}: it needs entropy")
+        raise ValueError(f"entropy_coef is {spec.entropy_coef}, which needs entropy")
     inputs = token_inputs(
         spec,
         batch,
@@ -65,19 +70,24 @@ def policy_loss(
         normalizer=normalizer,
     )
 
-    def live(name: str, x: Tensor) -> Tensor:
+    loss = BatchLoss(spec, inputs, batch.sequences)
+
+    def per_token(name: str, x: Tensor) -> Tensor:
+        """Flattened and with its graph, unlike those of `Batch.per_token`."""
         if tuple(check_tensor(name, x).shape) != batch.shape:
             raise ValueError(
                 f"{name} must have shape {batch.shape}, as logps, got {tuple(x.shape)}"
                 f"{squeeze_hint(x.shape, batch.shape)}"
             )
-        batch.look_at(**{name: x})
+        batch.debug_numbers(**{name: x})
         return torch.where(batch.mask, x.reshape(-1).to(batch.dtype), 0.0)
 
-    stats = RowStats(live("logps", logps), entropy=None if entropy is None else live("entropy", entropy))
+    stats = RowStats(
+        per_token("logps", logps), entropy=None if entropy is None else per_token("entropy", entropy)
+    )
     chosen = choose_backend(backend, logps)
     one_kernel = has_token_kernels(spec, stats.logps, chosen)
     path = "one kernel over tokens" if one_kernel else "PyTorch operations over tokens"
     log_path("policy_loss", path, chosen, logps=logps.dtype)
-    loss, stats, derivatives = loss_of_statistics(stats, spec, inputs, batch.layout, chosen)
-    return loss_output(spec, batch, loss, stats, inputs, derivatives, chosen)
+    value, stats, derivatives = loss_of_statistics(stats, loss, chosen)
+    return loss_output(value, batch, loss, stats, derivatives, chosen)

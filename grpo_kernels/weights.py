@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import debug
-from .checks import check_choice, check_number
-from .names import WEIGHT_LEVELS, WEIGHT_MODES, WeightLevel, WeightMode
+from .checks import debug
+from .checks.choices import WEIGHT_LEVELS, WEIGHT_MODES, WeightLevel, WeightMode
+from .checks.scalars import check_choice, check_number
 
 
 def importance_weights(

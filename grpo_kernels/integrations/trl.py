@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import fusible
-from ..backend import OnceLogger, logger
-from ..names import Aggregation
+from ..checks.choices import Aggregation
+from ..log import OnceLogger, logger
 from ..spec import KL, LossSpec
-from ..surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
+from ..spec.surrogates import CISPO, SAPO, VESPO, PPOClip, Surrogate
 from .trl_head import (
     FusedLogProbs,
     GRPOTrainer,

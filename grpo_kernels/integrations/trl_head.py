@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import LossOutput
-from ..autograd import outside_graphs
-from ..backend import logger, warn_once
 from ..linear_losses import linear_grpo_loss
+from ..log import logger, warn_once
 from ..logps import linear_token_statistics
+from ..tokens.differentiation import outside_graphs
+from ..tokens.output import LossOutput
 from .versions import require
 
 TESTED = "1.16"

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import resolve_spec
-from ..backend import logger, warn_once
-from ..checks import check_choice
-from ..names import PRESET_NAMES, Aggregation, PresetName
+from ..checks.choices import PRESET_NAMES, Aggregation, PresetName
+from ..checks.scalars import check_choice
+from ..log import logger, warn_once
 from ..policy_loss import policy_loss
-from ..spec import LossSpec
-from ..surrogates import (
+from ..spec import LossSpec, resolve_spec
+from ..spec.surrogates import (
     CISPO,
     DPPO,
     DRO,

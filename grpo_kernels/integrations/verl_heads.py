@@ -17,7 +17,7 @@ from torch import Tensor
 from verl.models.transformers.monkey_patch import patch_forward_with_backends as verl_patch
 from verl.utils.experimental import torch_functional
 
-from ..backend import warn_once
+from ..log import warn_once
 from .verl_engine import find_engines
 
 FIX = "Set actor_rollout_ref.model.use_fused_kernels=False."

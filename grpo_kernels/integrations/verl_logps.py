@@ -12,8 +12,8 @@ from verl.models.transformers import monkey_patch
 from verl.utils.experimental import torch_functional
 from verl.utils.kernel import linear_cross_entropy as cross_entropy_module
 
-from ..distributed import VocabShard
 from ..logps import linear_logps
+from ..vocab.shard import VocabShard
 from .verl_engine import current_call, find_engines
 from .verl_heads import FIX, LogitRule, current_head, patch_forward_with_backends
 

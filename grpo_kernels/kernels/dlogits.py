@@ -1,4 +1,6 @@
-"""The gradient of the logits from a few coefficients per row, in one pass."""
+"""The gradient of the logits in one pass, given a few coefficients per row."""
+
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -16,7 +18,20 @@ from .device import (
     logit_factors,
     row_pointer,
 )
-from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, row_strides
+from .launch import (
+    DTYPES,
+    PER_ROW,
+    blocking,
+    compile_options,
+    on_device_of,
+    row_strides,
+    transform_arguments,
+    transform_constants,
+)
+
+if TYPE_CHECKING:
+    from ..tokens.statistics import Coefficients, RowStats
+    from ..vocab.rows import Rows
 
 
 @triton.jit
@@ -36,8 +51,8 @@ def gradient_block(
 ):  # fmt: skip
     """One block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
 
-    TAKEN: it may hold the taken token; PARTIAL: it may end beyond the vocabulary. In both, where columns are
-    compared, `start` is 0. Elsewhere it is the block's, and `columns` are constants of the machine code.
+    TAKEN: it may hold the taken token. PARTIAL: it may end beyond the vocabulary. Both compare columns, and
+    then `start` is 0. Otherwise `start` is the block's, and `columns` are constants in the machine code.
     """
     EVICTION: tl.constexpr = "evict_first" if KEPT else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
@@ -47,7 +62,7 @@ def gradient_block(
     if not TAKEN:
         per_p += by_p
     if WHOLE_ROW:
-        # Where p_v = 0 its logarithm is -inf, and 0 * inf is not the 0 that is meant.
+        # If p_v is 0, its logarithm is -inf. A finite bound on d avoids 0 * inf.
         per_p = tl.maximum(d, LOWEST) * by_d + per_p
     if ref_ptr is not None:
         ref_y = load_block(
@@ -85,15 +100,16 @@ def row_gradient(
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Writes one row of the gradient, and zeros from V to WIDTH; `out_ptr` may be `logits_ptr`.
+    """Write one row of the gradient, and zeros from V to WIDTH. `out_ptr` may be `logits_ptr`.
 
-    WHOLE_ROW: more than dlogp counts. KEPT: the L2 cache was asked to keep the row until now.
+    WHOLE_ROW: there are coefficients other than dlogp. KEPT: the L2 cache was asked to keep the row until
+    now.
 
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
     With d = k (y - shift) in log2 units and e = 2^d, p_v = e / sum_exp and log p_v = LN2 d - log sum_exp, and
-    likewise q_v. The gradient is then e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. The
-    taken token has dlogp (1 - p_y) in place of e by_p, computed as -dlogp expm1(logp), which keeps the digits
+    likewise q_v. The gradient is then e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. For the
+    taken token, dlogp (1 - p_y) replaces e by_p. It is computed as -dlogp expm1(logp), which keeps the digits
     that 1 - p_y would cancel if p_y is nearly 1.
     """
     slope = k
@@ -108,7 +124,7 @@ def row_gradient(
         log_sum = tl.log(sum_exp)
         constant = -dentropy * (entropy - log_sum)
         if ref_ptr is not None:
-            # `kl` may be infinite where only `dkl_forward` counts: 0 * inf is not the 0 that is meant.
+            # `kl` may be infinite if only `dkl_forward` is given. The branch avoids 0 * inf.
             if KL_FORWARD:
                 constant += dkl_forward
             else:
@@ -117,12 +133,13 @@ def row_gradient(
             by_ref_p = -slope * dkl_forward / ref_sum_exp
         constant *= slope_p
         by_d = slope_p * (dkl - dentropy) * LN2
-    # An id outside of the vocabulary is no column's. Columns compared with int64 would be int64 themselves.
+    # -1 for an id outside the vocabulary. int32, because a comparison with int64 would make the columns
+    # int64.
     target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-    # Made once: LLVM merges what two branches make to values that it no longer knows to be constants, and of
-    # rows that are not aligned each then takes a register.
+    # Computed once. If two branches computed them, LLVM would merge them to values that it does not know to
+    # be constants, and in rows that are not aligned each would take a register.
     offsets = tl.arange(0, BLOCK)
-    # The taken token's block comes by itself: the loop over the others then compares no columns.
+    # The block of the taken token is separate, so that the loop over the others compares no columns.
     full = V // BLOCK * BLOCK
     own = target // BLOCK * BLOCK
     stop = full
@@ -199,45 +216,25 @@ def dlogits_kernel(
     )  # fmt: skip
 
 
-def dlogits(
-    out: Tensor,  # [B, T, V]; may be logits itself
-    logits: Tensor,  # [B, T, V]; any batch and time stride
-    targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
-    logps: Tensor,  # [B * T], as the rest: what row_stats found
-    shift: Tensor | None,
-    sum_exp: Tensor | None,
-    entropy: Tensor | None,
-    ref_shift: Tensor | None,
-    ref_sum_exp: Tensor | None,
-    kl: Tensor | None,
-    dlogp: Tensor | None,  # [B * T], as the rest: the loss's derivatives by the statistics; None is zero
-    dentropy: Tensor | None,
-    dkl: Tensor | None,
-    dkl_forward: Tensor | None,  # not beside dkl
-    *,
-    ref_logits: Tensor | None,  # where dkl or dkl_forward is given
-    temperatures: Tensor | None,
-    vocab_size: int,
-    scale: float,
-    softcap: float | None,
-    ref_scale: float,
-    ref_softcap: float | None,
-    temperature: float,
-) -> None:
-    """Fills `out`; rows whose derivatives are all zero are not read and get zeros, as does the padding."""
-    capped = softcap is not None or ref_softcap is not None
-    shape = blocking(vocab_size, out, logits, ref_logits=ref_logits, capped=capped)
+def dlogits(rows: "Rows", stats: "RowStats", coefficients: "Coefficients", out: Tensor) -> None:
+    """Fill `out` `[B, T, V]`, which may be the logits, with the gradient.
+
+    Rows whose coefficients are all zero are not read and get zeros, as does the padding. `rows.ref_logits`
+    is read if there is a `dkl` or a `dkl_forward`, of which at most one is given.
+    """
+    transform, constants = rows.transform, transform_constants(rows.transform)
+    logits, ref_logits = rows.logits, rows.ref_logits
+    shape = blocking(transform.vocab_size, out, logits, ref_logits=ref_logits, capped=any(constants.values()))
     with on_device_of(logits):
-        dlogits_kernel[(targets.numel(),)](
+        dlogits_kernel[(rows.num_rows,)](
             out, *row_strides(out),
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
-            targets, temperatures,
-            logps, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
-            dlogp, dentropy, dkl, dkl_forward,
-            logits.shape[1], vocab_size, logits.shape[2],
-            temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
-            CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
+            rows.targets, rows.temperatures,
+            stats.logps, stats.shift, stats.sum_exp, stats.entropy,
+            stats.ref_shift, stats.ref_sum_exp, stats.kl, *coefficients,
+            logits.shape[1], transform.vocab_size, logits.shape[2], *transform_arguments(transform),
+            **constants, DTYPE=DTYPES[stats.logps.dtype],
             BLOCK=shape.BLOCK, TAIL=shape.TAIL, GROUP=shape.GROUP, num_warps=shape.num_warps,
             **compile_options(),
         )  # fmt: skip

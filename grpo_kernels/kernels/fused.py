@@ -1,6 +1,6 @@
-"""Statistics, token-local loss and gradient in one launch; the gradient may overwrite the logits."""
+"""Statistics, loss and gradient in one launch, if the loss does not couple tokens."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -14,12 +14,25 @@ from .device import (
     store_optional,
 )
 from .dlogits import row_gradient, zero_columns
-from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, row_strides
-from .row_stats import log_prob, row_statistics, taken_logit
-from .token_loss import loss_arguments, token_loss
+from .launch import (
+    DTYPES,
+    PER_ROW,
+    blocking,
+    compile_options,
+    on_device_of,
+    row_strides,
+    transform_arguments,
+    transform_constants,
+)
+from .row_stats import log_prob, reduce_row, taken_logit
+from .token_loss import KernelLoss, token_loss
+
+if TYPE_CHECKING:
+    from ..tokens.inputs import TokenInputs
+    from ..vocab.rows import LossRows, Rows
 
 KEEP = False
-"""Whether the L2 cache is asked to keep a row between its two reads: experiment 4 of docs/tuning.md."""
+"""Whether to ask the L2 cache to keep a row between its two reads. Experiment 4 in docs/tuning.md."""
 
 
 @triton.jit(
@@ -39,9 +52,9 @@ def fused_loss_kernel(
     value_ptr, dlogp_ptr, logps_ptr, entropy_ptr, ref_logps_ptr, kl_ptr, kl_forward_ptr,
     T, V, WIDTH, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
-    # Not `params`: Triton's generated binder uses that name itself.
+    # Not `params`, a name that Triton's generated code uses.
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, ZERO_WITHOUT_ADVANTAGE: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
@@ -66,12 +79,12 @@ def fused_loss_kernel(
     ref_scale, ref_softcap, ref_k = logit_factors(
         ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
     )
-    # Read before the reductions below, whose barriers keep it ahead of every store over this row.
+    # Loaded before the reductions below, whose barriers put it before every store to this row.
     z = taken_logit(logits_ptr, target, V, DTYPE)
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
-    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = row_statistics(
+    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
         logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
         BLOCK, TAIL, THREADS, GROUP, KEEP,
@@ -92,9 +105,9 @@ def fused_loss_kernel(
         logp, old_logp, ref_logp, entropy, kl, kl_forward,
         tl.load(advantages_ptr + row), tl.load(row_weights_ptr + row), token_weight, dentropy,
         surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-        SURROGATE, ANCHOR, RESTS_AT_ZERO, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
+        SURROGATE, ANCHOR, ZERO_WITHOUT_ADVANTAGE, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
     )  # fmt: skip
-    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)  # None to the loss is 0 to the gradient
+    dentropy = load_optional(entropy_weights_ptr, row, DTYPE)  # None in the loss is 0 in the gradient
 
     store_optional(value_ptr, row, value)
     store_optional(dlogp_ptr, row, dlogp)
@@ -119,50 +132,24 @@ def fused_loss_kernel(
         )  # fmt: skip
 
 
-def fused_loss(
-    out: Tensor,  # [B, T, V]; may be logits itself
-    logits: Tensor,  # [B, T, V]; any batch and time stride
-    targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
-    value: Tensor,  # the row's share of the loss; [B * T] fp32 (fp64), as all that is per token
-    dlogp: Tensor,
-    logps: Tensor,
-    entropy: Tensor | None,  # where None: not computed
-    ref_logps: Tensor | None,
-    kl: Tensor | None,
-    kl_forward: Tensor | None,
-    advantages: Tensor,
-    row_weights: Tensor,
-    old_logps: Tensor | None,
-    given_ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    entropy_weights: Tensor | None,
-    *,
-    ref_logits: Tensor | None,
-    temperatures: Tensor | None,
-    vocab_size: int,
-    scale: float,
-    softcap: float | None,
-    ref_scale: float,
-    ref_softcap: float | None,
-    temperature: float,
-    **loss: Any,  # see `loss_arguments`
-) -> None:
-    """Fills the outputs, and `out` with the gradient of `sum(value)`."""
-    capped = softcap is not None or ref_softcap is not None
-    shape = blocking(vocab_size, out, logits, ref_logits=ref_logits, capped=capped)
-    numbers, loss_shape = loss_arguments(**loss)
+def fused_loss(rows: "Rows", loss: KernelLoss, inputs: "TokenInputs", out: "LossRows") -> None:
+    """Fill `out`. Its `dlogits` become the gradient of `sum(value)` and may be the logits."""
+    transform, constants = rows.transform, transform_constants(rows.transform)
+    logits, ref_logits, stats = rows.logits, rows.ref_logits, out.stats
+    shape = blocking(
+        transform.vocab_size, out.dlogits, logits, ref_logits=ref_logits, capped=any(constants.values())
+    )
     with on_device_of(logits):
-        fused_loss_kernel[(targets.numel(),)](
-            out, *row_strides(out),
+        fused_loss_kernel[(rows.num_rows,)](
+            out.dlogits, *row_strides(out.dlogits),
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
-            targets, temperatures,
-            advantages, row_weights, old_logps, given_ref_logps, token_weights, entropy_weights,
-            value, dlogp, logps, entropy, ref_logps, kl, kl_forward,
-            logits.shape[1], vocab_size, out.shape[2],
-            temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
-            *numbers, **loss_shape,
-            CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[value.dtype],
+            rows.targets, rows.temperatures,
+            inputs.advantages, inputs.row_weights, inputs.old_logps, inputs.ref_logps,
+            inputs.token_weights, inputs.entropy_weights,
+            out.value, out.dlogp, stats.logps, stats.entropy, stats.ref_logps, stats.kl, stats.kl_forward,
+            logits.shape[1], transform.vocab_size, out.dlogits.shape[2], *transform_arguments(transform),
+            *loss.numbers, **loss.constants, **constants, DTYPE=DTYPES[out.value.dtype],
             KEEP=KEEP, **shape._asdict(), **compile_options(),
         )  # fmt: skip
 
@@ -183,7 +170,7 @@ def scale_rows_kernel(
 
 
 def scale_rows(x: Tensor, factor: Tensor) -> None:
-    """`x *= factor`, `x` `[B, T, V]`, `factor` 0-dim fp32; where it is 1, `x` is neither read nor written."""
+    """`x *= factor`, `x` `[B, T, V]`, `factor` 0-dim fp32. If it is 1, `x` is neither read nor written."""
     shape = blocking(x.shape[2], x)
     with on_device_of(x):
         scale_rows_kernel[(x.shape[0] * x.shape[1],)](

@@ -1,18 +1,21 @@
-"""What every launcher needs: block shapes, strides, and the tensor's own device."""
+"""What the launchers share: block shapes, strides, compile options, and the tensor's device."""
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ..spec import LogitTransform
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""TRITON_INTERPRET, which Triton heeds when a kernel is defined: this holds for the life of the process."""
+"""Whether TRITON_INTERPRET is set. Triton reads it when a kernel is defined, so it cannot change later."""
 
 PER_ROW = (
     *("targets_ptr", "temperature_ptr", "logps_ptr", "shift_ptr", "sum_exp_ptr", "entropy_ptr"),
@@ -21,16 +24,19 @@ PER_ROW = (
     *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
     *("entropy_weights_ptr", "mask_ptr", "ran_ptr"),
 )
-"""Of these a program takes one element: alignment is of no use, and any slice of a batch has one variant."""
+"""Pointers of which a program reads one element.
+
+Without specialisation on their alignment, every slice of a batch uses the same variant.
+"""
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Blocking(NamedTuple):
-    """How a row is cut: BLOCK columns at a time, of which a thread holds GROUP neighbours in one load.
+    """How a row is divided: BLOCK columns at a time, of which a thread loads GROUP adjacent ones at once.
 
-    What is left of the row, less than BLOCK, comes TAIL columns at a time: its elements are predicated one by
-    one, and as many of them as a block has would take more registers than all else in a kernel.
+    The rest of the row, less than BLOCK columns, is processed TAIL columns at a time. Its elements are
+    predicated one by one, which for a whole BLOCK would need more registers than the rest of the kernel.
     """
 
     BLOCK: int
@@ -47,11 +53,12 @@ def blocking(
     capped: bool = False,
     num_warps: int = 4,
 ) -> Blocking:
-    """For a pass over `tensors`, and over the reference where it is given.
+    """The division of rows for a pass over `tensors`, and over the reference's logits if they are given.
 
-    A block is as large as its registers allow: smaller for two rows at once, under a softcap and in fp64. A
-    small vocabulary takes smaller ones. GROUP is 1 where rows are not aligned for 16-byte loads, else what
-    such a load holds of the narrowest tensor: Triton gives a thread as many neighbours of wider ones.
+    A block is as large as its registers allow: smaller for two rows at once, with a softcap, in fp64, and
+    for a small vocabulary. GROUP is 1 if rows are not aligned for 16-byte loads. Otherwise it is the number
+    of elements of the narrowest tensor that such a load holds; Triton gives a thread as many adjacent
+    elements of wider ones.
     """
     given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
     itemsize = min(tensor.element_size() for tensor in given)
@@ -66,8 +73,8 @@ def blocking(
 def rows_aligned(tensor: Tensor) -> bool:
     """Whether every row of `[B, T, V]` starts at a multiple of 16 bytes.
 
-    The stride of a dimension of one counts too: a row by itself is then reduced in the order, and so to the
-    bits, of the same row in a batch.
+    The stride of a dimension of size 1 counts too. So a single row is reduced in the same order, and to the
+    same bits, as in a batch.
     """
     return tensor.data_ptr() % 16 == 0 and all(
         s * tensor.element_size() % 16 == 0 for s in tensor.stride()[:2]
@@ -89,9 +96,26 @@ def compile_options() -> dict[str, bool]:
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:
+    """Batch and time stride."""
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's. Does nothing for a tensor off the GPU."""
+    """Make the tensor's device current, on which Triton launches. Does nothing for a tensor on the CPU."""
     return torch.cuda.device_of(tensor)
+
+
+def transform_arguments(transform: LogitTransform) -> tuple[float, float, float, float, float]:
+    """`temperature, scale, softcap, ref_scale, ref_softcap` as the kernels take them."""
+    return (
+        transform.temperature,
+        transform.scale,
+        transform.softcap or 1.0,
+        transform.ref_scale,
+        transform.ref_softcap or 1.0,
+    )
+
+
+def transform_constants(transform: LogitTransform) -> dict[str, bool]:
+    """Which models have a softcap, as the kernels' constants."""
+    return {"CAPPED": transform.softcap is not None, "REF_CAPPED": transform.ref_softcap is not None}

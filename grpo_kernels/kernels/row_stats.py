@@ -1,8 +1,9 @@
-"""Row statistics of policy and reference logits in one pass: log-softmax, gather, entropy and exact KL."""
+"""Statistics of the rows of policy and reference in one pass: log-softmax, gather, entropy, and exact KL."""
+
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .device import (
     LN2,
@@ -17,7 +18,20 @@ from .device import (
     softcapped,
     store_optional,
 )
-from .launch import DTYPES, PER_ROW, blocking, compile_options, on_device_of, row_strides
+from .launch import (
+    DTYPES,
+    PER_ROW,
+    blocking,
+    compile_options,
+    on_device_of,
+    row_strides,
+    transform_arguments,
+    transform_constants,
+)
+
+if TYPE_CHECKING:
+    from ..tokens.statistics import RowStats
+    from ..vocab.rows import Rows
 
 
 @triton.jit
@@ -47,7 +61,7 @@ def in_thread_sum(x):
 
 @triton.jit
 def rescaled(total, alpha):
-    # An infinite KL of a part whose probability vanishes counts nothing: 0 * inf is not the 0 that is meant.
+    # The KL of a part may be infinite when its probability is 0. The select avoids 0 * inf.
     return tl.where(alpha > 0, total * alpha, 0.0)
 
 
@@ -62,7 +76,7 @@ def fold_rows(
     """One block of the policy's and the reference's row: `columns`, counted from `start`.
 
     total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
-    2^d. Each is kept relative to the running maximum: when that moves by delta, d does too.
+    2^d. Each is relative to the running maximum, so if that changes by delta, d changes too.
     """
     BLOCK: tl.constexpr = columns.shape[0]
     EVICTION: tl.constexpr = "evict_last" if KEEP else ""
@@ -72,7 +86,7 @@ def fold_rows(
     e = tl.exp2(d)
     alpha = tl.exp2(delta)
     if ENTROPY:
-        # Where d = -inf, e is 0, and any finite d gives the 0 that is meant.
+        # If d is -inf, e is 0. A finite bound on d avoids 0 * inf.
         spread = (spread + total * delta) * alpha + in_thread_sum(e * tl.maximum(d, LOWEST))
     if ref_ptr is not None:
         ref_y = load_block(
@@ -92,7 +106,7 @@ def fold_rows(
 
 
 @triton.jit
-def row_statistics(
+def reduce_row(
     logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -101,8 +115,8 @@ def row_statistics(
 ):  # fmt: skip
     """Scalars of one row: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
 
-    The distribution is softmax(k * y), and `shift` is the largest y. What is not asked for is 0. KEEP: the L2
-    cache is asked to keep the row, which will be read again, and not the reference's.
+    The distribution is softmax(k * y), and `shift` is the largest y. Scalars that are not asked for are 0.
+    KEEP: ask the L2 cache to keep the policy's row, which will be read again, instead of the reference's.
     """
     k, ref_k = k * LOG2E, ref_k * LOG2E
     zeros = tl.zeros([THREADS], DTYPE)
@@ -153,13 +167,13 @@ def row_statistics(
 
 @triton.jit
 def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
-    """The raw logit of the taken token; NaN for an id outside the vocabulary, which is never dereferenced."""
+    """The raw logit of the taken token. NaN for an id outside the vocabulary, which is not dereferenced."""
     return tl.load(ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(DTYPE)
 
 
 @triton.jit
 def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
-    # In nats, because a finite logit times log2(e) might overflow.
+    """Log-probability in nats. In log2 units the product of a finite logit and log2(e) could overflow."""
     return exponent(softcapped(z, scale, softcap, CAPPED), shift, k) - tl.log(sum_exp)
 
 
@@ -202,7 +216,7 @@ def row_stats_kernel(
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
-    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = row_statistics(
+    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
         logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
         BLOCK, TAIL, THREADS, GROUP, False,
@@ -222,40 +236,17 @@ def row_stats_kernel(
         store_optional(kl_forward_ptr, row, kl_forward)
 
 
-def row_stats(
-    logits: Tensor,  # [B, T, V]; any batch and time stride
-    targets: Tensor,  # [B * T] int64; MASKED: the row is not read
-    logps: Tensor,  # [B * T] fp32 (fp64 for fp64 logits), as all outputs
-    shift: Tensor | None,  # where None, here and below: not stored
-    sum_exp: Tensor | None,
-    entropy: Tensor | None,
-    ref_logps: Tensor | None,
-    ref_shift: Tensor | None,
-    ref_sum_exp: Tensor | None,
-    kl: Tensor | None,
-    kl_forward: Tensor | None,
-    top1: Tensor | None,
-    *,
-    ref_logits: Tensor | None = None,  # as logits
-    temperatures: Tensor | None = None,  # [B * T]; else temperature holds for all
-    vocab_size: int,
-    scale: float,
-    softcap: float | None,
-    ref_scale: float,
-    ref_softcap: float | None,
-    temperature: float,
-) -> None:
-    """Fills the outputs with the statistics of each row; masked rows get zeros."""
-    capped = softcap is not None or ref_softcap is not None
-    shape = blocking(vocab_size, logits, ref_logits=ref_logits, capped=capped)
-    with on_device_of(logits):
-        row_stats_kernel[(targets.numel(),)](
-            logits, *row_strides(logits),
-            ref_logits, *row_strides(ref_logits),
-            targets, temperatures,
-            logps, shift, sum_exp, entropy,
-            ref_logps, ref_shift, ref_sum_exp, kl, kl_forward, top1,
-            logits.shape[1], vocab_size, temperature, scale, softcap or 1.0, ref_scale, ref_softcap or 1.0,
-            CAPPED=softcap is not None, REF_CAPPED=ref_softcap is not None, DTYPE=DTYPES[logps.dtype],
-            **shape._asdict(), **compile_options(),
+def row_stats(rows: "Rows", out: "RowStats") -> None:
+    """Fill `out` with the statistics of each row, those that are not None. Masked rows get zeros."""
+    transform, constants = rows.transform, transform_constants(rows.transform)
+    shape = blocking(
+        transform.vocab_size, rows.logits, ref_logits=rows.ref_logits, capped=any(constants.values())
+    )
+    with on_device_of(rows.logits):
+        row_stats_kernel[(rows.num_rows,)](
+            rows.logits, *row_strides(rows.logits),
+            rows.ref_logits, *row_strides(rows.ref_logits),
+            rows.targets, rows.temperatures, *out,
+            rows.logits.shape[1], transform.vocab_size, *transform_arguments(transform),
+            **constants, DTYPE=DTYPES[out.logps.dtype], **shape._asdict(), **compile_options(),
         )  # fmt: skip

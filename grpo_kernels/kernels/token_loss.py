@@ -1,16 +1,24 @@
-"""A token-local loss, its derivatives by the statistics and its metrics, many rows at a time.
+"""A loss that does not couple tokens, its derivatives and its metrics, many tokens at a time.
 
-PyTorch does the same (`row_loss.py`, `metrics.py`) in up to a hundred launches, each on a few kilobytes.
+PyTorch computes the same (tokens/loss.py, tokens/metrics.py) in up to a hundred launches on a few kilobytes
+each.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import KL_ESTIMATORS, SURROGATES, clamped_ratio, kl_estimate, log_ratio_to
+from . import surrogates
+from .kl import ESTIMATORS, kl_estimate
 from .launch import PER_ROW, compile_options, on_device_of
+from .surrogates import clamped_ratio, log_ratio_to
+
+if TYPE_CHECKING:
+    from ..spec.surrogates.base import Clip
+    from ..tokens.inputs import TokenInputs
+    from ..tokens.statistics import Coefficients, RowStats
 
 BLOCK = 128
 
@@ -18,7 +26,7 @@ METRICS = (
     *("log_ratio", "ratio", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
     *("kl", "kl_exact", "entropy", "active_fraction"),
 )
-"""What `token_metrics` sums up: their order is that of the sums, which two counts follow."""
+"""What `token_metrics` sums, in the order of the sums. Two counts follow them."""
 
 
 @triton.jit
@@ -26,12 +34,14 @@ def token_loss(
     logp, old_logp, ref_logp, entropy, kl, kl_forward,
     advantage, row_weight, token_weight, dentropy,
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, ZERO_WITHOUT_ADVANTAGE: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
 ):  # fmt: skip
-    """A row's share of the loss, and its derivatives by `logp`, `kl` and `kl_forward`; by the entropy it is
-    `dentropy`. What the loss does not have may be None.
+    """A token's weighted loss and its derivatives with respect to `logp`, `kl` and `kl_forward`.
+
+    The derivative with respect to the entropy is `dentropy`. Arguments that the loss does not use may be
+    None.
     """
     value, dlogp = tl.zeros_like(logp), tl.zeros_like(logp)
     if SURROGATE is not None:
@@ -43,12 +53,12 @@ def token_loss(
             logp, log_ratio, advantage, log_ratio_clamp, surrogate_params
         )
         dlogp = by_logp + by_log_ratio
-        inactive = RESTS_AT_ZERO & (advantage == 0)
+        inactive = ZERO_WITHOUT_ADVANTAGE & (advantage == 0)
         if token_weight is not None:
             value *= token_weight
             dlogp *= token_weight
             inactive |= token_weight == 0
-        # A select, never a product: a zero advantage beside an infinite ratio would be 0 * inf = NaN.
+        # A select instead of a product: a zero advantage times an infinite ratio would be NaN.
         value = tl.where(inactive, 0.0, value * row_weight)
         dlogp = tl.where(inactive, 0.0, dlogp * row_weight)
     dkl, dkl_forward = tl.zeros_like(logp), tl.zeros_like(logp)
@@ -84,7 +94,7 @@ def token_loss_kernel(
     mask_ptr, logps_ptr, old_logps_ptr, ref_logps_ptr, entropy_ptr, kl_ptr, kl_forward_ptr,
     advantages_ptr, row_weights_ptr, token_weights_ptr, entropy_weights_ptr, N,
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, ZERO_WITHOUT_ADVANTAGE: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +107,7 @@ def token_loss_kernel(
         load_given(advantages_ptr, i, needed), load_given(row_weights_ptr, i, needed),
         load_given(token_weights_ptr, i, needed), load_given(entropy_weights_ptr, i, needed),
         surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-        SURROGATE, ANCHOR, RESTS_AT_ZERO, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
+        SURROGATE, ANCHOR, ZERO_WITHOUT_ADVANTAGE, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
     )  # fmt: skip
     tl.store(value_ptr + i, tl.where(needed, value, 0.0), mask=i < N)
     tl.store(dlogp_ptr + i, tl.where(needed, dlogp, 0.0), mask=i < N)
@@ -110,158 +120,148 @@ def store_sum(to_ptr, x, counted):
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=PER_ROW)
 def token_metrics_kernel(
-    sums_ptr, mask_ptr, ran_ptr,
+    sums_ptr, mask_ptr, known_ptr,
     logps_ptr, old_logps_ptr, ref_logps_ptr, entropy_ptr, kl_ptr, kl_forward_ptr,
     advantages_ptr, dlogp_ptr, dentropy_ptr, dkl_ptr, N, low, high,
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
     RATIO: tl.constexpr, CLIP: tl.constexpr,
-    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, ZERO_WITHOUT_ADVANTAGE: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of sums: METRICS in their order, then the number of tokens that ran, and of unmasked ones."""
+    """Write a row of sums: METRICS in their order, the number of known tokens, and that of unmasked ones."""
     sums_ptr += tl.program_id(0) * WIDTH
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     unmasked = tl.load(mask_ptr + i, mask=i < N, other=0) != 0
-    ran = tl.load(ran_ptr + i, mask=i < N, other=0) != 0
-    # One by one: Triton before 3.7 makes no tuple of what a function has returned if that may be None.
-    logp = load_given(logps_ptr, i, ran)
-    old_logp = load_given(old_logps_ptr, i, ran)
-    ref_logp = load_given(ref_logps_ptr, i, ran)
-    kl = load_given(kl_ptr, i, ran)
+    known = tl.load(known_ptr + i, mask=i < N, other=0) != 0
+    # One by one, because Triton before 3.7 cannot make a tuple of results that may be None.
+    logp = load_given(logps_ptr, i, known)
+    old_logp = load_given(old_logps_ptr, i, known)
+    ref_logp = load_given(ref_logps_ptr, i, known)
+    kl = load_given(kl_ptr, i, known)
     if RATIO:
-        advantage = load_given(advantages_ptr, i, ran)
+        advantage = load_given(advantages_ptr, i, known)
         if ANCHOR == "ref":
             log_ratio = log_ratio_to(logp, ref_logp)
         else:
             log_ratio = log_ratio_to(logp, old_logp)
         ratio, _ = clamped_ratio(log_ratio, log_ratio_clamp)
-        store_sum(sums_ptr, log_ratio, ran)
-        store_sum(sums_ptr + 1, ratio, ran)
+        store_sum(sums_ptr, log_ratio, known)
+        store_sum(sums_ptr + 1, ratio, known)
         if CLIP == "band":
             below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
-            store_sum(sums_ptr + 2, (below | above).to(tl.float32), ran)
-            store_sum(sums_ptr + 3, below.to(tl.float32), ran)
-            store_sum(sums_ptr + 4, above.to(tl.float32), ran)
+            store_sum(sums_ptr + 2, (below | above).to(tl.float32), known)
+            store_sum(sums_ptr + 3, below.to(tl.float32), known)
+            store_sum(sums_ptr + 4, above.to(tl.float32), known)
         if CLIP == "cap":
-            store_sum(sums_ptr + 2, ((ratio > high) & (advantage != 0)).to(tl.float32), ran)
+            store_sum(sums_ptr + 2, ((ratio > high) & (advantage != 0)).to(tl.float32), known)
         if CLIP == "region":
-            # Clamped, lest a ratio that vanishes pass for one outside of the region.
+            # A clamp, because a ratio that underflows to 0 would pass for one outside the region.
             _, weight, _ = SURROGATE(logp, log_ratio, advantage, 20.0, surrogate_params)
-            store_sum(sums_ptr + 2, ((weight == 0) & (advantage != 0)).to(tl.float32), ran)
+            store_sum(sums_ptr + 2, ((weight == 0) & (advantage != 0)).to(tl.float32), known)
     if KL_KIND == "sampled":
         estimate, _ = kl_estimate(
             logp, log_ratio_to(logp, old_logp), ref_logp, ESTIMATOR, kl_clamp, kl_output_clamp,
             STRAIGHT_THROUGH, RATIO_CORRECTED, log_ratio_clamp,
         )  # fmt: skip
-        store_sum(sums_ptr + 5, estimate, ran)
+        store_sum(sums_ptr + 5, estimate, known)
     if KL_KIND == "exact":
-        store_sum(sums_ptr + 5, kl, ran)
+        store_sum(sums_ptr + 5, kl, known)
     if KL_KIND == "exact_forward":
-        store_sum(sums_ptr + 5, load_given(kl_forward_ptr, i, ran), ran)
+        store_sum(sums_ptr + 5, load_given(kl_forward_ptr, i, known), known)
     if kl_ptr is not None:
-        store_sum(sums_ptr + 6, kl, ran)
+        store_sum(sums_ptr + 6, kl, known)
     if entropy_ptr is not None:
-        store_sum(sums_ptr + 7, load_given(entropy_ptr, i, ran), ran)
+        store_sum(sums_ptr + 7, load_given(entropy_ptr, i, known), known)
     active = load_given(dlogp_ptr, i, unmasked) != 0
     if dentropy_ptr is not None:
         active |= load_given(dentropy_ptr, i, unmasked) != 0
     if dkl_ptr is not None:
         active |= load_given(dkl_ptr, i, unmasked) != 0
     store_sum(sums_ptr + 8, active.to(tl.float32), unmasked)
-    store_sum(sums_ptr + 9, ran.to(tl.float32), ran)
+    store_sum(sums_ptr + 9, known.to(tl.float32), known)
     store_sum(sums_ptr + 10, unmasked.to(tl.float32), unmasked)
 
 
-def loss_arguments(
-    *,
-    surrogate: str | None,
-    anchor: str | None,
-    rests_at_zero: bool,
-    params: tuple[float, ...],
-    log_ratio_clamp: float,
-    kl_kind: str | None,
-    kl_beta: float,
-    kl_clamp: float,
-    kl_output_clamp: float,
-    straight_through: bool,
-    ratio_corrected: bool,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A loss as the kernels take it: numbers at run time, and what shapes code."""
-    estimator = KL_ESTIMATORS.get(kl_kind or "")
-    return (params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp), {
-        "SURROGATE": None if surrogate is None else SURROGATES[surrogate],
-        "ANCHOR": anchor,
-        "RESTS_AT_ZERO": rests_at_zero,
-        "KL_KIND": kl_kind if estimator is None else "sampled",
-        "ESTIMATOR": estimator,
-        "STRAIGHT_THROUGH": straight_through,
-        "RATIO_CORRECTED": ratio_corrected,
-    }
+class KernelLoss(NamedTuple):
+    """A loss that does not couple tokens, as the kernels take it. An absent bound is infinite."""
+
+    surrogate: str | None  # a name in kernels/surrogates.py
+    anchor: str | None
+    zero_without_advantage: bool
+    params: tuple[float, ...]  # of the surrogate
+    log_ratio_clamp: float
+    kl_kind: str | None
+    kl_beta: float
+    kl_clamp: float
+    kl_output_clamp: float
+    straight_through: bool
+    ratio_corrected: bool
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """The run-time arguments of a kernel."""
+        return self.params, self.log_ratio_clamp, self.kl_beta, self.kl_clamp, self.kl_output_clamp
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The compile-time arguments of a kernel."""
+        estimator = ESTIMATORS.get(self.kl_kind or "")
+        return {
+            "SURROGATE": None if self.surrogate is None else getattr(surrogates, self.surrogate),
+            "ANCHOR": self.anchor,
+            "ZERO_WITHOUT_ADVANTAGE": self.zero_without_advantage,
+            "KL_KIND": self.kl_kind if estimator is None else "sampled",
+            "ESTIMATOR": estimator,
+            "STRAIGHT_THROUGH": self.straight_through,
+            "RATIO_CORRECTED": self.ratio_corrected,
+        }
 
 
 def token_losses(
-    value: Tensor,  # the row's share of the loss; [N] fp32, as all but the mask
-    dlogp: Tensor,
-    mask: Tensor,  # bool; where False nothing else is read and both are 0
-    logps: Tensor,
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    kl_forward: Tensor | None,
-    advantages: Tensor,
-    row_weights: Tensor,
-    token_weights: Tensor | None,
-    entropy_weights: Tensor | None,
-    **loss: Any,  # see `loss_arguments`
+    value: Tensor, dlogp: Tensor, stats: "RowStats", inputs: "TokenInputs", loss: KernelLoss
 ) -> None:
-    """Fills `value` and `dlogp`."""
-    numbers, shape = loss_arguments(**loss)
-    count = mask.numel()
-    with on_device_of(mask):
+    """Fill `value` and `dlogp` `[N]` fp32 with each token's weighted loss and its derivative."""
+    count = inputs.mask.numel()
+    with on_device_of(inputs.mask):
         token_loss_kernel[(triton.cdiv(count, BLOCK),)](
-            value, dlogp,
-            mask, logps, old_logps, ref_logps, entropy, kl, kl_forward,
-            advantages, row_weights, token_weights, entropy_weights, count,
-            *numbers, **shape, BLOCK=BLOCK, **compile_options(),
+            value, dlogp, inputs.mask,
+            stats.logps, inputs.old_logps, stats.ref_logps, stats.entropy, stats.kl, stats.kl_forward,
+            inputs.advantages, inputs.row_weights, inputs.token_weights, inputs.entropy_weights, count,
+            *loss.numbers, **loss.constants, BLOCK=BLOCK, **compile_options(),
         )  # fmt: skip
 
 
 def token_metrics(
-    mask: Tensor,  # [N] bool
-    ran: Tensor,  # [N] bool: where the statistics are known
-    logps: Tensor,  # [N] fp32, as the rest
-    old_logps: Tensor | None,
-    ref_logps: Tensor | None,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    kl_forward: Tensor | None,
-    advantages: Tensor,
-    dlogp: Tensor,
-    dentropy: Tensor | None,
-    dkl: Tensor | None,  # of whichever exact KL the loss has
+    known: Tensor,
+    stats: "RowStats",
+    inputs: "TokenInputs",
+    derivatives: "Coefficients",
+    loss: KernelLoss,
     *,
-    ratio: bool,  # whether there is a ratio to speak of
-    clip: str | None,  # see `metrics.Clip`
-    low: float,
-    high: float,
-    **loss: Any,  # see `loss_arguments`
+    ratio: bool,
+    clip: "Clip | None",
 ) -> dict[str, Tensor]:
-    """Means of METRICS, 0-dim, over the tokens that ran; of what does not apply, anything."""
-    numbers, shape = loss_arguments(**loss)
-    count = mask.numel()
+    """Means of METRICS, 0-dim, over the tokens that `known` `[N]` bool marks.
+
+    `ratio`: the loss has a ratio. The values of metrics that do not apply are undefined.
+    """
+    count = inputs.mask.numel()
     programs = triton.cdiv(count, BLOCK)
-    sums = logps.new_empty(programs, len(METRICS) + 2)
-    with on_device_of(mask):
+    sums = stats.logps.new_empty(programs, len(METRICS) + 2)
+    kind, low, high = (None, 0.0, 0.0) if clip is None else clip
+    dkl = derivatives.dkl if derivatives.dkl_forward is None else derivatives.dkl_forward
+    with on_device_of(inputs.mask):
         token_metrics_kernel[(programs,)](
-            sums, mask, ran, logps, old_logps, ref_logps, entropy, kl, kl_forward,
-            advantages, dlogp, dentropy, dkl, count, low, high, *numbers,
-            RATIO=ratio, CLIP=clip, **shape, WIDTH=sums.shape[1], BLOCK=BLOCK, **compile_options(),
+            sums, inputs.mask, known,
+            stats.logps, inputs.old_logps, stats.ref_logps, stats.entropy, stats.kl, stats.kl_forward,
+            inputs.advantages, derivatives.dlogp, derivatives.dentropy, dkl, count, low, high, *loss.numbers,
+            RATIO=ratio, CLIP=kind, **loss.constants,
+            WIDTH=sums.shape[1], BLOCK=BLOCK, **compile_options(),
         )  # fmt: skip
     total, counts = sums.sum(0).split([len(METRICS), 2])
-    ran_count, unmasked_count = counts.clamp(min=1).unbind()
-    # The last, active_fraction, is one of all unmasked tokens.
-    means = (*(total[:-1] / ran_count).unbind(), total[-1] / unmasked_count)
+    known_count, unmasked_count = counts.clamp(min=1).unbind()
+    # The last one, active_fraction, is a mean over all unmasked tokens.
+    means = (*(total[:-1] / known_count).unbind(), total[-1] / unmasked_count)
     return dict(zip(METRICS, means, strict=True))

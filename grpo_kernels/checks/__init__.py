@@ -1,0 +1,1 @@
+"""Checks of what a caller gives: names, numbers, tensors. Imports torch only."""

@@ -1,0 +1,55 @@
+"""The names that string options take. Each list is written once, as a type that run-time checks read."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+PresetName = Literal[
+    "log_ratio",
+    "importance_ratio",
+    "reinforce",
+    "grpo",
+    "bnpo",
+    "dapo",
+    "dr_grpo",
+    "cispo",
+    "sapo",
+    "gspo",
+    "gspo_token",
+    "luspo",
+    "vespo",
+    "gmpo",
+    "dro",
+    "opmd",
+    "dppo_tv",
+    "dppo_kl",
+]
+Level = Literal["token", "sequence", "sequence-token"]
+Aggregation = Literal[
+    "token-mean",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "token-sum",
+]
+SampledKLKind = Literal["k1", "abs", "k2", "k3"]
+ExactKLKind = Literal["exact", "exact_forward"]
+KLKind = Literal[SampledKLKind, ExactKLKind]
+Anchor = Literal["old", "ref"]
+DPPOKind = Literal["tv", "kl"]
+Backend = Literal["auto", "triton", "torch"]
+AdvantageScale = Literal["std", "none"]
+WeightLevel = Literal["token", "sequence"]
+WeightMode = Literal["truncate", "mask"]
+
+PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
+LEVELS: tuple[Level, ...] = get_args(Level)
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+SAMPLED_KL: tuple[SampledKLKind, ...] = get_args(SampledKLKind)
+EXACT_KL: tuple[ExactKLKind, ...] = get_args(ExactKLKind)
+ANCHORS: tuple[Anchor, ...] = get_args(Anchor)
+DPPO_KINDS: tuple[DPPOKind, ...] = get_args(DPPOKind)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+ADVANTAGE_SCALES: tuple[AdvantageScale, ...] = get_args(AdvantageScale)
+WEIGHT_LEVELS: tuple[WeightLevel, ...] = get_args(WeightLevel)
+WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)

@@ -1,0 +1,169 @@
+"""The autograd functions of the linear form. `N` tokens, `V` vocabulary entries, `H` hidden dimensions.
+
+`LinearLossFunction` computes loss and gradient in the forward: three matrix products, 6 N V H FLOPs.
+`LinearRowStatsFunction` computes statistics in the forward, for losses whose derivatives are known later, and
+computes each chunk of logits again in the backward: 8 N V H.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens import dispatch as tokens
+from ..tokens.differentiation import apply, first_order, outside_graphs
+from ..tokens.loss import BatchLoss
+from ..tokens.statistics import RowStats
+from ..vocab import dispatch
+from ..vocab.rows import LossRows, Rows
+from ..vocab.want import Want
+from . import passes
+from .chunks import Chunks
+from .gradients import GradientSums, HeadGradients
+from .head import Head
+from .plan import RowPlan
+from .rows import LinearRows
+
+
+def linear_loss(
+    rows: LinearRows, loss: BatchLoss, plan: RowPlan, want: Want
+) -> tuple[Tensor, Tensor, RowStats]:
+    """A loss that does not couple tokens, computed with its gradient in the forward.
+
+    Returns the value, 0-dim and differentiable, `dlogp` `[N]`, and detached statistics.
+    """
+    value, dlogp, *found = apply(LinearLossFunction, rows.head, rows.detach(), loss, plan, want)
+    return value, dlogp, RowStats(**dict(zip(want.outputs, found, strict=True)))
+
+
+def differentiable_stats(rows: LinearRows, want: Want) -> RowStats:
+    """Statistics of every row.
+
+    Log-probabilities, entropy and exact KL are differentiable with respect to the head.
+    """
+    call = apply if want.shard is None else outside_graphs(apply)
+    found = call(LinearRowStatsFunction, rows.head, rows.detach(), want)
+    return RowStats(**dict(zip(want.outputs, found, strict=True)))
+
+
+class LinearLossFunction(torch.autograd.Function):
+    """Returns the loss, `dlogp` and `want.outputs`. The forward computes the gradient too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        rows: LinearRows,
+        loss: BatchLoss,
+        plan: RowPlan,
+        want: Want,
+        origin: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        head, rows = rows.head, rows.cast()
+        inputs = plan.take(loss.inputs)
+        shard = want.shard
+        stats = want.empty_stats(plan.running, rows.dtype, hidden.device, for_backward=shard is not None)
+        # Rows without a gradient have no loss either.
+        value, dlogp = torch.zeros_like(stats.logps), torch.zeros_like(stats.logps)
+        out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
+        sums = GradientSums(rows.head, out, plan.selected)
+        chunks = Chunks(rows, plan, shard)
+        for chunk in chunks(0, plan.active):
+            place = chunk.place
+            chunk_out = LossRows(chunk.dlogits, value[place], dlogp[place], stats.rows(place))
+            chunk_loss(chunk.rows, BatchLoss(loss.spec, inputs.rows(place)), chunk_out, want)
+            sums.add(chunk)
+        sums.finish()
+        for chunk in chunks(plan.active, plan.running):
+            chunk_stats = stats.rows(chunk.place)
+            dispatch.row_stats(chunk.rows, chunk_stats)
+            if shard is not None:
+                chunk_stats.copy_(want.merged(chunk_stats, chunk.rows))
+        if shard is not None:
+            shard.sum_over_ranks(out.dhidden)
+        ctx.origin = origin
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*out)
+        constants = [plan.restore(x) for x in (dlogp, *(getattr(stats, name) for name in want.outputs))]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        return value.sum(), *constants
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
+        found = (
+            None if x is None else torch.mul(x, grad, out=torch.empty_like(x, dtype=dtype))
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *found, *(None,) * 5
+
+
+def chunk_loss(rows: Rows, loss: BatchLoss, out: LossRows, want: Want) -> None:
+    """Fill the outputs of a chunk."""
+    if want.shard is None:
+        dispatch.fused_loss(rows, loss, out)
+        return
+    # Between the statistics and the loss, the ranks merge their parts of the vocabulary.
+    dispatch.row_stats(rows, out.stats)
+    out.stats.copy_(want.merged(out.stats, rows))
+    values, coefficients = tokens.token_losses(loss, out.stats, rows.backend)
+    assert coefficients.dlogp is not None
+    out.value.copy_(values)
+    out.dlogp.copy_(coefficients.dlogp)
+    rows = rows if want.kl_gradient else rows._replace(ref_logits=None)
+    dispatch.dlogits(rows, out.stats, coefficients, out.dlogits)
+
+
+class LinearRowStatsFunction(torch.autograd.Function):
+    """Returns `want.outputs`. The backward computes the logits of the rows that have a gradient again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        rows: LinearRows,
+        want: Want,
+        origin: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        stats = want.empty_stats(rows.num_rows, rows.dtype, hidden.device, for_backward=True)
+        passes.row_stats(rows, stats)
+        if want.shard is not None:
+            stats = want.merged(stats, rows)
+        ctx.want, ctx.origin = want, origin
+        ctx.settings = rows.transform, rows.backend, rows.config
+        ref = rows.ref if rows.ref is not None and want.kl_gradient else (None, None, None)
+        ctx.save_for_backward(hidden, weight, bias, *ref, rows.targets, rows.temperatures, *stats)
+        ctx.set_materialize_grads(False)
+        outputs = {name: getattr(stats, name) for name in want.outputs}
+        ctx.mark_non_differentiable(*(outputs[name] for name in want.constants if name in outputs))
+        return tuple(outputs.values())
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        want: Want = ctx.want
+        coefficients = want.coefficients(grads)
+        if coefficients is None:
+            return (None,) * 6
+        # Read once, because checkpoints and offloading hooks fetch all of them each time.
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        head, ref = Head(hidden, weight, bias), None if saved[0] is None else Head(*saved[:3])
+        rows = LinearRows(head, ref, *saved[3:5], *ctx.settings)
+        out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
+        passes.gradients(rows, RowStats(*saved[5:]), coefficients, out)
+        if want.shard is not None:
+            want.shard.sum_over_ranks(out.dhidden)
+        found = (
+            None if x is None or source is None else x.to(source.dtype)
+            for x, source in zip(out, head, strict=True)
+        )
+        return *found, *(None,) * 3

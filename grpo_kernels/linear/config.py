@@ -1,0 +1,59 @@
+"""How logits are computed from hidden states: dtypes, chunks, and which rows are run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..checks.scalars import check_flag, check_integer
+from .head import Head
+from .products import held_dtypes, product_dtype
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How logits are computed from hidden states.
+
+    Attributes:
+        dtype, ref_dtype: of the operands of all matrix products, of policy and reference.
+        logits_dtype, ref_logits_dtype: of a chunk of logits.
+        chunk_tokens: None to choose it.
+        compact: order the rows, and leave out those that are not needed.
+    """
+
+    dtype: torch.dtype
+    logits_dtype: torch.dtype
+    ref_dtype: torch.dtype
+    ref_logits_dtype: torch.dtype
+    chunk_tokens: int | None
+    compact: bool
+
+
+def linear_config(
+    hidden: Tensor,
+    ref: Head | None,
+    *,
+    logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    compact: bool,
+    skip_inactive: bool = False,
+) -> LinearConfig:
+    """Check the options of the linear form. They are those of `linear_grpo_loss`."""
+    if logits_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {logits_dtype}")
+    if logits_dtype == torch.bfloat16 != product_dtype(hidden):
+        raise ValueError(f"logits_dtype=torch.bfloat16 needs bf16 operands, got {product_dtype(hidden)}")
+    chunk_tokens = check_integer("chunk_tokens", chunk_tokens, optional=True)
+    check_flag("compact", compact)
+    check_flag("skip_inactive", skip_inactive)
+    if skip_inactive and not compact:
+        raise ValueError("skip_inactive=True needs compact=True, which counts the rows that are left out")
+    ref_hidden = hidden if ref is None else ref.hidden
+    return LinearConfig(
+        *held_dtypes(hidden, logits_dtype),
+        *held_dtypes(ref_hidden, logits_dtype),
+        chunk_tokens,
+        compact,
+    )

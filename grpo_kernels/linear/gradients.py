@@ -1,0 +1,74 @@
+"""The gradients of hidden states, weight and bias, accumulated over chunks in fp32 (fp64 for fp64)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks.tensors import arithmetic_dtype
+from .chunks import Chunk
+from .head import Head
+from .products import product
+
+
+class HeadGradients(NamedTuple):
+    """The gradients of a head, fp32 (fp64). None if they are not needed."""
+
+    dhidden: Tensor | None = None  # [N, H]
+    dweight: Tensor | None = None  # [V, H]
+    dbias: Tensor | None = None  # [V]
+
+    @classmethod
+    def empty(cls, head: Head, needed: tuple[bool, ...]) -> HeadGradients:
+        dtype = arithmetic_dtype(head.hidden)
+        return cls(
+            *(
+                torch.empty(x.shape, dtype=dtype, device=x.device) if x is not None and need else None
+                for x, need in zip(head, needed, strict=True)
+            )
+        )
+
+
+class GradientSums:
+    """Accumulates the gradients of hidden states, weight and bias over chunks."""
+
+    def __init__(self, head: Head, out: HeadGradients, selected: Tensor | None) -> None:
+        """`out` is filled. `selected` `[N]` bool: the rows with a gradient, if chunks may have others."""
+        self.head, self.out, self.selected = head, out, selected
+        self.started = False
+
+    def finish(self) -> None:
+        """Write the zeros of a pass without chunks."""
+        if not self.started:
+            self.start(0)
+
+    def start(self, vocab: int) -> None:
+        """Write zeros where the first chunk does not write: of the weight, only into the padding."""
+        dhidden, dweight, dbias = self.out
+        for part in (dhidden, None if dweight is None else dweight[vocab:], dbias):
+            if part is not None:
+                part.zero_()
+
+    def add(self, chunk: Chunk) -> None:
+        """Add the gradients of a chunk whose `dlogits` have been filled."""
+        dlogits, indices, vocab = chunk.dlogits[0], chunk.indices, self.head.weight.shape[0]
+        if not self.started:
+            self.start(vocab)
+        dhidden, dweight, dbias = self.out
+        if dhidden is not None:
+            if isinstance(indices, slice):
+                product(dlogits, self.head.weight, out=dhidden[indices])
+            else:
+                part = dhidden.new_empty(len(indices), dhidden.shape[1])
+                dhidden.index_copy_(0, indices, product(dlogits, self.head.weight, out=part))
+        if dweight is not None:
+            hidden = chunk.hidden
+            if self.selected is not None:
+                # The hidden state of a row without a gradient may be NaN, and 0 * NaN is NaN.
+                hidden = torch.where(self.selected[indices].unsqueeze(-1), hidden, 0.0)
+            product(dlogits.t(), hidden, out=dweight[:vocab], add=self.started)
+        if dbias is not None:
+            dbias[:vocab] += dlogits.sum(0, dtype=dbias.dtype)
+        self.started = True

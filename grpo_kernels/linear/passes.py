@@ -1,0 +1,149 @@
+"""The passes over all chunks: statistics of every row, and the gradients for known coefficients.
+
+If a call is `traced`, a pass is one opaque operator, because the number of chunks depends on the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks.scalars import field_values
+from ..checks.tensors import traced
+from ..spec import LogitTransform
+from ..tokens.statistics import Coefficients, RowStats
+from ..vocab import dispatch
+from ..vocab.rows import MASKED
+from .chunks import Chunks
+from .config import LinearConfig
+from .gradients import GradientSums, HeadGradients
+from .head import Head
+from .plan import RowPlan
+from .rows import LinearRows
+
+
+def row_stats(rows: LinearRows, out: RowStats) -> None:
+    """Fill `out` with the statistics of every row. Masked rows are not run and get zeros."""
+    if not traced(rows.targets):
+        fill_row_stats(rows, out)
+        return
+    names, tensors = dispatch.present(out)
+    torch.ops.grpo_kernels.linear_row_stats(tensors, names, *flat(rows))
+
+
+def gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out: HeadGradients) -> None:
+    """Fill `out` with the gradients. Rows whose coefficients are all zero are not run."""
+    if not traced(rows.targets):
+        fill_gradients(rows, stats, coefficients, out)
+        return
+    out_names, tensors = dispatch.present(out)
+    names, known = dispatch.present(stats, coefficients)
+    torch.ops.grpo_kernels.linear_gradients(tensors, out_names, known, names, *flat(rows))
+
+
+def fill_row_stats(rows: LinearRows, out: RowStats) -> None:
+    rows = rows.cast()
+    needed = rows.targets != MASKED
+    plan = RowPlan.of(needed, torch.zeros_like(needed), compact=rows.config.compact)._replace(active=0)
+    found = RowStats(*(None if x is None else plan.empty_like(x) for x in out))  # type: ignore[arg-type]
+    for chunk in Chunks(rows, plan)(0, plan.running):
+        dispatch.row_stats(chunk.rows, found.rows(chunk.place))
+    for target, x in zip(out, found, strict=True):
+        if target is not None and x is not None:
+            plan.restore(x, out=target)
+
+
+def fill_gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out: HeadGradients) -> None:
+    rows = rows.cast()
+    active = coefficients.active() & (rows.targets != MASKED)
+    plan = RowPlan.of(active, active, compact=rows.config.compact)
+    stats, coefficients = plan.take(stats), plan.take(coefficients)
+    sums = GradientSums(rows.head, out, plan.selected)
+    for chunk in Chunks(rows, plan)(0, plan.active):
+        place = chunk.place
+        dispatch.dlogits(chunk.rows, stats.rows(place), coefficients.rows(place), chunk.dlogits)
+        sums.add(chunk)
+    sums.finish()
+
+
+# --- The operators, which take flat lists: made and unmade here. ---
+
+
+def flat(rows: LinearRows) -> tuple[object, ...]:
+    """Rows as the last arguments of an operator."""
+    heads = [*rows.head, *(rows.ref or (None, None, None))]
+    transform = rows.transform
+    return (
+        *(heads, rows.targets, rows.temperatures, transform.vocab_size, transform.numbers, rows.backend),
+        *field_values(rows.config),
+    )
+
+
+def unflatten(
+    heads: Sequence[Tensor | None],
+    targets: Tensor,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    numbers: Sequence[float],
+    backend: str,
+    config: LinearConfig,
+) -> LinearRows:
+    """The rows whose `flat` list is given."""
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
+    assert hidden is not None and weight is not None
+    ref = None
+    if ref_hidden is not None and ref_weight is not None:
+        ref = Head(ref_hidden, ref_weight, ref_bias)
+    transform = LogitTransform.from_numbers(vocab_size, numbers)
+    return LinearRows(Head(hidden, weight, bias), ref, targets, temperatures, transform, backend, config)
+
+
+def row_stats_operator(
+    out: Sequence[Tensor],
+    names: str,
+    heads: Sequence[Tensor | None],
+    targets: Tensor,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    numbers: Sequence[float],
+    backend: str,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    ref_logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    compact: bool,
+) -> None:
+    config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
+    rows = unflatten(heads, targets, temperatures, vocab_size, numbers, backend, config)
+    fill_row_stats(rows, dispatch.named(names, out)[0])
+
+
+def gradients_operator(
+    out: Sequence[Tensor],
+    out_names: str,
+    known: Sequence[Tensor],
+    names: str,
+    heads: Sequence[Tensor | None],
+    targets: Tensor,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    numbers: Sequence[float],
+    backend: str,
+    dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    ref_dtype: torch.dtype,
+    ref_logits_dtype: torch.dtype,
+    chunk_tokens: int | None,
+    compact: bool,
+) -> None:
+    config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
+    rows = unflatten(heads, targets, temperatures, vocab_size, numbers, backend, config)
+    head_gradients = HeadGradients(**dict(zip(out_names.split(), out, strict=True)))
+    fill_gradients(rows, *dispatch.named(names, known), head_gradients)
+
+
+torch.library.custom_op("grpo_kernels::linear_row_stats", row_stats_operator, mutates_args=("out",))
+torch.library.custom_op("grpo_kernels::linear_gradients", gradients_operator, mutates_args=("out",))

@@ -1,0 +1,69 @@
+"""Matrix products that are not rounded below fp32, and the dtypes of their operands."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks.tensors import has_data
+
+logger = logging.getLogger("grpo_kernels")
+
+
+def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
+    """`out = a @ b`, or `out += a @ b`. Sums are in the dtype of `out`, whatever that of the operands."""
+    options: dict[str, Any] = {}
+    if a.dtype != out.dtype:
+        if multiplies_mixed(a):
+            options["out_dtype"] = out.dtype
+        else:
+            a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        return torch.addmm(out, a, b, out=out, **options)
+    return torch.mm(a, b, out=out, **options)
+
+
+def multiplies_mixed(x: Tensor) -> bool:
+    """Whether the device of `x` multiplies 16-bit operands into fp32. Without data no device is tried."""
+    return x.device.type != "cpu" and has_data(x) and device_multiplies_mixed(x.device)
+
+
+@functools.cache
+def device_multiplies_mixed(device: torch.device) -> bool:
+    """Try whether a device multiplies 16-bit operands into fp32. CUDA does, and ROCm with recent PyTorch."""
+    operand = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(operand, operand, out_dtype=torch.float32)
+    except (RuntimeError, TypeError) as error:
+        logger.warning("%s cannot multiply 16-bit operands into fp32, so they are cast (%s)", device, error)
+        return False
+    return True
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast applies to `x`."""
+    kind = x.device.type
+    # Autocast does not know "meta". Dynamo before torch 2.9 cannot trace the question whether it does.
+    return x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the operands in a linear layer."""
+    return torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
+
+
+def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the operands and of the logits.
+
+    If 16-bit operands cannot be multiplied into fp32, they are cast to fp32 once.
+    """
+    dtype = product_dtype(hidden)
+    widens = logits_dtype == torch.float32 and dtype.itemsize == 2
+    if dtype == logits_dtype or (widens and multiplies_mixed(hidden)):
+        return dtype, logits_dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide, wide

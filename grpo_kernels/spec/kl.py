@@ -1,0 +1,129 @@
+"""The KL penalty: its settings, and the estimates of it from the log-probability of the taken token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks.choices import EXACT_KL, SAMPLED_KL, KLKind
+from ..checks.scalars import check_choice, check_flag, number_field
+from .formula import TokenLoss, clamped_ratio, unbounded
+
+
+@dataclass(frozen=True)
+class KL:
+    """A penalty `beta * KL(policy, reference)` per token.
+
+    `x = ref_logp - logp`, clamped to ±`clamp` if that is set.
+
+    Attributes:
+        kind: "k1" `-x`, "abs" `|x|`, "k2" `x^2 / 2`, "k3" `exp(x) - x - 1` (Schulman, "Approximating KL
+            divergence"), or over the whole vocabulary "exact" `KL(policy || reference)` and "exact_forward"
+            `KL(reference || policy)`, which need the reference's logits.
+        beta: weight of the penalty. If it is 0, no reference is read.
+        ratio_corrected: multiply by `exp(logp - old_logp)`, at sequence level by the sequence's ratio, with
+            gradient through both.
+        straight_through: the value of `kind` with the gradient of "k2".
+        clamp, output_clamp: bounds on the absolute value of `x` and of the estimate. Beyond a bound there is
+            no gradient.
+    """
+
+    kind: KLKind = "k3"
+    beta: float = 0.04
+    ratio_corrected: bool = False
+    straight_through: bool = False
+    clamp: float | None = None
+    output_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("KL.kind", self.kind, SAMPLED_KL + EXACT_KL)
+        number_field(self, "beta")
+        check_flag("KL.ratio_corrected", self.ratio_corrected)
+        check_flag("KL.straight_through", self.straight_through)
+        number_field(self, "clamp", strict=True, optional=True)
+        number_field(self, "output_clamp", strict=True, optional=True)
+        modified = self.ratio_corrected or self.straight_through or self.clamp or self.output_clamp
+        if self.kind in EXACT_KL and modified:
+            raise ValueError(
+                f"KL({self.kind!r}) is not a sampled estimate: ratio_corrected, straight_through, clamp and "
+                f"output_clamp do not apply, got {self}"
+            )
+
+    def estimate(
+        self,
+        logp: Tensor,
+        ref_logp: Tensor,
+        log_ratio: Tensor | None,
+        log_ratio_clamp: float,
+        *,
+        own_ratio: bool = True,
+    ) -> TokenLoss:
+        """The estimate of each token, `[N]`, and its derivatives.
+
+        Args:
+            logp, ref_logp: `[N]`, nats: log-probabilities of the taken tokens.
+            log_ratio: `[N]`, if `ratio_corrected`: the log-ratio to the behaviour policy.
+            log_ratio_clamp: bound on its absolute value.
+            own_ratio: whether the log-ratio is the token's own. Then the derivative with respect to it is
+                part of `dlogp`, which keeps digits that the sum of the two would lose.
+        """
+        estimator = ESTIMATORS[self.kind]
+        clamp, output_clamp = unbounded(self.clamp), unbounded(self.output_clamp)
+        x = ref_logp - logp
+        held = x.clamp(-clamp, clamp)
+        value, slope = estimator(held)
+        over = value.abs() > output_clamp
+        flat = (x.abs() > clamp) | over
+        slope = -x if self.straight_through else torch.where(flat, 0.0, slope)
+        value = value.clamp(-output_clamp, output_clamp)
+        if not self.ratio_corrected:
+            return TokenLoss(value, slope, None)
+        assert log_ratio is not None
+        ratio, _ = clamped_ratio(log_ratio, log_ratio_clamp)
+        value, slope = ratio * value, ratio * slope
+        if estimator is k3:
+            # exp(x) may be infinite when the ratio is 0. exp(log_ratio + x) is then a number.
+            grown = torch.exp(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp) + held)
+            large = (held > 1) & ~over
+            value = torch.where(large, grown - ratio * (1 + held), value)
+            if not self.straight_through:
+                slope = torch.where(large & ~flat, ratio - grown, slope)
+        still = log_ratio.abs() > log_ratio_clamp
+        dlog_ratio = torch.where(still, 0.0, value)
+        if not own_ratio:
+            return TokenLoss(value, slope, dlog_ratio)
+        total = slope + dlog_ratio
+        if estimator is k3 and not self.straight_through:
+            # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x. The difference cancels most digits.
+            total = torch.where(flat | still, total, -ratio * held)
+        return TokenLoss(value, total, None)
+
+
+class Estimate(NamedTuple):
+    value: Tensor  # [N]
+    dlogp: Tensor  # [N], its derivative with respect to the log-probability
+
+
+def k1(x: Tensor) -> Estimate:
+    return Estimate(-x, torch.ones_like(x))
+
+
+def absolute(x: Tensor) -> Estimate:
+    return Estimate(x.abs(), -x.sign())
+
+
+def k2(x: Tensor) -> Estimate:
+    return Estimate(x * x / 2, -x)
+
+
+def k3(x: Tensor) -> Estimate:
+    # expm1(x) - x keeps the digits that exp(x) - x - 1 cancels: at x = 1e-4 the value is 5e-9.
+    growth = torch.expm1(x)
+    return Estimate(growth - x, -growth)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Estimate]] = {"k1": k1, "abs": absolute, "k2": k2, "k3": k3}

@@ -1,0 +1,72 @@
+"""The log-probability weighted by the ratio inside a trust region on probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...checks.choices import DPPO_KINDS, DPPOKind
+from ...checks.scalars import check_choice, number_field
+from ..formula import TokenLoss, clamped_ratio, weighted_logp
+from .base import Clip, Surrogate
+
+
+@dataclass(frozen=True)
+class DPPO(Surrogate):
+    """`-sg(min(ratio, ratio_cap)) * A * logp` inside a trust region of the taken token (arXiv:2602.04879).
+
+    The region bounds the divergence of old and new policy over two outcomes: the taken token, or another one.
+
+    Attributes:
+        kind: "tv", the change of the token's probability, or "kl", KL(old || new).
+        low: bound on steps that lower the probability of a token with negative advantage.
+        high: bound on steps that raise the probability of a token with positive advantage.
+        ratio_cap: bound on the ratio.
+    """
+
+    kind: DPPOKind = "tv"
+    low: float = 0.2
+    high: float = 0.2
+    ratio_cap: float = 20.0
+    anchor = "old"
+    uses_ratio = True
+
+    def __post_init__(self) -> None:
+        check_choice("DPPO.kind", self.kind, DPPO_KINDS)
+        number_field(self, "low")
+        number_field(self, "high")
+        number_field(self, "ratio_cap", strict=True)
+
+    @property
+    def kernel(self) -> str:  # type: ignore[override]
+        return f"dppo_{self.kind}"
+
+    @property
+    def clip(self) -> Clip:
+        return Clip("region")
+
+    def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
+        region = self.total_variation if self.kind == "tv" else self.binary_kl
+        inside = region(logp, log_ratio, advantage)
+        ratio, _ = clamped_ratio(log_ratio, clamp)
+        # A NaN stays NaN.
+        weight = torch.where(inside | ratio.isnan(), -advantage * ratio.clamp(max=self.ratio_cap), 0.0)
+        return weighted_logp(logp, weight)
+
+    def total_variation(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """Whether each token is inside the region of kind "tv"."""
+        change = torch.exp(logp) - torch.exp(logp - log_ratio)
+        return torch.where(advantage > 0, change <= self.high, change >= -self.low)
+
+    def binary_kl(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+        """Whether each token is inside the region of kind "kl"."""
+        p, old_p = torch.exp(logp), torch.exp(logp - log_ratio)
+        # A probability may be rounded to more than 1. The select avoids 0 * inf.
+        others, old_others = (1 - p).clamp(min=0), (1 - old_p).clamp(min=0)
+        divergence = old_others * torch.log((old_others + 1e-8) / (others + 1e-8))
+        divergence = divergence - torch.where(old_p == 0, 0.0, old_p * log_ratio)
+        raised = (divergence <= self.high) | (p <= old_p)
+        lowered = (divergence <= self.low) | (p >= old_p)
+        return torch.where(advantage > 0, raised, lowered)

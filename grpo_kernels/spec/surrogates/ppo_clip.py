@@ -1,0 +1,59 @@
+"""The clipped surrogate of PPO, with the bounds of later papers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...checks.choices import LEVELS
+from ...checks.scalars import number_field
+from ..formula import TokenLoss, clamped_ratio, unbounded
+from .base import Clip, Surrogate
+
+
+@dataclass(frozen=True)
+class PPOClip(Surrogate):
+    """`-min(min(ratio, delta) * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A)` (PPO, arXiv:1707.06347).
+
+    Attributes:
+        eps_low, eps_high: offsets of the clip range from 1.
+        delta: bound on the unclipped ratio, which matters for negative advantages (two-sided clipping,
+            INTELLECT-2, arXiv:2505.07291).
+        dual_clip: for negative advantages, bounds the loss at `-dual_clip * A` (arXiv:1912.09729).
+    """
+
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    delta: float | None = None
+    dual_clip: float | None = None
+    anchor = "old"
+    kernel = "ppo_clip"
+    uses_ratio = True
+    levels = LEVELS
+
+    def __post_init__(self) -> None:
+        number_field(self, "eps_low")
+        number_field(self, "eps_high")
+        number_field(self, "delta", strict=True, optional=True)
+        number_field(self, "dual_clip", low=1.0, strict=True, optional=True)
+
+    @property
+    def clip(self) -> Clip:
+        return Clip("band", 1.0 - self.eps_low, 1.0 + self.eps_high)
+
+    def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
+        delta, dual_clip = unbounded(self.delta), unbounded(self.dual_clip)
+        ratio, dratio = clamped_ratio(log_ratio, clamp)
+        low, high = 1 - self.eps_low, 1 + self.eps_high
+        unclipped = ratio.clamp(max=delta) * advantage
+        clipped = ratio.clamp(low, high) * advantage
+        value = -torch.minimum(unclipped, clipped)
+        # A tie counts as unclipped. If delta is below the clip range, the minimum can be the clipped term
+        # at a ratio inside the range, where that term has a slope.
+        flat = torch.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
+        bound = -dual_clip * advantage
+        beyond = (advantage < 0) & (value > bound)
+        slope = torch.where(flat | beyond, 0.0, -advantage * dratio)
+        return TokenLoss(torch.where(beyond, bound, value), None, slope)

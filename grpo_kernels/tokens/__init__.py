@@ -1,0 +1,1 @@
+"""Everything over tokens `[N]`, without the vocabulary: batch, sequences, loss, derivatives, metrics."""

@@ -1,0 +1,114 @@
+"""The constants of a loss: advantages, weights and log-probabilities, checked and laid out as `[N]`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checks import debug
+from ..checks.scalars import check_number
+from ..checks.tensors import scalar_on
+from ..spec import LossSpec
+from ..spec.surrogates import Surrogate
+from .aggregation import aggregation_weights, safe_divide
+from .batch import Batch
+
+
+class TokenInputs(NamedTuple):
+    """The constants of a loss, `[N]` each, fp32 (fp64 for fp64 logits), zero at masked positions."""
+
+    mask: Tensor  # bool
+    advantages: Tensor
+    row_weights: Tensor  # loss = sum(row_weights * token losses)
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None  # if they were given; else the statistics have them
+    token_weights: Tensor | None = None
+    entropy_weights: Tensor | None = None  # of the entropy in the loss, with sign and coefficient
+
+    def rows(self, index: Tensor | slice) -> TokenInputs:
+        return TokenInputs(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
+
+
+def check_reference(spec: LossSpec, whole: Tensor | None, ref_logps: Tensor | None, name: str | None) -> None:
+    """Raise ValueError unless the reference that the loss needs is given, once.
+
+    `whole` gives the reference's distribution. It is the argument `name`, or None if there is no such
+    argument.
+    """
+    if whole is not None and ref_logps is not None:
+        raise ValueError(f"{name} and ref_logps are both given: give one")
+    if spec.exact_kl is not None and whole is None:
+        needed = "logits or hidden states" if name is None else name
+        raise ValueError(f"KL({spec.exact_kl.kind!r}) runs over the vocabulary: it needs {needed}")
+    give = "ref_logps" if name is None else f"{name} or ref_logps"
+    if whole is None and ref_logps is None:
+        if isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref":
+            raise ValueError(f"{spec.surrogate} needs a reference: give {give}")
+        if spec.sampled_kl is not None:
+            raise ValueError(f"{spec.sampled_kl} needs a reference: give {give}")
+
+
+def token_inputs(
+    spec: LossSpec,
+    batch: Batch,
+    *,
+    advantages: Tensor,
+    old_logps: Tensor | None,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> TokenInputs:
+    """Check the constants of a loss and lay them out as `[N]`. Arguments as in `grpo_loss`."""
+    normalizer = check_normalizer(batch, normalizer)
+    row_weights = check_row_weights(spec, batch, normalizer)
+    if spec.couples_tokens and not spec.uses_callable:
+        name = "a KL" if spec.surrogate is None else type(spec.surrogate).__name__
+        batch.require_sequences(f"{name} at level {spec.level!r}")
+    weights = batch.optional("token_weights", token_weights, per_sequence=True)
+    one_per_sequence = token_weights is not None and tuple(token_weights.shape) != batch.shape
+    if weights is not None and one_per_sequence and isinstance(spec.surrogate, Surrogate):
+        weights = spec.surrogate.spread_sequence_weights(weights, batch.sequences)
+    return TokenInputs(
+        mask=batch.mask,
+        advantages=batch.per_token("advantages", advantages, per_sequence=True),
+        row_weights=row_weights,
+        old_logps=batch.optional("old_logps", old_logps),
+        ref_logps=batch.optional("ref_logps", ref_logps),
+        token_weights=weights,
+        entropy_weights=entropy_weights(spec, batch, row_weights, normalizer),
+    )
+
+
+def check_normalizer(batch: Batch, normalizer: float | Tensor | None) -> float | Tensor | None:
+    """Return the normalizer as a 0-dim tensor on the batch's device, a Python number or None."""
+    if not isinstance(normalizer, Tensor):
+        return check_number("normalizer", normalizer, optional=True)
+    if normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be a float or a 0-dim tensor, got shape {tuple(normalizer.shape)}")
+    if debug.enabled():
+        debug.check_scalar("normalizer", normalizer)
+    return scalar_on(batch.device, normalizer).to(batch.device)
+
+
+def check_row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None) -> Tensor:
+    """Return the aggregation as a weight per token, or raise ValueError if it needs `seq_lens`."""
+    if spec.aggregation == "seq-mean-token-mean" or (
+        spec.aggregation.startswith("seq-") and normalizer is None
+    ):
+        batch.require_sequences(f"aggregation {spec.aggregation!r}")
+    return aggregation_weights(spec, batch.sequences, batch.num_sequences, normalizer)
+
+
+def entropy_weights(
+    spec: LossSpec, batch: Batch, row_weights: Tensor, normalizer: float | Tensor | None
+) -> Tensor | None:
+    """The weight of each token's entropy in the loss.
+
+    The bonus is a mean over the unmasked tokens. With a normalizer it is aggregated as the loss is.
+    """
+    if not spec.entropy_coef:
+        return None
+    if normalizer is None:
+        row_weights = safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
+    return -spec.entropy_coef * row_weights

@@ -1,0 +1,48 @@
+"""What a loss returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .loss import BatchLoss
+from .metrics import metrics
+from .statistics import Coefficients, RowStats
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns. See `grpo_loss`."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logps: Tensor
+    ref_logps: Tensor | None
+    entropy: Tensor | None
+
+
+def loss_output(
+    value: Tensor,
+    batch: Batch,
+    loss: BatchLoss,
+    stats: RowStats,
+    derivatives: Coefficients,
+    backend: str,
+    known: Tensor | None = None,
+) -> LossOutput:
+    """Return the output of a loss whose 0-dim value is given, in the caller's shapes.
+
+    `stats` and `derivatives` are detached. `known` is as in `metrics`.
+    """
+    reference = loss.ref_logps(stats)
+    if reference is not None and known is not None:
+        reference = torch.where(known, reference, 0.0)
+    return LossOutput(
+        value,
+        metrics(loss, stats, derivatives, backend, known),
+        batch.unflatten(stats.logps),
+        None if reference is None else batch.unflatten(reference),
+        None if stats.entropy is None else batch.unflatten(stats.entropy),
+    )

@@ -1,0 +1,90 @@
+"""Sequences of a batch: which tokens form one, sums over each, and the check of `seq_lens`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..checks import debug
+from ..checks.tensors import check_tensor, has_data
+
+
+@dataclass
+class Sequences:
+    """Which tokens form a sequence. `N` tokens, `S` sequences if packed.
+
+    Attributes:
+        shape: `[B, T]`, or `[N]` if packed.
+        mask: `[N]` bool, flattened.
+        dtype: of the arithmetic.
+        seq_lens: `[S]`, if packed and given.
+        ids: `[N]`, if packed and given: the sequence of each token.
+    """
+
+    shape: tuple[int, ...]
+    mask: Tensor
+    dtype: torch.dtype
+    seq_lens: Tensor | None = None
+    ids: Tensor | None = None
+    _lengths: Tensor | None = field(default=None, init=False, repr=False)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the unmasked tokens of each token's sequence, `[N]`.
+
+        It is summed in fp64, except on MPS, which has none.
+        """
+        wide = torch.where(self.mask, x, 0.0).to(x.dtype if x.device.type == "mps" else torch.float64)
+        return self._sums(wide).to(x.dtype)
+
+    def _sums(self, x: Tensor) -> Tensor:
+        if self.seq_lens is None or self.ids is None:
+            return x.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
+        # index_add would add in any order on a GPU.
+        return torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True)[self.ids]
+
+    @property
+    def lengths(self) -> Tensor:
+        """The number of unmasked tokens of each token's sequence, `[N]`, at least 1."""
+        if self._lengths is None:  # torch.compile does not support functools.cached_property
+            self._lengths = self._sums(self.mask.to(self.dtype)).clamp(min=1)
+        return self._lengths
+
+
+def check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
+    """Raise an error unless `seq_lens` `[S]` are lengths of sequences in `source` `[N, ...]`.
+
+    `name` is the name of the argument `source`. The values are read only if that needs no sync with a device,
+    or under GRPO_KERNELS_DEBUG.
+    """
+    check_tensor("seq_lens", seq_lens)
+    if source.dim() != 2:
+        hint = ""
+        if source.shape[0] == 1:
+            hint = f": pass {name}.squeeze(0), and squeeze every other tensor of tokens"
+        raise ValueError(f"seq_lens belongs to packed {name} [N, ...], got shape {tuple(source.shape)}{hint}")
+    if seq_lens.dim() != 1 or seq_lens.dtype.is_floating_point or seq_lens.dtype == torch.bool:
+        raise ValueError(
+            f"seq_lens must be [S] integers, got {seq_lens.dtype} of shape {tuple(seq_lens.shape)}"
+        )
+    readable = seq_lens.device.type == "cpu" or debug.enabled()
+    if not torch.compiler.is_compiling() and readable and has_data(seq_lens):
+        total = int(seq_lens.sum())
+        shortest = int(seq_lens.min()) if seq_lens.numel() else 0
+        if total != source.shape[0] or shortest < 0:
+            raise ValueError(
+                f"seq_lens must be non-negative and sum to N = {source.shape[0]}, got a sum of {total} and a "
+                f"smallest length of {shortest}"
+            )
+
+
+def sequences_within(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Return lengths that sum to at most `tokens` whatever `seq_lens` holds, and the sequence of each token.
+
+    On a GPU the values have not been checked, and `segment_reduce` would read out of bounds.
+    """
+    ends = seq_lens.cumsum(0).clamp(0, tokens).cummax(0).values
+    positions = torch.arange(tokens, device=seq_lens.device)
+    ids = torch.searchsorted(ends, positions, right=True).clamp(max=max(0, seq_lens.numel() - 1))
+    return ends.diff(prepend=ends.new_zeros(1)), ids

@@ -1,0 +1,58 @@
+"""What the loss needs from each row of the vocabulary, and its derivatives with respect to that."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowStats(NamedTuple):
+    """Statistics of each row of logits, `[N]` each. None if they were not asked for. Nats.
+
+    `shift` is the row's largest logit, after the softcap and before scale and temperature. `sum_exp` is the
+    sum of the exponentials relative to it. A single logsumexp would lose, in fp32, the digits of a row far
+    from zero.
+    """
+
+    logps: Tensor
+    shift: Tensor | None = None
+    sum_exp: Tensor | None = None
+    entropy: Tensor | None = None
+    ref_logps: Tensor | None = None
+    ref_shift: Tensor | None = None
+    ref_sum_exp: Tensor | None = None
+    kl: Tensor | None = None  # KL(policy || reference)
+    kl_forward: Tensor | None = None  # KL(reference || policy)
+    top1: Tensor | None = None  # 1 if no token is likelier than the taken one, else 0
+
+    def detach(self) -> RowStats:
+        return RowStats(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
+
+    def rows(self, index: Tensor | slice) -> RowStats:
+        return RowStats(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
+
+    def copy_(self, other: RowStats) -> None:
+        """Copy what both hold."""
+        for target, x in zip(self, other, strict=True):
+            if target is not None and x is not None:
+                target.copy_(x)
+
+
+class Coefficients(NamedTuple):
+    """Derivatives of the loss with respect to each row's statistics, `[N]` each. None is zero."""
+
+    dlogp: Tensor | None
+    dentropy: Tensor | None = None
+    dkl: Tensor | None = None
+    dkl_forward: Tensor | None = None
+
+    def rows(self, index: Tensor | slice) -> Coefficients:
+        return Coefficients(*(None if x is None else x[index] for x in self))
+
+    def active(self) -> Tensor:
+        """Whether each row has a gradient, `[N]` bool."""
+        nonzero = [x != 0 for x in self if x is not None]
+        return functools.reduce(torch.logical_or, nonzero)

@@ -1,0 +1,1 @@
+"""Everything over rows of logits `[B, T, V]`: statistics, gradients, backends, shards of a vocabulary."""

@@ -1,0 +1,113 @@
+"""The statistics as differentiable functions of the logits, and the loss fused with its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..spec import LossSpec
+from ..tokens.differentiation import apply, first_order, outside_graphs
+from ..tokens.loss import BatchLoss
+from ..tokens.statistics import RowStats
+from . import dispatch
+from .rows import LossRows, Rows
+from .want import Want
+
+
+def fusible(spec: LossSpec, dtype: torch.dtype) -> bool:
+    """Whether a loss and its gradient can be computed in one step, in the forward.
+
+    Not in fp16, whose gradients would underflow before a GradScaler's factor reaches them in the backward.
+    Not in fp64, which is for gradcheck and has no such kernel.
+    """
+    return not spec.couples_tokens and dtype in (torch.bfloat16, torch.float32)
+
+
+def differentiable_stats(rows: Rows, want: Want) -> RowStats:
+    """Statistics of every row.
+
+    Log-probabilities, entropy and exact KL are differentiable with respect to the logits.
+    """
+    call = apply if want.shard is None else outside_graphs(apply)
+    found = call(RowStatsFunction, (rows.logits,), rows.detach(), want)
+    return RowStats(**dict(zip(want.outputs, found, strict=True)))
+
+
+def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor, RowStats]:
+    """A loss that does not couple tokens. The gradient overwrites `rows.logits`.
+
+    Returns the value, 0-dim and differentiable, `dlogp` `[B * T]`, and detached statistics.
+    """
+    value, dlogp, *found = apply(FusedLossFunction, (rows.logits,), rows.detach(), loss, want)
+    return value, dlogp, RowStats(**dict(zip(want.outputs, found, strict=True)))
+
+
+class RowStatsFunction(torch.autograd.Function):
+    """Returns `want.outputs`, only those that exist: torch.compile miscounts outputs if some are None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, rows: Rows, want: Want, origin: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=True)
+        dispatch.row_stats(rows, stats)
+        stats = want.merged(stats, rows)
+        ctx.want, ctx.transform, ctx.backend, ctx.origin = want, rows.transform, rows.backend, origin
+        ref_logits = rows.ref_logits if want.kl_gradient else None
+        ctx.save_for_backward(logits, ref_logits, rows.targets, rows.temperatures, *stats)
+        ctx.set_materialize_grads(False)
+        outputs = {name: getattr(stats, name) for name in want.outputs}
+        ctx.mark_non_differentiable(*(outputs[name] for name in want.constants if name in outputs))
+        return tuple(outputs.values())
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        want: Want = ctx.want
+        coefficients = want.coefficients(grads)
+        if coefficients is None:
+            return (None,) * 4
+        # Read once, because checkpoints and offloading hooks fetch all of them each time.
+        logits, ref_logits, targets, temperatures, *stats = ctx.saved_tensors
+        rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
+        out = logits.detach()
+        if not want.inplace:
+            out = torch.empty_like(out, memory_format=torch.contiguous_format)
+        dispatch.dlogits(rows, RowStats(*stats), coefficients, out)
+        if want.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return out, *(None,) * 3
+
+
+class FusedLossFunction(torch.autograd.Function):
+    """A loss whose forward overwrites the logits with their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, rows: Rows, loss: BatchLoss, want: Want, origin: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=False)
+        out = LossRows(rows.logits, torch.empty_like(stats.logps), torch.empty_like(stats.logps), stats)
+        dispatch.fused_loss(rows, loss, out)
+        # Other saved references to the logits learn of the change by the version, as for any in-place
+        # operation.
+        torch.autograd.graph.increment_version(logits)
+        ctx.backend, ctx.origin = rows.backend, origin
+        ctx.save_for_backward(logits)
+        constants = [out.dlogp, *(getattr(stats, name) for name in want.outputs)]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        return out.value.sum(), *constants
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        (gradient,) = ctx.saved_tensors
+        dispatch.scale_rows(gradient, grad, ctx.backend)
+        # The buffer now belongs to autograd. A second backward must not take it for the gradient.
+        torch.autograd.graph.increment_version(gradient)
+        return gradient.detach(), *(None,) * 4

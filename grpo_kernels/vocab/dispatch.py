@@ -1,0 +1,181 @@
+"""Chooses between the Triton kernels and PyTorch. Both compute the same statistics and gradients of rows.
+
+If a call is `traced`, `row_stats` and `dlogits` are opaque operators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks.choices import BACKENDS, Backend
+from ..checks.scalars import check_choice
+from ..checks.tensors import traced
+from ..spec import LogitTransform
+from ..tokens.dispatch import kernel_loss
+from ..tokens.loss import BatchLoss
+from ..tokens.statistics import Coefficients, RowStats
+from . import torch_backend
+from .rows import LossRows, Rows
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: Backend, logits: Tensor) -> str:
+    """Return "triton" or "torch". Raise ValueError if the backend that was asked for cannot run."""
+    check_choice("backend", backend, BACKENDS)
+    on_gpu = logits.is_cuda  # also true for ROCm
+    if backend == "auto":
+        return "triton" if on_gpu and HAS_TRITON else "torch"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError("backend='triton', but the triton package is not installed")
+        from ..kernels.launch import INTERPRETED
+
+        # Tensors on "meta" stand for those of a GPU that kernels are compiled for.
+        if not (on_gpu or logits.is_meta or INTERPRETED):
+            raise ValueError(
+                f"backend='triton' needs GPU tensors, got logits on {logits.device}; with "
+                "TRITON_INTERPRET=1 in the environment the kernels run in Triton's interpreter"
+            )
+    return backend
+
+
+def row_stats(rows: Rows, out: RowStats) -> None:
+    """Fill `out` with the statistics of every row. Masked rows are not read and get zeros."""
+    if not traced(rows.logits):
+        fill_row_stats(rows, out)
+        return
+    names, tensors = present(out)
+    torch.ops.grpo_kernels.row_stats(tensors, names, *flat(rows))
+
+
+def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
+    """Fill `out` `[B, T, V]`, which may be the logits, with the gradient.
+
+    Rows whose coefficients are all zero are not read and get zeros. `stats` include shifts and sums.
+    """
+    if not traced(rows.logits):
+        fill_dlogits(rows, stats, coefficients, out)
+        return
+    names, tensors = present(stats, coefficients)
+    torch.ops.grpo_kernels.dlogits(out, tensors, names, *flat(rows))
+
+
+def fused_loss(rows: Rows, loss: BatchLoss, out: LossRows) -> None:
+    """Fill `out` with statistics, loss and gradient, if the loss does not couple tokens."""
+    if rows.num_rows == 0:
+        return
+    if rows.backend == "torch":
+        torch_backend.fused_loss(rows, loss, out)
+        return
+    from ..kernels import fused
+
+    fused.fused_loss(rows, kernel_loss(loss.spec), loss.inputs, out)
+
+
+def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:
+    """`x *= factor`, which costs nothing if the factor is 1. On a GPU this needs no sync."""
+    if x.numel() == 0:
+        return
+    if backend == "torch":
+        if x.device.type != "cpu" or factor != 1:
+            x.mul_(factor)
+        return
+    from ..kernels import fused
+
+    fused.scale_rows(x, factor)
+
+
+def fill_row_stats(rows: Rows, out: RowStats) -> None:
+    """`row_stats` by the rows' backend."""
+    if rows.num_rows == 0:
+        return
+    if rows.transform.vocab_size == 0:  # an empty part of a vocabulary that is split over ranks
+        for name, x in zip(out._fields, out, strict=True):
+            if x is not None:
+                x.fill_(torch.finfo(x.dtype).min if name.endswith("shift") else 0.0)
+        return
+    if rows.backend == "torch":
+        torch_backend.row_stats(rows, out)
+        return
+    from ..kernels import row_stats
+
+    row_stats.row_stats(rows, out)
+
+
+def fill_dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
+    """`dlogits` by the rows' backend."""
+    if rows.num_rows == 0:
+        return
+    if rows.transform.vocab_size == 0:
+        out.zero_()
+        return
+    if rows.backend == "torch":
+        torch_backend.dlogits(rows, stats, coefficients, out)
+        return
+    from ..kernels import dlogits
+
+    dlogits.dlogits(rows, stats, coefficients, out)
+
+
+# --- The operators, which take flat lists: made and unmade here. ---
+
+
+def present(*tuples: Any) -> tuple[str, list[Tensor]]:
+    """The names and tensors of the fields of NamedTuples that are not None."""
+    found = [(name, x) for each in tuples for name, x in each._asdict().items() if x is not None]
+    return " ".join(name for name, _ in found), [x for _, x in found]
+
+
+def named(names: str, tensors: Sequence[Tensor]) -> tuple[RowStats, Coefficients]:
+    """The tuples whose `present` fields are given."""
+    given = dict(zip(names.split(), tensors, strict=True))
+    stats = RowStats(**{name: x for name, x in given.items() if name in RowStats._fields})
+    return stats, Coefficients(**{name: given.get(name) for name in Coefficients._fields})
+
+
+def flat(rows: Rows) -> tuple[object, ...]:
+    """Rows as the last arguments of an operator."""
+    return *rows[:4], rows.transform.vocab_size, rows.transform.numbers, rows.backend
+
+
+def row_stats_operator(
+    out: Sequence[Tensor],
+    names: str,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    numbers: Sequence[float],
+    backend: str,
+) -> None:
+    transform = LogitTransform.from_numbers(vocab_size, numbers)
+    stats, _ = named(names, out)
+    fill_row_stats(Rows(logits, ref_logits, targets, temperatures, transform, backend), stats)
+
+
+def dlogits_operator(
+    out: Tensor,
+    known: Sequence[Tensor],
+    names: str,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    vocab_size: int,
+    numbers: Sequence[float],
+    backend: str,
+) -> None:
+    transform = LogitTransform.from_numbers(vocab_size, numbers)
+    rows = Rows(logits, ref_logits, targets, temperatures, transform, backend)
+    fill_dlogits(rows, *named(names, known), out)
+
+
+torch.library.custom_op("grpo_kernels::row_stats", row_stats_operator, mutates_args=("out",))
+torch.library.custom_op("grpo_kernels::dlogits", dlogits_operator, mutates_args=("out",))

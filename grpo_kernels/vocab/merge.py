@@ -1,0 +1,89 @@
+"""The statistics of a vocabulary that is split over ranks, merged from those of its parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..spec import LogitTransform
+from ..tokens.statistics import RowStats
+from .rows import MASKED
+from .shard import VocabShard
+
+
+def nats_per_shift(
+    transform: LogitTransform, temperatures: Tensor | None
+) -> tuple[Tensor | float, Tensor | float]:
+    """Nats per unit of `RowStats.shift` and of `ref_shift`."""
+    scale = 1.0 if transform.softcap is not None else transform.scale
+    ref_scale = 1.0 if transform.ref_softcap is not None else transform.ref_scale
+    temperature = transform.temperature if temperatures is None else temperatures
+    return scale / temperature, ref_scale / temperature
+
+
+def merge(
+    own: RowStats,  # of this rank's columns
+    targets: Tensor,  # [N]: MASKED, the column of the taken token, or `width` if another rank holds it
+    width: int,
+    nats: tuple[Tensor | float, Tensor | float],  # per unit of shift and ref_shift
+    shard: VocabShard,
+) -> RowStats:
+    """The statistics of the whole vocabulary, computed from those of all parts after one all-gather.
+
+    With P_i the policy's probability of part i and Q_i the reference's: H = sum P_i (H_i - log P_i) and
+    KL(p || q) = sum P_i (KL_i + log P_i - log Q_i). A part of probability 0 contributes 0.
+    """
+    dtype = own.logps.dtype
+    names = [name for name, x in zip(own._fields, own, strict=True) if x is not None]
+    here = (targets >= 0) & (targets < width)
+    local = torch.stack([*(x for x in own if x is not None), here.to(dtype)])
+    # There are few numbers per token, so fp64 costs nothing.
+    wide = dtype if local.device.type == "mps" else torch.float64
+    *values, holds = shard.gather(local).to(wide).unbind(1)
+    parts = RowStats(**dict(zip(names, values, strict=True)))
+    assert parts.shift is not None and parts.sum_exp is not None
+    held = holds != 0
+
+    def of_holder(x: Tensor) -> Tensor:
+        """The value of the part that holds the taken token. NaN unless exactly one part does."""
+        return torch.where(held.sum(0) == 1, torch.where(held, x, 0.0).sum(0), torch.nan)
+
+    def merged(shift: Tensor, sum_exp: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """The row's shift and sum, and log P of each part."""
+        row_shift = shift.amax(0)
+        delta = (shift - row_shift) * unit
+        total = (sum_exp * delta.exp()).sum(0)
+        return row_shift, total, sum_exp.log() + delta - total.log()
+
+    def logps_of_holder(logps: Tensor, log_part: Tensor) -> Tensor:
+        return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))
+
+    def expected(log_part: Tensor, each: Tensor) -> Tensor:
+        # In the dtype of the arithmetic, where a tiny probability is 0, as in a vocabulary that is not split.
+        # The value it multiplies may be infinite.
+        share = log_part.exp().to(dtype)
+        return torch.where(share == 0, 0.0, share * each).sum(0).clamp(min=0)
+
+    def divergence(each: Tensor, log_part: Tensor, log_other: Tensor) -> Tensor:
+        infinite = log_other == -torch.inf  # `each` may then be NaN
+        return expected(log_part, torch.where(infinite, torch.inf, each + log_part - log_other))
+
+    shift, sum_exp, log_part = merged(parts.shift, parts.sum_exp, nats[0])
+    found = RowStats(logps_of_holder(parts.logps, log_part), shift, sum_exp)
+    if parts.entropy is not None:
+        found = found._replace(entropy=expected(log_part, parts.entropy - log_part))
+    if parts.ref_logps is not None:
+        assert parts.ref_shift is not None and parts.ref_sum_exp is not None and parts.kl is not None
+        ref_shift, ref_sum_exp, log_ref = merged(parts.ref_shift, parts.ref_sum_exp, nats[1])
+        found = found._replace(
+            ref_logps=logps_of_holder(parts.ref_logps, log_ref),
+            ref_shift=ref_shift,
+            ref_sum_exp=ref_sum_exp,
+            kl=divergence(parts.kl, log_part, log_ref),
+        )
+        if parts.kl_forward is not None:
+            found = found._replace(kl_forward=divergence(parts.kl_forward, log_ref, log_part))
+    if parts.top1 is not None:
+        found = found._replace(top1=of_holder(parts.top1 * (parts.shift == shift)))
+    masked = targets == MASKED
+    return RowStats(*(None if x is None else torch.where(masked, 0.0, x).to(dtype) for x in found))  # type: ignore[arg-type]

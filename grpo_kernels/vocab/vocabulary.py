@@ -1,0 +1,66 @@
+"""Which vocabulary entries the columns of logits, or the rows of an LM head, stand for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import debug
+from ..checks.scalars import check_integer
+from ..checks.tensors import check_device, check_tensor, squeeze_hint
+from ..tokens.batch import Batch
+from .rows import MASKED
+from .shard import VocabShard
+
+
+class Vocabulary(NamedTuple):
+    """The vocabulary entries of the columns at hand."""
+
+    width: int  # columns that are not padding
+    start: int = 0  # the entry of the first column, if the vocabulary is split over ranks
+    size: int | None = None  # of the whole vocabulary, if it is known
+
+    @classmethod
+    def of(
+        cls, vocab_size: int | None, held: Tensor, dim: int, what: str, shard: VocabShard | None = None
+    ) -> Vocabulary:
+        """The vocabulary, or the shard's part of it, along dimension `dim` of `held`."""
+        columns = held.shape[dim]
+        vocab_size = check_integer("vocab_size", vocab_size, optional=True)
+        if shard is None:
+            size = columns if vocab_size is None else vocab_size
+            if not 1 <= size <= columns:
+                raise ValueError(f"vocab_size must be between 1 and the {columns} {what}, got {size}")
+            return cls(size, 0, size)
+        if not isinstance(shard, VocabShard):
+            raise TypeError(f"shard must be a VocabShard or None, got {shard!r}")
+        if shard.stop - shard.start != columns:
+            raise ValueError(f"shard is {shard.start}:{shard.stop}, but there are {columns} {what}")
+        stop = shard.stop if vocab_size is None else min(shard.stop, vocab_size)
+        if debug.enabled():
+            size = shard.vocab_size(held.device)
+            vocab_size = size if vocab_size is None else min(size, vocab_size)
+        return cls(max(0, stop - shard.start), shard.start, vocab_size)
+
+    def targets(self, batch: Batch, ids: Tensor, name: str = "completion_ids") -> Tensor:
+        """The column of each taken token, `[N]` int64: MASKED if masked, the width if it is not a column.
+
+        Raises an error unless `ids`, the argument `name`, are int32 or int64 of the batch's shape.
+        """
+        check_tensor(name, ids)
+        check_device(name, ids, batch.device, batch.source)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
+        if tuple(ids.shape) != batch.shape:
+            raise ValueError(
+                f"{name} must have shape {batch.shape}, as the tokens of {batch.source}, got "
+                f"{tuple(ids.shape)}{squeeze_hint(ids.shape, batch.shape)}"
+            )
+        ids, unmasked = ids.to(torch.int64), batch.mask.view(batch.shape)
+        if debug.enabled():
+            debug.check_ids(name, ids, unmasked, self.size)
+        columns = ids - self.start if self.start else ids
+        here = (columns >= 0) & (columns < self.width)
+        return torch.where(unmasked, torch.where(here, columns, self.width), MASKED).reshape(-1)
