@@ -984,7 +984,9 @@ def test_sharded_head_and_own_spec(
     sharded: list[bool], folders: Callable[[str], str], tmp_path: Path
 ) -> None:
     """TRL's loss would be another than was asked for."""
-    with pytest.raises(ValueError, match=r"the forward has to compute the gradient of your own loss_spec\(\)"):
+    with pytest.raises(
+        ValueError, match=r"the forward has to compute the gradient of your own loss_spec\(\)"
+    ):
         new_trainer(GSPOTrainer, folders("llama"), tmp_path)
 
 
