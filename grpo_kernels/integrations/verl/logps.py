@@ -58,7 +58,7 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Replace verl's function of this name. Return log-probabilities and entropies, both `[N]` fp32."""
+    """Compute log-probabilities and entropies, both `[N]` fp32. Replaces verl's function of this name."""
     if reduction.lower() != "none":
         raise ValueError(f"reduction must be 'none', the only value that verl uses, got {reduction!r}")
     if dist_process_group is not None:
