@@ -118,7 +118,7 @@ def verl(folder: Path, *, fused_logps: bool = False) -> Subject:
     from verl.utils.experimental import torch_functional
 
     stock = torch_functional.FusedLinearForPPOFunction
-    from grpo_kernels.integrations.verl_logps import FusedLinearForPPOFunction
+    from grpo_kernels.integrations.verl.logps import FusedLinearForPPOFunction
 
     model = make_model()
     monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")

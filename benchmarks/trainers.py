@@ -61,7 +61,7 @@ def grpo_inputs(
 
 def fused_logps() -> AbstractContextManager[None]:
     """What `fuse_trl_logps()` does, as long as this lasts."""
-    from grpo_kernels.integrations.trl_head import FusedLogProbs, head_function
+    from grpo_kernels.integrations.trl.head import FusedLogProbs, head_function
 
     return head_function(FusedLogProbs())
 

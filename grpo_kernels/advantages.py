@@ -1,4 +1,4 @@
-"""From rewards to advantages: each reward relative to the other completions of its prompt."""
+"""Turns rewards into advantages: each reward is compared with the other completions of its prompt."""
 
 from __future__ import annotations
 
@@ -19,22 +19,27 @@ def group_advantages(
     eps: float = 1e-4,
     leave_one_out: bool = False,
 ) -> Tensor:
-    """`(r - mean_group) / (std_group + eps)` (GRPO, arXiv:2402.03300).
+    """Compute the advantages of groups of completions: `(r - mean_group) / (std_group + eps)`.
+
+    Source: GRPO, arXiv:2402.03300. Pass either `group_size` or `group_ids`.
 
     Args:
-        rewards: `[B]`, of any real dtype, integers and bools included.
-        group_size: consecutive completions that share a prompt; divides `B`. Or
-        group_ids: `[B]` integers: completions with equal ids share a prompt. One of the two.
-        scale: "std" divides by the group's standard deviation (with Bessel's correction) plus `eps`; "none"
-            only centres (Dr. GRPO, arXiv:2503.20783).
-        leave_one_out: compare each reward with the mean of the others of its group (RLOO, arXiv:2402.14740).
+        rewards: `[B]`, of any real dtype, including integers and bools.
+        group_size: the number of consecutive completions that share a prompt. It must divide `B`.
+        group_ids: `[B]` integers. Completions with equal ids share a prompt.
+        scale: "std" divides by the group's standard deviation (with Bessel's correction) plus `eps`. "none"
+            only subtracts the mean (Dr. GRPO, arXiv:2503.20783).
+        eps: added to the standard deviation, in the unit of the rewards.
+        leave_one_out: compare each reward with the mean of the other rewards of its group (RLOO,
+            arXiv:2402.14740).
 
     Returns:
-        `[B]` in the dtype of `rewards`, or in fp32 if that dtype is not floating point; computed in fp64.
-        Exactly 0 if all rewards of a group are equal, as in a group of one.
+        `[B]` in the dtype of `rewards`, or in fp32 if that dtype is not floating point. Computed in fp64.
+        Exactly 0 if all rewards of a group are equal, for example in a group of one.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, group size or scale; TypeError: a wrong type.
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        TypeError: an argument has a wrong type.
     """
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a tensor, got {type(rewards).__name__}")
@@ -44,7 +49,7 @@ def group_advantages(
     check_choice("scale", scale, ADVANTAGE_SCALES)
     eps = check_number("eps", eps)
     groups, count = _groups(rewards, group_size, group_ids)
-    # In fp32 the mean of rewards far from zero is off by their rounding, and squares are 0 or inf.
+    # In fp32, the mean of rewards far from 0 has their rounding error, and squares underflow or overflow.
     values = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
 
     def group_sum(x: Tensor) -> Tensor:
@@ -55,21 +60,20 @@ def group_advantages(
 
     size = group_sum(torch.ones_like(values))
     centred = values - group_sum(values) / size
-    # The spread is that of the rewards: leaving one out scales the advantage and not the unit it is measured
-    # in.
+    # The standard deviation is that of the rewards. `leave_one_out` scales only the advantage.
     std = (group_sum(centred.square()) / (size - 1).clamp(min=1)).sqrt()
     if leave_one_out:
         centred = centred * size / (size - 1).clamp(min=1)
     advantages = centred / (std + eps) if scale == "std" else centred
-    # Equal rewards teach nothing. Their mean may round, and what that leaves over the tiny spread must not
-    # count.
-    undecided = group_extreme("amax") == group_extreme("amin")
+    # The mean of equal rewards may be rounded. This rounding error divided by its own tiny standard deviation
+    # would be a large advantage.
+    equal = group_extreme("amax") == group_extreme("amin")
     dtype = rewards.dtype if rewards.dtype.is_floating_point else torch.float32
-    return torch.where(undecided, 0.0, advantages).to(dtype)
+    return torch.where(equal, 0.0, advantages).to(dtype)
 
 
 def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> tuple[Tensor, int]:
-    """The number of each reward's group, `[B]`, and how many groups there are."""
+    """Return the index of each reward's group, `[B]`, and the number of groups."""
     if (group_size is None) == (group_ids is None):
         raise ValueError("give one of group_size and group_ids")
     if group_size is not None:
@@ -87,7 +91,8 @@ def _groups(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -
         got = f"{group_ids.dtype} of shape {tuple(group_ids.shape)}"
         raise ValueError(f"group_ids must be integers of shape {tuple(rewards.shape)}, got {got}")
     if not has_data(group_ids):
-        # The number of groups depends on values. There are at most B, and no shape depends on it.
+        # The number of groups depends on values, which a tensor without data does not have. There are at most
+        # B groups, and no shape depends on their number.
         return group_ids.to(torch.int64), rewards.numel()
     unique, groups = torch.unique(group_ids, return_inverse=True)
     return groups, unique.numel()

@@ -1,4 +1,4 @@
-"""The `normalizer` of an optimizer step whose batch is spread over micro-batches and ranks."""
+"""Computes the `normalizer` of an optimizer step with several micro-batches or ranks."""
 
 from __future__ import annotations
 
@@ -21,46 +21,49 @@ def global_normalizer(
     seq_lens: Tensor | Iterable[Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """What the aggregation divides by in the whole batch of a step, over the number of ranks.
+    """Compute the denominator of the loss for the whole batch of an optimizer step, divided by the ranks.
 
-    Given to every micro-batch of every rank, it makes the sum of a rank's losses, averaged over the ranks as
-    DDP and FSDP average gradients, the loss of one process that holds all sequences at once:
+    Pass the result as `normalizer` to the loss of every micro-batch on every rank. Add up the losses of a
+    rank; DDP and FSDP average the gradients over ranks. The result equals the loss of one process that holds
+    all sequences at once.
 
-    | aggregation | it is | verl 0.9.1 (`agg_loss`) |
+    | aggregation | normalizer | verl 0.9.1 (`agg_loss`) |
     |---|---|---|
     | "token-mean" | unmasked tokens / ranks | `batch_num_tokens / dp_size` |
     | "seq-mean-*" | sequences / ranks | `global_batch_size / dp_size` |
     | "token-sum" | 1 / ranks | `1 / dp_size` |
 
-    As in `grpo_loss`, and as verl is configured, a sequence without an unmasked token counts.
-    "seq-mean-token-sum-norm" divides by `LossSpec.max_tokens` itself (verl: `loss_scale_factor`), which has
-    to be given: the padded widths of micro-batches differ. An entropy bonus is aggregated as the loss.
+    Sequences without an unmasked token count, as in `grpo_loss` and as verl is configured.
+    "seq-mean-token-sum-norm" divides by `LossSpec.max_tokens` in addition (verl: `loss_scale_factor`). Set
+    it, because micro-batches are padded to different widths. An entropy bonus is aggregated as the loss.
 
-    TRL 1.16 divides its `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`, which equals
-    this of all masks of one generation. If a generation serves several optimizer steps, TRL multiplies it by
-    `gradient_accumulation_steps / steps_per_generation`: the mean of the steps' numbers of tokens, in place
-    of each step's own.
+    TRL 1.16 divides the losses `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`. That is
+    the "token-mean" normalizer for the masks of one generation. If a generation serves several optimizer
+    steps, TRL multiplies by `gradient_accumulation_steps / steps_per_generation`. It thus uses the average
+    number of tokens in these steps, and this function the number of tokens in one step.
 
     Args:
-        mask: `[B, T]` or packed `[N]`, bool, int or float; 0: not a completion token. Or those of all
+        mask: `[B, T]` or packed `[N]`, bool, int or float. 0: not a completion token. Or the masks of all
             micro-batches that this rank accumulates.
         aggregation: the `aggregation` of the `LossSpec`.
-        seq_lens: packed and "seq-mean-*" only: `[S]`, or one for each mask.
-        group: the ranks over which gradients are averaged; None: all, or one where torch.distributed is not
-            initialised. "token-sum" apart, every one of them has to call, as in any all-reduce.
+        seq_lens: `[S]`, or one such tensor for each packed mask. Only for packed masks with "seq-mean-*".
+        group: the ranks over which gradients are averaged. None: all ranks, or a single one if
+            torch.distributed is not initialized. All ranks of the group must call this function, except with
+            "token-sum".
 
     Returns:
-        0-dim fp32 on the device of `mask`; the host does not wait for it. 0 where all tokens are masked,
-        which makes the losses 0.
+        0-dim fp32 on the device of `mask`, computed without a device sync. 0 if all tokens are masked; the
+        losses are then 0.
 
     Raises:
-        ValueError: no mask, one that is neither `[B, T]` nor `[N]`, an unknown aggregation, packed masks
-            without as many `seq_lens` where sequences are counted; TypeError: a mask that is no tensor.
+        ValueError: there is no mask; a mask is neither `[B, T]` nor `[N]`; `aggregation` is unknown; the
+            number of `seq_lens` is not the number of packed masks.
+        TypeError: a mask is not a tensor.
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     masks = _tensors("mask", mask)
     if not masks:
-        raise ValueError("mask holds no micro-batch")
+        raise ValueError("mask must hold at least one tensor, got 0")
     for x in masks:
         if x.dim() not in (1, 2):
             raise ValueError(f"mask must be [B, T] or packed [N], got shape {tuple(x.shape)}")
@@ -73,7 +76,7 @@ def global_normalizer(
     if aggregation == "token-mean":
         count = torch.stack([x.count_nonzero() for x in masks]).sum()
     else:
-        # Filled on the device: a copy of the host's number would make the host wait.
+        # Copying a number from the host would sync with the device; filling a tensor does not.
         count = torch.full((), _sequences(masks, seq_lens), device=device)
     if ranks > 1:
         dist.all_reduce(count, group=group)
@@ -84,7 +87,9 @@ def _sequences(masks: list[Tensor], seq_lens: Tensor | Iterable[Tensor] | None) 
     packed = [x for x in masks if x.dim() == 1]
     lengths = [] if seq_lens is None else _tensors("seq_lens", seq_lens)
     if len(lengths) != len(packed):
-        raise ValueError(f"{len(packed)} packed masks need as many seq_lens, got {len(lengths)}")
+        raise ValueError(
+            f"seq_lens must hold one tensor for each packed mask, got {len(lengths)} for {len(packed)} masks"
+        )
     return sum(x.shape[0] for x in masks if x.dim() == 2) + sum(x.numel() for x in lengths)
 
 

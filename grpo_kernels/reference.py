@@ -1,8 +1,8 @@
-"""The parity oracle: every loss in plain eager PyTorch, straight from the formulas of docs/math.md.
+"""The parity oracle: computes every loss in plain eager PyTorch, from the formulas in docs/math.md.
 
-Slow and memory-hungry on purpose: full `log_softmax`, loops over sequences, derivatives by autograd. It
-shares no code with the rest of the package; it reads a `LossSpec`'s fields and nothing else. For tests,
-benchmarks and docs.
+It serves tests, benchmarks and docs. It is slow and needs much memory on purpose: it computes the full
+`log_softmax`, loops over sequences and takes derivatives with autograd. It shares no code with the rest of
+the package. All it reads are the fields of a `LossSpec`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from torch import Tensor
 
 
 class ReferenceOutput(NamedTuple):
+    """The result of `reference_loss`.
+
+    Attributes:
+        loss: 0-dim, with a graph.
+        metrics: means over the unmasked tokens, 0-dim.
+        logps: `[B, T]` or packed `[N]`, nats; 0 at masked tokens. The same holds for the other two.
+        ref_logps: log-probabilities of the reference; None without a reference.
+        entropy: entropies of the policy.
+    """
+
     loss: Tensor
     metrics: dict[str, Tensor]
     logps: Tensor
@@ -42,7 +52,10 @@ def reference_loss(
     vocab_size: int | None = None,
     normalizer: float | Tensor | None = None,
 ) -> ReferenceOutput:
-    """Arguments and shapes as `grpo_loss`; half precision is computed in fp32, fp64 in fp64."""
+    """Compute a loss. Arguments and shapes are those of `grpo_loss`.
+
+    fp64 logits are computed in fp64, all others in fp32.
+    """
     shape = logits.shape[:-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     mask = torch.ones(shape, dtype=torch.bool) if completion_mask is None else completion_mask != 0
@@ -51,7 +64,7 @@ def reference_loss(
     count = shape[0] if len(shape) == 2 else (None if seq_lens is None else len(seq_lens))
 
     def tokens(x: Tensor | float) -> Tensor:
-        """The unmasked tokens of a per-token or per-sequence argument, in order, `[M]`."""
+        """Return the values of a per-token or per-sequence argument for the M unmasked tokens, `[M]`."""
         x = x.detach() if isinstance(x, Tensor) else torch.tensor(x, dtype=dtype, device=logits.device)
         if len(shape) == 1 and x.dim() == 1 and x.shape != shape:
             x = x[sequences]
@@ -60,7 +73,7 @@ def reference_loss(
         return x.expand(shape)[mask].to(dtype)
 
     def distribution(z: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """Log-probabilities `[M, V]` of the unmasked tokens."""
+        """Return the log-probabilities `[M, V]` of the unmasked tokens."""
         z = z[mask][:, : vocab_size or z.shape[-1]].to(dtype) * scale
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
@@ -87,7 +100,7 @@ def reference_loss(
     row = (sequences if len(shape) == 1 else sequences[:, None]).expand(shape)[mask]
 
     def sum_of_sequence(x: Tensor) -> Tensor:
-        """At each token, over its sequence's."""
+        """Return for each token the sum over its sequence, `[M]`."""
         return x.new_zeros(int(row.max()) + 1 if len(row) else 0).index_add(0, row, x)[row]
 
     n = sum_of_sequence(torch.ones_like(lp.detach()))
@@ -113,7 +126,7 @@ def reference_loss(
         loss = spec.surrogate(spread(lp), spread(old), spread(rp), spread(A), mask)[mask]
     elif type(spec.surrogate).__name__ in ("VESPO", "GMPO"):
         clamp = math.inf if spec.log_ratio_clamp is None else spec.log_ratio_clamp
-        # Of VESPO's ratio a sequence's weight is one factor, not one of each token.
+        # VESPO multiplies its sequence ratio by a per-sequence weight once, not once per token.
         once = token_weights is not None and token_weights.shape != shape
         loss = _coupled(spec.surrogate, lp, anchor, A, w, sum_of_sequence, n, clamp, once)
         w = None
@@ -145,7 +158,7 @@ def reference_loss(
         metrics["kl_exact"] = exact
     metrics["entropy"] = entropy
 
-    width = spec.max_tokens or 1  # read by "seq-mean-token-sum-norm" alone, which has it
+    width = spec.max_tokens or 1  # only "seq-mean-token-sum-norm" reads it, and its spec sets it
     total = _aggregate(spec.aggregation, loss, row, count, width, normalizer)
     if spec.entropy_coef:
         if normalizer is None:
@@ -162,7 +175,10 @@ def reference_loss(
 
 
 def reference_logps(logits: Tensor, ids: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
-    """Log-probabilities of `ids` `[B, T]` under fp32 (fp64) `log_softmax` of the whole logits `[B, T, V]`."""
+    """Return the log-probabilities of `ids` `[B, T]` from a `log_softmax` of the logits `[B, T, V]`.
+
+    fp64 logits are computed in fp64, all others in fp32.
+    """
     wide = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     return torch.log_softmax(wide / temperature, -1).gather(-1, ids.long()[..., None])[..., 0]
 
@@ -172,14 +188,14 @@ def _sequence_numbers(shape: torch.Size, seq_lens: Tensor | None, device: torch.
         return torch.arange(shape[0], device=device)
     if seq_lens is None:
         return torch.zeros(shape, dtype=torch.long, device=device)
-    # Slow on purpose: nobody trains with this.
+    # This may be slow, because it is for tests.
     return torch.tensor(
         [s for s, n in enumerate(seq_lens.tolist()) for _ in range(n)], dtype=torch.long, device=device
     )
 
 
 def _expectation(p: Tensor, log_p: Tensor) -> Tensor:
-    """Entropy, with 0 log 0 = 0."""
+    """Return the entropy, with 0 log 0 = 0."""
     return -torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0).sum(-1)
 
 

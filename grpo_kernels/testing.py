@@ -1,4 +1,4 @@
-"""For tests, yours too: realistic random batches, and the bar a kernel has to clear."""
+"""Helpers for tests, including yours: random batches, a comparison with eager PyTorch, peak memory."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from torch import Tensor
 
 
 class RandomBatch(NamedTuple):
-    """Arguments of `grpo_loss`; `packed()` gives the same tokens end to end."""
+    """Arguments of `grpo_loss`.
 
-    logits: Tensor  # [B, T, V]
-    completion_ids: Tensor  # [B, T] int64
-    advantages: Tensor  # [B] fp32
-    completion_mask: Tensor  # [B, T] bool
-    ref_logits: Tensor  # [B, T, V]
-    old_logps: Tensor  # [B, T] fp32, nats
+    Attributes:
+        logits: `[B, T, V]`.
+        completion_ids: `[B, T]` int64.
+        advantages: `[B]` fp32.
+        completion_mask: `[B, T]` bool.
+        ref_logits: `[B, T, V]`.
+        old_logps: `[B, T]` fp32, nats.
+    """
+
+    logits: Tensor
+    completion_ids: Tensor
+    advantages: Tensor
+    completion_mask: Tensor
+    ref_logits: Tensor
+    old_logps: Tensor
 
     def packed(self) -> tuple[RandomBatch, Tensor]:
-        """The batch as `[B * T]` rows, mask and all, and its `seq_lens` `[B]`."""
+        """Return the same tokens, masked ones included, as `[B * T]` rows, and the `seq_lens` `[B]`."""
         batch, time = self.completion_ids.shape
         flat = [x if x is self.advantages else x.reshape(batch * time, *x.shape[2:]) for x in self]
         return RandomBatch(*flat), torch.full((batch,), time)
@@ -41,12 +50,18 @@ def make_batch(
     off_policy: float = 0.3,
     seed: int = 0,
 ) -> RandomBatch:
-    """A batch as training sees it: peaked logits, ids drawn from the policy, ragged masks, some zero
-    advantages.
+    """Draw a realistic batch: peaked logits, ids sampled from the policy, sequences of different lengths.
 
-    masked: fraction of tokens cut off the ends of the sequences, at random lengths.
-    inactive: fraction of sequences whose advantage is exactly zero.
-    off_policy: standard deviation of `logp - old_logp` in nats.
+    Args:
+        B: sequences.
+        T: tokens per sequence, padding included.
+        V: vocabulary entries.
+        dtype: of the logits.
+        device: of all tensors.
+        masked: average fraction of tokens that are masked at the ends of the sequences.
+        inactive: fraction of sequences with an advantage of exactly 0.
+        off_policy: standard deviation of `logp - old_logp` in nats.
+        seed: of the random numbers. Equal seeds give equal batches on every device.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -56,12 +71,11 @@ def make_batch(
     logits = (3.0 * normal(B, T, V)).to(dtype)
     ref_logits = (logits.float() + 0.3 * normal(B, T, V)).to(dtype)
     log_probs = torch.log_softmax(logits.float(), -1)
-    # Gumbel's trick draws from softmax(logits) row by row without multinomial's limit on the number of
-    # categories.
+    # Gumbel's trick samples from softmax(logits). torch.multinomial limits the number of categories.
     uniform = torch.rand(B, T, V, generator=generator).clamp_(1e-9, 1 - 1e-7)
     ids = (log_probs - torch.log(-torch.log(uniform))).argmax(-1)
     logps = log_probs.gather(-1, ids[..., None])[..., 0]
-    # Uniform lengths on [T - 2 * masked * T, T] cut off `masked` of the tokens on average.
+    # Uniform lengths on [T - 2 * masked * T, T] mask a fraction `masked` of the tokens on average.
     lengths = T - (torch.rand(B, generator=generator) * 2 * masked * (T + 1)).long().clamp(max=T)
     mask = torch.arange(T) < lengths[:, None]
     advantages = normal(B)
@@ -71,7 +85,10 @@ def make_batch(
 
 
 def relative_error(got: Tensor, truth: Tensor) -> Tensor:
-    """L2 norm of the error over that of the truth, by row of `[..., V]`; 0 where both rows are zero."""
+    """Return the L2 norm of the error relative to the truth's, for each row of `[..., V]`.
+
+    It is 0 for a row without an error, even if the truth is 0.
+    """
     error = (got.double() - truth.double()).norm(dim=-1)
     norm = truth.double().norm(dim=-1)
     return torch.where(error == 0, 0.0, error / norm.clamp(min=torch.finfo(torch.float64).tiny))
@@ -86,15 +103,24 @@ def assert_no_worse_than_eager(
     epsilon: float | Tensor | None = None,
     what: str = "",
 ) -> None:
-    """`got` errs from the fp64 `truth` at most `factor` times what `eager` errs, plus `epsilon`, row by row.
+    """Assert for each row that the error of `got` is at most `factor` times that of `eager`, plus `epsilon`.
 
-    Errors are relative L2 norms over the last dimension: a bound on the largest element would let a gradient
-    of zeros pass. `epsilon` is one number, or one per row. It defaults to one rounding of `got`'s dtype, and
-    to at least 2e-6 (fp64: 1e-12), what a log-probability near -10 is rounded by in fp32. A row in which
-    eager is NaN has no bar but NaN.
+    Errors are relative L2 norms over the last dimension. A bound on the largest element would accept a
+    gradient of zeros.
+
+    Args:
+        got: `[..., V]`, the result under test.
+        eager: `[..., V]`, the result of eager PyTorch in the same dtype. If a row is NaN here, `got` may have
+            any value there except NaN.
+        truth: `[..., V]`, computed in fp64.
+        factor: how many times eager's error is allowed.
+        epsilon: additional allowed error, one number or one per row. Defaults to the rounding error of
+            `got`'s dtype, but at least 2e-6, the fp32 rounding error of a log-probability near -10. For fp64
+            it is 1e-12.
+        what: names the result in the message.
 
     Raises:
-        AssertionError: naming the worst row and both errors.
+        AssertionError: with the worst row, both errors and the allowed error.
     """
     if epsilon is None:
         epsilon = 1e-12 if got.dtype == torch.float64 else max(torch.finfo(got.dtype).eps, 2e-6)
@@ -104,17 +130,17 @@ def assert_no_worse_than_eager(
     if bool((excess > 0).any()):
         worst = int(excess.argmax())
         raise AssertionError(
-            f"{what}: row {worst} errs {float(ours[worst]):.3g}, eager {float(theirs[worst]):.3g}, allowed "
-            f"{float(allowed[worst]):.3g}"
+            f"{what}: the error of row {worst} is {float(ours[worst]):.3g}, eager's is "
+            f"{float(theirs[worst]):.3g}, allowed is {float(allowed[worst]):.3g}"
         )
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Bytes that a call of `function` needs at its peak, above what is allocated before it.
+    """Measure the peak memory of a call of `function` in bytes, above what was allocated before the call.
 
-    On a GPU read from PyTorch's allocator. Elsewhere the growth of the process, sampled every millisecond
-    from a second thread (needs psutil). What earlier calls left to the process would hide part of it, and is
-    given back first where the C library can (glibc).
+    On a GPU, PyTorch's allocator reports it. On other devices it is the growth of the process, sampled every
+    millisecond from a second thread (needs psutil). Free memory that the process still holds would hide a
+    part of the growth, so it is returned to the system first if the C library is glibc.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

@@ -1,7 +1,8 @@
-"""Values for `token_weights`, where the sampler is not the policy that is trained: in precision or in age.
+"""Token weights that correct for a sampler whose policy is not exactly the trained one.
 
-An inference engine's log-probabilities differ from the trainer's by its kernels, and by the steps taken
-since. The importance ratio between the two corrects the loss; bounding it bounds the variance.
+The log-probabilities of an inference engine differ from the trainer's, because it runs other kernels and
+often older weights. The importance ratio of the two corrects the loss. A bound on the ratio limits the
+variance.
 """
 
 from __future__ import annotations
@@ -26,28 +27,30 @@ def importance_weights(
     low: float | None = None,
     high: float | None = 2.0,
 ) -> Tensor:
-    """`exp(logps - sampler_logps)`, bounded: truncated or masked importance weights between trainer and
-    sampler.
+    """Compute bounded importance weights between trainer and sampler: `exp(logps - sampler_logps)`.
 
-    Truncation: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025);
-    masking: IcePop (2025). TRL's `vllm_importance_sampling_mode` is `f"{level}_{mode}"`.
+    Sources: Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025), for
+    `mode="truncate"`; IcePop (2025) for `mode="mask"`. TRL's `vllm_importance_sampling_mode` is
+    `f"{level}_{mode}"`.
 
     Args:
-        logps: `[B, T]`, nats: the trainer's log-probabilities of the policy that the sampler ran
+        logps: `[B, T]`, nats: the trainer's log-probabilities under the policy that the sampler ran
             (`old_logps`).
-        sampler_logps: `[B, T]`, nats: the sampler's. NaN where it gave none: that token counts as if they
-            agreed.
-        mask: `[B, T]`, bool, int or float; 0: not a completion token.
-        level: "token", or "sequence": the ratio of the whole sequence, the product of its tokens'.
-        mode: "truncate" holds the ratio to `[low, high]`, "mask" makes it 0 outside.
-        low, high: bounds on the ratio; None: none.
+        sampler_logps: `[B, T]`, nats: the sampler's log-probabilities. A token with NaN, for which the
+            sampler returned none, has a ratio of 1.
+        mask: `[B, T]`, bool, int or float. 0: not a completion token.
+        level: "token" for one ratio per token; "sequence" for the product of the ratios of a sequence.
+        mode: "truncate" clamps the ratio to `[low, high]`; "mask" sets it to 0 outside of this interval.
+        low: lower bound on the ratio; None: no bound.
+        high: upper bound on the ratio; None: no bound.
 
     Returns:
-        Detached `[B, T]`, or `[B, 1]` of sequences, in the dtype of `logps`: `token_weights` of a loss. 1 at
-        masked tokens.
+        `[B, T]`, or `[B, 1]` with `level="sequence"`, in the dtype of `logps` and without a gradient: the
+        `token_weights` of a loss. Masked tokens have a ratio of 1 before the bounds apply.
 
     Raises:
-        ValueError: shapes that differ, a bad level, mode or bound; TypeError: a bound that is not a number.
+        ValueError: the shapes differ, or `level`, `mode` or a bound has a wrong value.
+        TypeError: a bound is not a number.
     """
     check_choice("level", level, WEIGHT_LEVELS)
     check_choice("mode", mode, WEIGHT_MODES)
@@ -64,40 +67,47 @@ def importance_weights(
         ratio = ratio.clamp(floor, ceiling)
     else:
         ratio = torch.where((ratio < floor) | (ratio > ceiling), 0.0, ratio)
-    return ratio.to(logps.dtype)  # the sampler's may be wider
+    return ratio.to(logps.dtype)  # sampler_logps may have a wider dtype
 
 
 def off_policy_sequence_mask(
     advantages: Tensor, logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, threshold: float
 ) -> Tensor:
-    """0 where a sequence of negative advantage has drifted too far from its sampler, else 1 (DeepSeek-V3.2,
-    arXiv:2512.02556).
+    """Mask sequences with a negative advantage whose policy has drifted too far from the sampler.
+
+    Source: DeepSeek-V3.2, arXiv:2512.02556.
 
     Args:
         advantages: `[B]`, `[B, 1]` or `[B, T]`.
-        logps: `[B, T]`, nats: the current policy's.
-        sampler_logps: `[B, T]`, nats; NaN where the sampler gave none: no evidence of drift.
-        mask: `[B, T]`; 0: not a completion token.
-        threshold: on the mean of `sampler_logps - logps` over the sequence, in nats.
+        logps: `[B, T]`, nats: log-probabilities of the current policy.
+        sampler_logps: `[B, T]`, nats. A token with NaN, for which the sampler returned none, counts as one
+            without drift.
+        mask: `[B, T]`. 0: not a completion token.
+        threshold: the largest allowed mean of `sampler_logps - logps` over a sequence, in nats.
 
     Returns:
-        Detached `[B, 1]`, for advantages `[B, T]` `[B, T]`: a factor of `token_weights`.
+        0 for a sequence that is masked, else 1: a factor of `token_weights`, in the dtype of `logps` and
+        without a gradient. `[B, 1]`, or `[B, T]` if `advantages` are `[B, T]`.
 
     Raises:
-        ValueError: shapes that differ, a threshold that is not finite.
+        ValueError: the shapes differ, or `threshold` is not finite.
+        TypeError: `threshold` is not a number.
     """
     threshold = check_number("threshold", threshold, low=-math.inf, strict=True)
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(-1)
     if advantages.shape[0] != logps.shape[0] or advantages.shape[1] not in (1, logps.shape[1]):
-        raise ValueError(f"advantages must be [B], [B, 1] or [B, T], got {tuple(advantages.shape)}")
+        raise ValueError(
+            f"advantages must be [B], [B, 1] or [B, T] for logps {tuple(logps.shape)}, got "
+            f"{tuple(advantages.shape)}"
+        )
     drift = -_difference(logps, sampler_logps, mask).sum(-1, keepdim=True)
     drift = drift / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
     return ((advantages >= 0) | (drift <= threshold)).to(logps.dtype)
 
 
 def _difference(logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
-    """`logps - sampler_logps` of unmasked tokens that have both, else 0."""
+    """Return `logps - sampler_logps`, and 0 for masked tokens and tokens without a sampler's value."""
     if not logps.shape == sampler_logps.shape == mask.shape or logps.dim() != 2:
         shapes = ", ".join(str(tuple(x.shape)) for x in (logps, sampler_logps, mask))
         raise ValueError(f"logps, sampler_logps and mask must all be [B, T], got {shapes}")

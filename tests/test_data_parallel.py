@@ -59,10 +59,14 @@ def test_the_host_does_not_wait(aggregation: str) -> None:
 @pytest.mark.parametrize(
     "mask, options, message",
     [
-        ([], {}, "mask holds no micro-batch"),
+        ([], {}, "mask must hold at least one tensor, got 0"),
         (MASK[None], {}, r"mask must be \[B, T\] or packed \[N\], got shape \(1, 3, 3\)"),
         (MASK, {"aggregation": "mean"}, "aggregation must be one of 'token-mean', .* got 'mean'"),
-        (MASK[0], {"aggregation": "seq-mean-token-mean"}, "1 packed masks need as many seq_lens, got 0"),
+        (
+            MASK[0],
+            {"aggregation": "seq-mean-token-mean"},
+            "seq_lens must hold one tensor for each packed mask, got 0 for 1 masks",
+        ),
     ],
 )
 def test_refused(mask: Any, options: dict[str, Any], message: str) -> None:

@@ -84,38 +84,50 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED |= {  # which nothing imports but their users
     "integrations/__init__": set(),
     "integrations/versions": set(),
-    "integrations/trl_head": {
-        *("arguments", "autograd", "backend", "linear_losses", "logps", "integrations/versions"),
+    "integrations/trl/head": {"backend", "logps", "integrations/versions"},
+    "integrations/trl/forward_loss": {"arguments", "autograd", "linear_losses", "integrations/trl/head"},
+    "integrations/trl/model": {"integrations/trl/head", "integrations/trl/forward_loss"},
+    "integrations/trl/step": {"policy_loss", "integrations/trl/forward_loss"},
+    "integrations/trl/normalizer": {"spec"},
+    "integrations/trl/settings": {"names", "surrogates", "spec", "integrations/trl/normalizer"},
+    "integrations/trl/fallback": {"surrogates", "spec", "integrations/trl/head"},
+    "integrations/trl/comparison": {"integrations/trl/step"},
+    "integrations/trl/metrics": {"integrations/trl/step"},
+    "integrations/trl/trainer": {
+        *("spec", "backend", "autograd"),
+        *(f"integrations/trl/{name}" for name in ("head", "model", "step", "normalizer", "settings")),
+        *(f"integrations/trl/{name}" for name in ("fallback", "comparison", "metrics")),
     },
-    "integrations/trl_model": {"integrations/trl_head"},
-    "integrations/trl_step": {"policy_loss", "integrations/trl_head"},
-    "integrations/trl": {
-        *("names", "surrogates", "spec", "backend", "autograd"),
-        *("integrations/trl_head", "integrations/trl_model", "integrations/trl_step"),
+    "integrations/trl/__init__": {"integrations/trl/head", "integrations/trl/trainer"},
+    "integrations/verl/engine": set(),
+    "integrations/verl/heads": {"backend", "integrations/verl/engine"},
+    "integrations/verl/logps": {
+        *("distributed", "logps", "integrations/verl/engine", "integrations/verl/heads"),
     },
-    "integrations/verl_engine": set(),
-    "integrations/verl_heads": {"backend", "integrations/verl_engine"},
-    "integrations/verl_logps": {
-        *("distributed", "logps", "integrations/verl_engine", "integrations/verl_heads"),
-    },
-    "integrations/verl": {
+    "integrations/verl/presets": {"names", "surrogates", "spec"},
+    "integrations/verl/reference": {"surrogates", "spec", "backend"},
+    "integrations/verl/losses": {
         *("checks", "names", "surrogates", "spec", "arguments", "backend", "policy_loss"),
-        *("integrations/versions", "integrations/verl_logps"),
+        *("integrations/verl/presets", "integrations/verl/reference"),
+    },
+    "integrations/verl/__init__": {
+        *("names", "backend", "integrations/versions"),
+        *(f"integrations/verl/{name}" for name in ("logps", "losses", "presets", "reference")),
     },
 }
 TRAINERS = {
-    "integrations/trl": {"trl"},
-    "integrations/trl_head": {"trl"},
-    "integrations/verl": {"verl"},
-    "integrations/verl_engine": {"verl"},
-    "integrations/verl_heads": {"verl"},
-    "integrations/verl_logps": {"verl"},
+    "integrations/trl/head": {"trl"},
+    "integrations/verl/__init__": {"verl"},
+    "integrations/verl/engine": {"verl"},
+    "integrations/verl/heads": {"verl"},
+    "integrations/verl/logps": {"verl"},
+    "integrations/verl/losses": {"verl"},
 }
 # Where a few need more than torch, and what a trainer brings.
 INSIDE_FUNCTIONS = {
     "testing": {"psutil"},
     "integrations/versions": {"packaging"},
-    "integrations/trl_head": {"transformers", "packaging"},
+    "integrations/trl/head": {"transformers"},
 }
 
 

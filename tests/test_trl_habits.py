@@ -28,8 +28,8 @@ import transformers  # noqa: E402
 
 from grpo_kernels import KL as KLTerm  # noqa: E402
 from grpo_kernels import LossSpec  # noqa: E402
-from grpo_kernels.integrations import trl_head  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps  # noqa: E402
+from grpo_kernels.integrations.trl import head as trl_head  # noqa: E402
 from grpo_kernels.surrogates import DRO  # noqa: E402
 
 pytestmark = [

@@ -39,9 +39,10 @@ from distributed import trl_trainer  # noqa: E402
 from distributed.launch import run_workers, session_folder  # noqa: E402
 from trl.trainer import utils  # noqa: E402
 
-from grpo_kernels.integrations import trl as fused_trl  # noqa: E402
-from grpo_kernels.integrations import trl_head  # noqa: E402
-from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, forward_loss, fuse_trl_logps  # noqa: E402
+from grpo_kernels.integrations.trl import head as trl_head  # noqa: E402
+from grpo_kernels.integrations.trl import settings as trl_settings  # noqa: E402
+from grpo_kernels.integrations.trl import trainer as fused_trl  # noqa: E402
 from grpo_kernels.logps import linear_token_statistics  # noqa: E402
 
 pytestmark = [
@@ -606,7 +607,7 @@ def test_loss_options(
         scored.append(kwargs)
         return linear_token_statistics(*args, **kwargs)
 
-    monkeypatch.setattr(trl_head, "linear_grpo_loss", spy)
+    monkeypatch.setattr(forward_loss, "linear_grpo_loss", spy)
     monkeypatch.setattr(trl_head, "linear_token_statistics", spy_of_logps)
     wanted = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
@@ -670,9 +671,9 @@ def constant_added(logps: Tensor, old: Tensor | None, ref: None, advantages: Ten
 
 
 MISTAKES = {
-    "scale": {"_normalizer": lambda self, spec, inputs: inputs["num_items_in_batch"] * 3.0},
-    "gradient": {"_surrogate": lambda self: gradient_lost},
-    "value": {"_surrogate": lambda self: constant_added},
+    "scale": {"trl_normalizer": lambda trainer, spec, inputs: inputs["num_items_in_batch"] * 3.0},
+    "gradient": {"surrogate_of_settings": lambda trainer: gradient_lost},
+    "value": {"surrogate_of_settings": lambda trainer: constant_added},
 }
 
 
@@ -688,7 +689,7 @@ def test_another_loss_is_handed_over(
     config = {"loss_type": "dapo", "epsilon": 100.0}
     wanted = grpo(trl.GRPOTrainer, folders("llama"), tmp_path, **config)
     for name, wrong in MISTAKES[mistake].items():
-        monkeypatch.setattr(FusedGRPOTrainer, name, wrong)
+        monkeypatch.setattr(trl_settings, name, wrong)
     got = grpo(FusedGRPOTrainer, folders("llama"), tmp_path, **config)
     (warning,) = messages(caplog, logging.WARNING)
     assert "our loss is" in warning and "TRL's" in warning
@@ -718,7 +719,7 @@ def test_every_rank_hands_over(
     monkeypatch.setattr(type(trainer.accelerator), "gather", gather)
     trainer._compute_loss(trainer.model, batch())
     assert len(messages(caplog, logging.WARNING)) == 1
-    monkeypatch.setattr(trl_head, "linear_grpo_loss", None)
+    monkeypatch.setattr(forward_loss, "linear_grpo_loss", None)
     trainer._compute_loss(trainer.model, batch())
 
 
@@ -983,7 +984,9 @@ def test_sharded_head_and_own_spec(
     sharded: list[bool], folders: Callable[[str], str], tmp_path: Path
 ) -> None:
     """TRL's loss would be another than was asked for."""
-    with pytest.raises(ValueError, match="a loss of one's own has to be made in the forward"):
+    with pytest.raises(
+        ValueError, match=r"the forward has to compute the gradient of your own loss_spec\(\)"
+    ):
         new_trainer(GSPOTrainer, folders("llama"), tmp_path)
 
 
@@ -1024,9 +1027,9 @@ def test_sharded_head_of_other_trainers(
 
 @pytest.fixture
 def import_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
-    name = "grpo_kernels.integrations.trl_head"
+    name = "grpo_kernels.integrations.trl.head"
     monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(grpo_kernels.integrations, "trl_head", trl_head)  # to be put back
+    monkeypatch.setattr(grpo_kernels.integrations.trl, "head", trl_head)  # to be put back
     yield lambda: importlib.import_module(name)
 
 

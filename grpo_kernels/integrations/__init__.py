@@ -1,1 +1,1 @@
-"""Adapters to trainers; each imports its trainer only when it is imported itself."""
+"""Adapters to trainers. Each one imports its trainer only when it is imported itself."""

@@ -1,4 +1,4 @@
-"""Which versions of a trainer an integration takes: the one that it is tested with, and later ones."""
+"""Checks the version of a trainer. An integration takes the version it is tested with, and later ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import warnings
 
 
 def require(package: str, name: str, tested: str) -> str:
-    """The installed version of a trainer.
+    """Return the installed version of a trainer. Warn if it is newer than the tested one.
 
-    Raises ImportError where there is none, or an older one than `tested`; warns of a newer one. Digits that
-    `tested` does not have are not compared.
+    Args:
+        package: the package that is imported, and the name of our module.
+        name: the trainer's name in messages.
+        tested: the version that the integration is tested with. "1.16" covers all versions 1.16.x.
+
+    Raises:
+        ImportError: the trainer is not installed, or older than `tested`.
     """
     integration = f"grpo_kernels.integrations.{package}"
     try:
@@ -20,7 +25,7 @@ def require(package: str, name: str, tested: str) -> str:
             f"{integration} needs {name} {tested} or later (pip install '{package}>={tested}'), and "
             f"importing {package} failed: {error}"
         ) from error
-    from packaging.version import Version  # which the trainers bring
+    from packaging.version import Version  # a dependency of the trainers
 
     least = Version(tested)
     if Version(installed) < least:

@@ -158,7 +158,7 @@ def stop(*args: Any) -> None:
 
 
 def verl_heads() -> Any:
-    return sys.modules["grpo_kernels.integrations.verl_heads"]
+    return sys.modules["grpo_kernels.integrations.verl.heads"]
 
 
 # Models whose logits cannot be computed from a config.
@@ -299,7 +299,7 @@ def batch_of(ids: Tensor, **options: Any) -> Any:
 )
 def test_entropy_on_demand(backend: str, packed: bool, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's `calculate_entropy` decides what `linear_logps` computes; other callers get both."""
-    module = sys.modules["grpo_kernels.integrations.verl_logps"]
+    module = sys.modules["grpo_kernels.integrations.verl.logps"]
     asked, linear_logps = [], module.linear_logps
 
     def spy(*args: Any, return_entropy: bool, **options: Any) -> Any:

@@ -71,7 +71,7 @@ GLOBAL = {"dp_size": 4, "batch_num_tokens": 1000, "global_batch_size": 64, "loss
 
 def verl_logps() -> ModuleType:
     """The half of it that holds the log-probabilities."""
-    return sys.modules[f"{MODULE}_logps"]
+    return sys.modules[f"{MODULE}.logps"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -820,7 +820,7 @@ def test_newer_verl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verl_with_other_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (f"{MODULE}_logps", f"{MODULE}_heads"):
+    for name in (f"{MODULE}.logps", f"{MODULE}.heads"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(monkey_patch, "patch_forward_with_backends")
     with pytest.raises(ImportError, match=r"other fused kernels than verl 0\.9\.1.*patch_forward"):

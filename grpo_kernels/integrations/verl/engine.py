@@ -1,4 +1,4 @@
-"""The running call of verl's engine. verl's fused forwards are not told what the engine needs from them."""
+"""Records the running call of verl's engine, because verl does not tell its fused forwards what it needs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from verl.utils import tensordict_utils
 
 
 class EngineCall(NamedTuple):
-    """One batch of a verl engine."""
+    """One batch of a verl engine.
 
-    entropy: bool  # whether the engine reads the entropies that its model returns
-    config: Any  # the model's config in transformers; None if the engine has none
+    Attributes:
+        entropy: whether the engine reads the entropies that its model returns.
+        config: the model's config in transformers; None if the engine has none.
+    """
+
+    entropy: bool
+    config: Any
 
 
 current_call: ContextVar[EngineCall | None] = ContextVar("current_call", default=None)
@@ -24,7 +29,8 @@ current_call: ContextVar[EngineCall | None] = ContextVar("current_call", default
 def find_engines() -> None:
     """Record the calls of verl's engines in `current_call`, if verl has imported its engines.
 
-    This function does not import them, because that imports Megatron, also in processes without an engine.
+    This function does not import them, because that also imports Megatron, even in processes without an
+    engine.
     """
     base = sys.modules.get("verl.workers.engine.base")
     if base is not None:
@@ -33,11 +39,14 @@ def find_engines() -> None:
 
 @functools.cache  # once per class
 def record_calls(engine: Any) -> None:
+    """Wrap the methods of verl's base engine that process a batch."""
     for name in ("train_batch", "infer_batch"):  # every engine inherits both
         setattr(engine, name, with_call(getattr(engine, name)))
 
 
 def with_call(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of an engine, so that `current_call` describes its batch while it runs."""
+
     @functools.wraps(method)
     def run(self: Any, data: Any, *args: Any, **options: Any) -> Any:
         entropy = tensordict_utils.get_non_tensor_data(data=data, key="calculate_entropy", default=False)

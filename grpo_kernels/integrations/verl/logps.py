@@ -1,4 +1,4 @@
-"""`linear_logps` in the place of verl's fused kernels."""
+"""Replaces verl's fused kernels by `linear_logps`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from verl.models.transformers import monkey_patch
 from verl.utils.experimental import torch_functional
 from verl.utils.kernel import linear_cross_entropy as cross_entropy_module
 
-from ..logps import linear_logps
-from ..vocab.shard import VocabShard
-from .verl_engine import current_call, find_engines
-from .verl_heads import FIX, LogitRule, current_head, patch_forward_with_backends
+from ...logps import linear_logps
+from ...vocab.shard import VocabShard
+from .engine import current_call, find_engines
+from .heads import FIX, LogitRule, current_head, patch_forward_with_backends
 
 IGNORED_LABEL = -100
 
 
 def fuse_verl_logps() -> None:
-    """Puts `linear_logps` in the place of verl's own fused kernels: its backends "torch" and "triton".
+    """Replace verl's own fused kernels, its backends "torch" and "triton", by `linear_logps`.
 
-    They run where `actor_rollout_ref.model.use_fused_kernels=True`. The backend "liger" stays Liger's. Models
-    that verl patches after this call also get the bias, scale and softcap of their logits.
+    verl calls them if `actor_rollout_ref.model.use_fused_kernels=True`. The backend "liger" stays Liger's.
+    Models that verl patches after this call also get the bias, scale and softcap of their logits.
     """
     replace_in_verl(monkey_patch, "patch_forward_with_backends", patch_forward_with_backends)
     replace_in_verl(torch_functional, "FusedLinearForPPOFunction", FusedLinearForPPOFunction)
@@ -32,7 +32,7 @@ def fuse_verl_logps() -> None:
 
 
 class FusedLinearForPPOFunction:
-    """In the place of verl's autograd function of this name, which its class `FusedLinearForPPO` applies."""
+    """Replaces verl's autograd function of this name, which its class `FusedLinearForPPO` applies."""
 
     @staticmethod
     def apply(
@@ -40,24 +40,27 @@ class FusedLinearForPPOFunction:
         vocab_weights: Tensor,  # [V, H]
         input_ids: Tensor,  # [B, T] or [N]
         temperature: float | Tensor = 1.0,
-        chunk_size: int = 512,  # of verl's implementation
+        chunk_size: int = 512,  # an option of verl's own implementation, ignored
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities in fp32, entropies in the dtype of the hidden states; shaped as `input_ids`."""
+        """Return fp32 log-probabilities, and entropies in the dtype of `hidden_states`.
+
+        Both have the shape of `input_ids`.
+        """
         logps, entropy = logps_and_entropy(hidden_states, vocab_weights, input_ids, temperature)
         return logps, None if entropy is None else entropy.to(hidden_states.dtype)
 
 
 def linear_cross_entropy(
     hidden: Tensor,  # [..., H]
-    weight: Tensor,  # [V, H], with a group this rank's rows of it
+    weight: Tensor,  # [V, H], or this rank's rows of it
     labels: Tensor,  # [...]
     temperature: float | Tensor = 1.0,
     reduction: str = "none",
     dist_process_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """In the place of verl's function of this name: log-probabilities and entropies `[N]`, both fp32."""
+    """Compute log-probabilities and entropies, both `[N]` fp32. Replaces verl's function of this name."""
     if reduction.lower() != "none":
-        raise ValueError(f"reduction must be 'none', the only one that verl uses, got {reduction!r}")
+        raise ValueError(f"reduction must be 'none', the only value that verl uses, got {reduction!r}")
     if dist_process_group is not None:
         check_megatron_logits()
     shard = None
@@ -70,10 +73,11 @@ def linear_cross_entropy(
 
 
 def is_summed_over_ranks(hidden: Tensor) -> bool:
-    """Whether the backward of what made `hidden` sums its gradient over the tensor-parallel ranks.
+    """Return whether the backward sums the gradient of `hidden` over the tensor-parallel ranks.
 
-    Megatron's sequence parallelism gathers the hidden states before the head and reduce-scatters their
-    gradient, of which it expects each rank's part; without it, the whole on every rank.
+    Megatron's sequence parallelism gathers the hidden states before the head. Its backward reduce-scatters
+    their gradient and expects each rank's part of the sum. Without sequence parallelism, Megatron expects the
+    whole gradient on every rank.
     """
     mappings: Any = sys.modules.get("megatron.core.tensor_parallel.mappings")
     if mappings is None:
@@ -104,28 +108,28 @@ def logps_and_entropy(
         return_entropy=call is None or call.entropy,
         shard=shard,
     )
-    # As the outputs of a model they must not be views: FSDP2's hook on one would not survive an in-place
-    # operation.
+    # A model returns these tensors. They must not be views, because an in-place operation on a view would
+    # remove FSDP2's hook from it.
     if isinstance(found, tuple):
         return found[0].clone(), found[1].clone()
     return found.clone(), None
 
 
 def check_megatron_logits() -> None:
-    """Raise ValueError for a scale or a softcap, which verl's fused forward for Megatron does not apply."""
+    """Raise ValueError for a config with a scale or softcap, which verl's forward for Megatron ignores."""
     call = current_call.get()
     if call is None:
-        # Only this call shows that Megatron's engine exists. Its next batch is checked.
+        # The engine's calls are not recorded yet. Its next batch is checked.
         find_engines()
     elif call.config is not None and (rule := LogitRule.of(call.config)) != LogitRule():
         raise ValueError(
             f"verl's fused kernels would be wrong for {call.config.model_type} under Megatron: the config "
-            f"names {rule} after the head's product, and verl's fused forward does not apply it. {FIX}"
+            f"describes {rule} after the head, and verl's fused forward does not apply it. {FIX}"
         )
 
 
 def replace_in_verl(home: ModuleType, name: str, ours: Any) -> None:
-    """Replaces `home.name`, there and wherever verl has imported it by name already."""
+    """Replace `home.name`, also in all modules of verl that have imported it by name."""
     theirs = getattr(home, name)
     for key, module in list(sys.modules.items()):
         if key.startswith("verl.") and vars(module).get(name) is theirs:

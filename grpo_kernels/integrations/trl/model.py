@@ -1,4 +1,4 @@
-"""Changes to the forward and the head of a model in `FusedGRPOTrainer`, and what of a head is not run."""
+"""Changes the forward and the head of a model for `FusedGRPOTrainer`, and checks what the head computes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .trl_head import ForwardLoss, FusedCausalLMOutput, head_function
+from .forward_loss import ForwardLoss
+from .head import FusedCausalLMOutput, head_function
 
 # Attributes under which wrappers of FSDP1, activation checkpointing and torch.compile hold a module.
 WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def base_model(model: Any) -> Any:
-    """The model inside a PEFT wrapper, or else `model` itself. TRL adds its fused head to it."""
+    """Return the model that has TRL's fused head: the one inside a PEFT wrapper, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -32,17 +33,17 @@ def unbound(forward: Any, model: Any) -> Callable[..., Any]:
 
 
 def add_fused_loss(model: Any) -> None:
-    """Let a model that has TRL's fused head accept `fused_loss=`, a `ForwardLoss`, in its forward.
+    """Let the forward of a model with TRL's fused head accept `fused_loss=`, a `ForwardLoss`.
 
     The forward computes the loss and returns it, so that the hooks of DDP, FSDP and DeepSpeed see it as they
-    see TRL's log-probabilities. The output also has these, `[B, T]`, as constants.
+    see TRL's log-probabilities. The output also holds the log-probabilities, `[B, T]`, without a gradient.
 
-    The new forward is a method that holds no model, so a deep copy computes with its own parameters. A
-    pickled model loads with the forward of its class, as it does with TRL's forward.
+    The new forward is a method and holds no model, so a deep copy computes with its own parameters. A pickled
+    model loads with the forward of its class, as it does with TRL's forward.
     """
     model = base_model(model)
     fused = unbound(model.forward, model)
-    # TRL's forward calls the earlier one, which is bound to this model. A copy's forward would call it, too.
+    # TRL's forward calls the earlier forward, which is bound to this model even in a copy of the model.
     original = inspect.getclosurevars(fused).nonlocals.get("original_forward")
     plain = fused if original is None else unbound(original, model)
 
@@ -75,15 +76,18 @@ def linear_in_fp32(self: Any, hidden: Tensor) -> Tensor:
 
 
 def cast_own_head(model: Any) -> None:
-    """Replace TRL's fp32 forward, a closure over one head, by a method, so that copies use their own head."""
+    """Replace TRL's fp32 forward of the head by a method.
+
+    TRL's forward is a closure over one head, so a copy of the model would use the head of the original.
+    """
     head = base_model(model).get_output_embeddings()
     head.forward = types.MethodType(linear_in_fp32, head)
 
 
 def ignored_forward(model: Any) -> str | None:
-    """Name what the head of `model` computes in addition to its linear layer, None if nothing.
+    """Name what the head of `model` computes in addition to its linear layer; None if nothing.
 
-    TRL's fused head reads the weight and the bias, and does not call the head.
+    TRL's fused head reads the weight and the bias and does not call the head, so this is not run.
     """
     head = base_model(model).get_output_embeddings()
     saved = getattr(head, "modules_to_save", None)  # PEFT's wrapper calls one of these copies
@@ -95,7 +99,7 @@ def ignored_forward(model: Any) -> str | None:
 
 
 def extra_computation(head: Any) -> str | None:
-    """`ignored_forward` of one module, which may be wrapped."""
+    """Name what the module `head` computes in addition to its linear layer; None if nothing."""
     for name in WRAPPED:
         head = getattr(head, name, head)
     forward = vars(head).get("forward")

@@ -1,4 +1,4 @@
-"""One micro-batch of `FusedGRPOTrainer`."""
+"""One micro-batch of `FusedGRPOTrainer`: the calls of the model, and what they computed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policy_loss import policy_loss
-from .trl_head import ForwardLoss
+from ...policy_loss import policy_loss
+from .forward_loss import ForwardLoss
 
 
 class Step(ForwardLoss):
-    """The arguments of the loss of one micro-batch, and the outputs of the model for it."""
+    """The loss of one micro-batch, and the outputs of the model for it.
 
-    loss: Tensor  # from the wrapped model
+    Attributes:
+        model: the model that the trainer passed, which may be wrapped.
+        with_gradients: whether gradients were enabled at the start.
+        scored: how often the trainer requested log-probabilities.
+        loss: 0-dim, as the wrapped model returned it.
+        aux_loss: 0-dim loss of the routers; None without one.
+        logps: `[B, T]`, a leaf from which TRL computes its loss.
+        entropy: `[B, T]`, another leaf.
+    """
+
+    loss: Tensor
     aux_loss: Tensor | None
-    logps: Tensor  # [B, T], a leaf from which TRL computes its loss
-    entropy: Tensor  # [B, T], a leaf, too
+    logps: Tensor
+    entropy: Tensor
 
     def start(self, model: Any) -> None:
         """Begin a micro-batch with `model`."""
         self.model = model
         self.with_gradients = torch.is_grad_enabled()
-        self.scored = 0  # how often the trainer asked for log-probabilities
+        self.scored = 0
 
     def concerns(self, model: Any) -> bool:
-        """Whether a pass of `model` is part of the loss. A pass of the reference is not."""
+        """Return whether a call of `model` is part of the loss. A call of the reference is not."""
         return model is self.model and torch.is_grad_enabled() == self.with_gradients
 
     def call(self, *args: Any, **inputs: Any) -> Any:
-        """Call the model. If it has computed the loss, its outputs contain `logps` and `entropy`."""
+        """Call the model. If it computes the loss, its outputs contain the leaves `logps` and `entropy`."""
         if not self.concerns(self.model):
             return self.model(*args, **inputs)
         before = self.computed
@@ -47,7 +57,7 @@ class Step(ForwardLoss):
         return self.scored == self.calls == self.computed == 1
 
     def why_not(self) -> str | None:
-        """Say what was wrong with the calls of the model, None if nothing. Syncs with the device."""
+        """Return what was wrong with the calls of the model, None if nothing. Syncs with the device."""
         if not self.calls:
             return "the model was not called with the loss"
         if max(self.scored, self.calls) > 1:
@@ -59,28 +69,28 @@ class Step(ForwardLoss):
         return None
 
     def loss_of_logps(self) -> Tensor:
-        """Our loss as a differentiable function of `logps` and `entropy`."""
+        """Compute our loss as a differentiable function of `logps` and `entropy`."""
         options = {"backend": self.options.get("backend", "auto"), "entropy": self.entropy, **self.arguments}
         return policy_loss(self.logps, self.advantages, **options).loss
 
     def gradient(self, loss: Tensor) -> Tensor:
         """Return the gradient of `loss` with respect to `logps` and `entropy`, `[2, B, T]`."""
         leaves = (self.logps, self.entropy)
-        # A term of the user's own may share a part of the graph. Its backward has to reach `refuse_gradient`.
+        # A term that the user adds may share a part of the graph. Its backward must reach `refuse_gradient`.
         return torch.stack(
             torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
         )
 
 
 def leaf(x: Tensor) -> Tensor:
-    """`x` without its graph. `torch.autograd.grad` by it works, a backward that reaches it raises."""
+    """Return `x` without its graph. `torch.autograd.grad` works for it; a backward that reaches it raises."""
     x = x.detach().requires_grad_()
     x.register_post_accumulate_grad_hook(refuse_gradient)
     return x
 
 
 def refuse_gradient(_: Tensor) -> None:
-    """The model's graph ends in our loss, so this gradient would not reach any parameter."""
+    """Raise RuntimeError, because this gradient would not reach a parameter: `leaf` cut its graph."""
     raise RuntimeError(
         "a term of the loss depends on the log-probabilities or entropies that FusedGRPOTrainer returned for "
         "its own loss. Its gradient does not reach the model. Compute the term from another call of "
@@ -90,7 +100,7 @@ def refuse_gradient(_: Tensor) -> None:
 
 
 class CallWithLoss:
-    """A model whose call computes the loss of a step."""
+    """Stands for the model of a step in TRL's code. Its call computes the loss."""
 
     def __init__(self, step: Step) -> None:
         self.step = step

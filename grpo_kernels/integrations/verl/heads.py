@@ -1,7 +1,7 @@
 """Bias, scale and softcap of a model's logits, which verl's fused forwards leave out.
 
-These pass on only the hidden states and the head's weight. The rest is read here from the model whose forward
-is running.
+verl's fused forwards pass on only the hidden states and the head's weight. This module reads the rest from
+the model whose forward is running.
 """
 
 from __future__ import annotations
@@ -17,27 +17,32 @@ from torch import Tensor
 from verl.models.transformers.monkey_patch import patch_forward_with_backends as verl_patch
 from verl.utils.experimental import torch_functional
 
-from ..log import warn_once
-from .verl_engine import find_engines
+from ...log import warn_once
+from .engine import find_engines
 
 FIX = "Set actor_rollout_ref.model.use_fused_kernels=False."
-# The logits are multiplied by the first of these that the model's config has: Cohere, Muse, Falcon-H1.
+# The model multiplies its logits by the first of these that its config has (Cohere, Muse, Falcon-H1).
 MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# Gemma, RecurrentGemma.
+# The names of the softcap (Gemma, RecurrentGemma).
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-# Logits that differ by less are equal: a model may round them to bf16 more than once.
+# Logits that differ by less count as equal, because a model may round them to bf16 more than once.
 TOLERANCE = 2**-6
 
 
 class LogitRule(NamedTuple):
-    """`z -> softcap * tanh(z * scale / softcap)` for the products `z`, bias included."""
+    """Computes logits from the output `z` of a linear head: `softcap * tanh(z * scale / softcap)`.
+
+    Attributes:
+        scale: the factor.
+        softcap: the bound of the logits; None for `z * scale`.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitRule:
-        """The rule that a transformers config names, under the names that its models use."""
+        """Return the rule that a config of transformers describes. Its models use several names."""
         config = config.get_text_config()
 
         def first(names: tuple[str, ...]) -> Any:
@@ -46,7 +51,7 @@ class LogitRule(NamedTuple):
         scale = first(MULTIPLIERS)
         divisor = getattr(config, "logits_scaling", None)
         if scale is None and divisor is not None:
-            # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies by it.
+            # Granite and MiniCPM3 divide by this, HyperCLOVA X multiplies by it.
             scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
         if scale is None and getattr(config, "dim_model_base", None) is not None:
             # MiniCPM multiplies its hidden states by this before the head.
@@ -65,14 +70,19 @@ class LogitRule(NamedTuple):
 
 
 class LogitHead(NamedTuple):
-    """The arguments of `linear_logps` that describe a head, except for its weight."""
+    """The arguments of `linear_logps` that describe a head, except for its weight.
 
-    bias: Tensor | None = None  # [V]
+    Attributes:
+        bias: `[V]`; None without one.
+        rule: what the model does with the output of its head.
+    """
+
+    bias: Tensor | None = None
     rule: LogitRule = LogitRule()
 
     @classmethod
     def of(cls, model: Any) -> LogitHead:
-        """The head of a causal language model. Raises ValueError if it is more than a linear layer."""
+        """Return the head of a causal language model. Raise ValueError if it is more than a linear layer."""
         head = model.lm_head
         # Attributes under which FSDP, and PEFT's `modules_to_save`, hold the layer that they wrap.
         for name in ("_fsdp_wrapped_module", "original_module"):
@@ -80,18 +90,18 @@ class LogitHead(NamedTuple):
         if type(head).forward is not torch.nn.Linear.forward:
             raise ValueError(
                 f"the lm_head of {type(model).__name__} is of {type(head)}, whose forward is not that of a "
-                f"linear layer (LoRA on the head, for example), and verl's fused forward hands over its "
-                f"weight only. {FIX}"
+                f"linear layer (LoRA on the head, for example), and verl's fused forward passes on only its "
+                f"weight. {FIX}"
             )
         return cls(getattr(model.lm_head, "bias", None), LogitRule.of(model.config))
 
 
-# The model whose forward, patched by verl, is running.
+# The model whose fused forward is running.
 current_model: ContextVar[Any] = ContextVar("current_model", default=None)
 
 
 def current_head() -> LogitHead:
-    """The head of the model whose forward is running, or a plain one outside of verl's forwards."""
+    """Return the head of the model whose fused forward is running; outside of one, a head without bias."""
     model = current_model.get()
     return LogitHead() if model is None else LogitHead.of(model)
 
@@ -105,8 +115,8 @@ def patch_forward_with_backends(
     """Call verl's function of this name, and let the fused forward set `current_model`.
 
     Raises:
-        ValueError: the model's own forward computes other logits than its config says, or the backend is
-            Liger's and the logits are not `hidden @ weight.T`.
+        ValueError: the model's own forward computes other logits than its config describes, or the backend
+            is "liger" and the logits are not `hidden @ weight.T`.
     """
     find_engines()  # an engine builds this model
     stock = getattr(type(model).forward, "stock", type(model).forward)
@@ -148,26 +158,26 @@ def check_logits(model: Any, stock: Callable[..., Any], backend: str) -> None:
     try:
         z, logits = probe(model, stock)
     except Exception as error:
-        # A forward from outside of transformers may need anything. Then only the config is known.
+        # A forward from outside of transformers may need other inputs. The config is all that is known then.
         warn_once(
             f"could not check the logits of {name} ({type(error).__name__}: {error}). verl's fused kernels "
-            f"compute lm_head(hidden) with {rule} after it, as the config names"
+            f"compute lm_head(hidden) with {rule} after it, as the config describes"
         )
         return
     expected = rule(z)
     if logits.shape != z.shape or not torch.allclose(logits, expected, rtol=TOLERANCE, atol=TOLERANCE):
         raise ValueError(
-            f"verl's fused kernels would be wrong for {name}: its config names {rule} after lm_head(hidden), "
-            f"and its own forward does something else. {FIX}"
+            f"verl's fused kernels would be wrong for {name}: its config describes {rule} after "
+            f"lm_head(hidden), and its own forward does something else. {FIX}"
         )
 
 
 @torch.no_grad()
 def probe(model: Any, stock: Callable[..., Any]) -> tuple[Tensor, Tensor]:
-    """Return made-up products of a head, and the model's own logits for them; `[V]` fp32, on the CPU.
+    """Return artificial outputs of a head, and the model's own logits for them; `[V]` fp32, on the CPU.
 
-    The forward runs on a copy of the model whose only modules are a backbone that returns the products and a
-    head that passes them on. No weight is read, so weights may be on the meta device.
+    The forward runs on a copy of the model. The backbone of this copy returns the artificial outputs, and its
+    head passes them on. No weight is read, so weights may be on the meta device.
     """
     z = (torch.arange(model.lm_head.weight.shape[0], device="cpu") % 257 - 128).float()  # exact in bf16
     hidden = z.clone()[None, None]
@@ -182,7 +192,7 @@ def probe(model: Any, stock: Callable[..., Any]) -> tuple[Tensor, Tensor]:
 
 
 class Stub:
-    """An object with the attributes of a module, and another function in place of its forward."""
+    """Has the attributes of a module, and calls another function in place of its forward."""
 
     def __init__(self, module: Any, function: Callable[..., Any]) -> None:
         self.module = module
@@ -199,7 +209,7 @@ class Stub:
 
 
 class BackboneOutput(tuple[Tensor, ...]):
-    """Hidden states, as an output of transformers. Its other fields read as None."""
+    """Holds hidden states as an output of transformers does. All other fields are None."""
 
     def __getattr__(self, name: str) -> Any:
         return self[0] if name == "last_hidden_state" else None
