@@ -44,7 +44,7 @@ def check_head(
 ) -> Head:
     """Return hidden states, weight and bias as a Head, or raise an error.
 
-    `hidden` is `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`. `prefix` starts the arguments' names.
+    `hidden` is `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`. `prefix` starts all names.
     """
     plain = gathered if shard is None else local_part
     names = [prefix + name for name in ("hidden", "lm_head_weight", "lm_head_bias")]
