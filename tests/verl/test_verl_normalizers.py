@@ -10,7 +10,9 @@ from grpo_kernels import LossSpec
 from grpo_kernels.normalizers import global_normalizer
 from grpo_kernels.policy_loss import policy_loss
 
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+pytest.importorskip("verl.trainer.ppo.core_algos")
+
+from verl.trainer.ppo import core_algos
 
 RANKS, MAX_TOKENS = 4, 11
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum")

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures are imported
 """What users do with a trainer: losses and heads of their own, several GPUs in one process, logging."""
 
 from __future__ import annotations
@@ -11,33 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl_trainers import (
+from torch import Tensor, nn
+from trl_runs import (
     KL,
+    TRAINER_MARKS,
+    Folders,
     batch,
-    folders,  # noqa: F401
     lora,
     messages,
     new_trainer,
-    one_message_per_test,  # noqa: F401
 )
-from torch import Tensor, nn
 
-trl = pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("trl", minversion="1.16")
 
-import transformers  # noqa: E402
+import transformers
+import trl
 
-from grpo_kernels import KL as KLTerm  # noqa: E402
-from grpo_kernels import LossSpec  # noqa: E402
-from grpo_kernels.integrations import trl_head  # noqa: E402
-from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps  # noqa: E402
-from grpo_kernels.surrogates import DRO  # noqa: E402
+from grpo_kernels import KL as KLTerm
+from grpo_kernels import LossSpec
+from grpo_kernels.integrations import trl_head
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps
+from grpo_kernels.surrogates import DRO
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
-]
-
-Folders = Callable[[str], str]
+pytestmark = TRAINER_MARKS
 
 
 def test_data_parallel(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

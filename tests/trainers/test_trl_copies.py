@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures are imported
 """Copies of a trainer's model compute with their own parameters, and train them."""
 
 from __future__ import annotations
@@ -7,36 +6,30 @@ import copy
 import functools
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trl_trainers import (
+from torch import Tensor
+from trl_runs import (
+    TRAINER_MARKS,
+    Folders,
     T,
     assert_same_gradients,
     batch,
-    folders,  # noqa: F401
     lora,
     loss_and_gradients,
     new_trainer,
-    one_message_per_test,  # noqa: F401
 )
-from torch import Tensor
 
-trl = pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("trl", minversion="1.16")
 
-import transformers  # noqa: E402
+import transformers
 
-from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
-]
-
-Folders = Callable[[str], str]
+pytestmark = TRAINER_MARKS
 
 
 def sequences(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,11 +22,13 @@ from grpo_kernels import backend as backends
 pytest.importorskip("verl.trainer.ppo.core_algos")
 
 import transformers as hf
-from test_verl_integration import VERLS_PATCH, integration, jagged  # noqa: F401
 from verl.models.transformers import monkey_patch
 from verl.utils import tensordict_utils
 from verl.utils.experimental import torch_functional
 from verl.utils.kernel import linear_cross_entropy as cross_entropy_module
+from verl_imported import VERLS_PATCH, jagged
+
+pytestmark = pytest.mark.usefixtures("integration")
 
 V, T, TEMPERATURE = 83, 21, 0.8
 SIZES = {

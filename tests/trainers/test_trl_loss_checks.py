@@ -1,0 +1,138 @@
+"""FusedGRPOTrainer compares its loss with TRL's, and hands over to TRL if they differ."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from trl_runs import (
+    TRAINER_MARKS,
+    B,
+    Folders,
+    T,
+    V,
+    assert_close,
+    assert_same_gradients,
+    assert_same_runs,
+    batch,
+    grpo,
+    loss_and_gradients,
+    messages,
+    new_trainer,
+)
+
+pytest.importorskip("trl", minversion="1.16")
+
+import trl
+
+from grpo_kernels.integrations import trl as fused_trl
+from grpo_kernels.integrations import trl_head
+from grpo_kernels.integrations.trl import FusedGRPOTrainer
+
+pytestmark = TRAINER_MARKS
+
+
+def ratio(logps: Tensor, old: Tensor | None) -> Tensor:
+    return torch.exp(logps - (logps.detach() if old is None else old))
+
+
+def gradient_lost(logps: Tensor, old: Tensor | None, ref: None, advantages: Tensor, mask: Tensor) -> Tensor:
+    return -advantages * ratio(logps, old).detach() + 0 * logps
+
+
+def constant_added(logps: Tensor, old: Tensor | None, ref: None, advantages: Tensor, mask: Tensor) -> Tensor:
+    return -advantages * ratio(logps, old) + 0.1
+
+
+MISTAKES = {
+    "scale": {"_normalizer": lambda self, spec, inputs: inputs["num_items_in_batch"] * 3.0},
+    "gradient": {"_surrogate": lambda self: gradient_lost},
+    "value": {"_surrogate": lambda self: constant_added},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_another_loss_is_handed_over(
+    mistake: str,
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One warning, and from that very micro-batch on all is as in TRL."""
+    config = {"loss_type": "dapo", "epsilon": 100.0}
+    wanted = grpo(trl.GRPOTrainer, folders("llama"), tmp_path, **config)
+    for name, wrong in MISTAKES[mistake].items():
+        monkeypatch.setattr(FusedGRPOTrainer, name, wrong)
+    got = grpo(FusedGRPOTrainer, folders("llama"), tmp_path, **config)
+    (warning,) = messages(caplog, logging.WARNING)
+    assert "our loss is" in warning and "TRL's" in warning
+    assert_same_runs(got, wanted)
+
+
+def test_gradients_are_compared_where_there_are_some(folders: Folders, tmp_path: Path) -> None:
+    trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+    inputs = batch()
+    for advantages, left in ((torch.zeros(B), fused_trl.GRADIENT_CHECKS), (inputs["advantages"], 7)):
+        trainer._compute_loss(trainer.model, {**inputs, "advantages": advantages})
+        assert trainer._gradient_checks == left
+
+
+def test_every_rank_hands_over(
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where losses differ on one: all have to call the model equally often."""
+    trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
+
+    def gather(self: Any, x: Tensor) -> Tensor:
+        return torch.stack([x, ~x]) if x.dtype == torch.bool else x
+
+    monkeypatch.setattr(type(trainer.accelerator), "gather", gather)
+    trainer._compute_loss(trainer.model, batch())
+    assert len(messages(caplog, logging.WARNING)) == 1
+    monkeypatch.setattr(trl_head, "linear_grpo_loss", None)
+    trainer._compute_loss(trainer.model, batch())
+
+
+def test_infinite_ratio(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of tokens without advantage: NaN in TRL, which multiplies 0 by it. That is no reason to hand over."""
+    inputs = batch()
+    inputs["old_per_token_logps"][2] -= 200  # the advantage is 0
+    theirs = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), inputs)
+    ours = loss_and_gradients(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path), inputs)
+    without = loss_and_gradients(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path), batch())
+    assert theirs[0].isnan()
+    assert_close("loss", ours[0], without[0], 1e-6)
+    assert_same_gradients(ours[1], without[1])
+    assert messages(caplog, logging.WARNING) == []
+
+
+def test_log_probabilities_of_tools(folders: Folders, tmp_path: Path) -> None:
+    """A tool's token may have had any: TRL forms its ratio, infinite if ours is 0, and masks it later."""
+    inputs = batch()
+    inputs["completion_ids"] %= V - 1
+    inputs["completion_ids"][0, 2] = V - 1
+    inputs["tool_mask"] = (inputs["completion_ids"] != V - 1).long()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    found = []
+    for trainer_class in (trl.GRPOTrainer, FusedGRPOTrainer):
+        trainer = new_trainer(trainer_class, folders("bias"), tmp_path, beta=0.04)
+        with torch.no_grad():
+            trainer.model.lm_head.bias[V - 1] = -200
+            logps, _, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), T
+            )
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            inputs[name][0, 2] = logps[0, 2]
+        found.append((loss_and_gradients(trainer, inputs), dict(trainer._metrics["train"])))
+    (wanted, wanted_metrics), (got, got_metrics) = found
+    assert_close("loss", got[0], wanted[0], 1e-6)
+    assert_same_gradients(got[1], wanted[1])
+    assert got_metrics == {name: pytest.approx(values, rel=1e-5) for name, values in wanted_metrics.items()}

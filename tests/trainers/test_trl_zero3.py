@@ -1,0 +1,71 @@
+"""Under DeepSpeed ZeRO-3 the head is whole only during the forward."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl_runs import TRAINER_MARKS, Folders, messages, new_trainer, step_and_score
+
+from grpo_kernels import LossSpec
+
+pytest.importorskip("trl", minversion="1.16")
+
+import trl
+
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps
+
+pytestmark = TRAINER_MARKS
+
+
+def test_sharded_head(
+    sharded: list[bool], folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is whole in the forward alone. A gradient that is made there can do without it later on."""
+    step_and_score(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path))
+    assert sharded == [] == messages(caplog, logging.WARNING)
+
+
+class GSPOTrainer(FusedGRPOTrainer):
+    def loss_spec(self) -> LossSpec:
+        return LossSpec.preset("gspo")
+
+
+def test_sharded_head_and_own_spec(sharded: list[bool], folders: Folders, tmp_path: Path) -> None:
+    """TRL's loss would be another than was asked for."""
+    with pytest.raises(ValueError, match="a loss of one's own has to be made in the forward"):
+        new_trainer(GSPOTrainer, folders("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"importance_sampling_level": "sequence"},
+        {"top_entropy_quantile": 0.4},
+        {"model_init_kwargs": {"dtype": "float16"}},
+    ],
+)
+def test_sharded_head_in_the_backward(
+    config: dict[str, Any],
+    sharded: list[bool],
+    folders: Folders,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Everything is TRL's then, so that all log-probabilities are rounded alike."""
+    step_and_score(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path, loss_type="grpo", **config))
+    assert sharded == [True, False]
+    (warning,) = messages(caplog, logging.WARNING)
+    assert "ZeRO-3" in warning
+
+
+def test_sharded_head_of_other_trainers(
+    sharded: list[bool], folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fuse_trl_logps()
+    step_and_score(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path))
+    assert sharded == [True, False]
+    (warning,) = messages(caplog, logging.WARNING)
+    assert "ZeRO-3" in warning

@@ -1,0 +1,128 @@
+"""Our losses in verl's registry, after the import of the integration."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import pytest
+import torch
+from verl_cases import LOSSES, MODES, Batch, actor_config, assert_same, random_batch, theirs
+from verl_imported import GLOBAL, PREFIX, TWINS, VERLS_LOSSES, ours_in_verl
+
+pytest.importorskip("verl.trainer.ppo.core_algos")
+
+from verl.trainer.ppo import core_algos
+
+pytestmark = pytest.mark.usefixtures("integration")
+
+
+def test_names(integration: ModuleType) -> None:
+    """Each preset under the prefix, the log-ratio under its own name too, and verl's losses as they were."""
+    registry = core_algos.POLICY_LOSS_REGISTRY
+    added = registry.keys() - VERLS_LOSSES.keys()
+    assert added == {"log_ratio"} | {PREFIX + preset for preset in integration.PRESET_NAMES}
+    assert all(registry[name] is loss for name, loss in VERLS_LOSSES.items())
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["", "weights"])
+@pytest.mark.parametrize("whole", [False, True], ids=["", "global"])
+@pytest.mark.parametrize("name, mode", [(name, mode) for name in TWINS for mode in LOSSES[TWINS[name]].modes])
+def test_losses(name: str, mode: str, whole: bool, weights: bool) -> None:
+    """Value and gradient as verl's, of which geo_mean counts every sequence and knows no other ranks."""
+    twin = TWINS[name]
+    for seed, per_token in [(0, False), (1, True)]:
+        batch, info = random_batch(seed, per_token=per_token), GLOBAL if whole else {}
+        if twin == "geo_mean":
+            batch, info = batch.full(), {}
+        options = {"weights": weights, "global_batch_info": dict(info)}
+        assert_same(
+            ours_in_verl(PREFIX + name, twin, batch, mode, **options), theirs(twin, batch, mode, **options)
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_global_batch_of_gmpo(mode: str) -> None:
+    """Micro-batches of different sizes add up to the batch, as those of verl's geo_mean do not."""
+    batch = random_batch(0).full()
+    info = {"dp_size": 1, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": 6}
+    found = functools.partial(ours_in_verl, PREFIX + "gmpo", "geo_mean", mode=mode, global_batch_info=info)
+    parts = [found(batch=Batch(*(x[part] for x in batch))) for part in (slice(0, 2), slice(2, 6))]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, found(batch=batch).loss)
+
+
+def test_metrics() -> None:
+    """Under verl's names, with verl's values, as floats."""
+    batch = random_batch(7)
+    # DPPO's fraction counts tokens without advantage there.
+    batch = batch._replace(advantages=batch.advantages.where(batch.advantages != 0, -1.0))
+    # One ratio beyond verl's bound on it, 20, and no other on the opposite side.
+    batch = batch._replace(old_logps=batch.old_logps.where(batch.logps() - batch.old_logps > -20, -1.0))
+    assert int((batch.logps() - batch.old_logps > 20)[batch.mask].sum()) == 1
+    # Those of cispo and geo_mean count the other side, too: metrics of another meaning.
+    of_verl_alone = {"sapo": {"actor/pg_clipfrac"}, "gspo": {"actor/pg_clipfrac_lower"}}
+    fractions = {"vanilla": 2, "gspo": 1, "dppo_tv": 1, "dppo_kl": 1}
+    for name, twin in TWINS.items():
+        expected = theirs(twin, batch, LOSSES[twin].modes[0]).metrics
+        found = ours_in_verl(PREFIX + name, twin, batch, LOSSES[twin].modes[0]).metrics
+        assert all(type(value) is float for value in found.values())
+        if twin == "gpg":  # which reports nothing
+            expected = {"actor/ppo_kl": float((batch.old_logps - batch.logps())[batch.mask].mean())}
+        assert found["actor/ppo_kl"] == pytest.approx(expected["actor/ppo_kl"], abs=1e-9)
+        for key in ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")[: fractions.get(twin, 0)]:
+            # Means that verl takes in fp32 and divides by the tokens + 1e-8.
+            assert found[key] == pytest.approx(expected[key], abs=1e-6)
+            assert 0 < found[key] < 1, "the batch tells nothing of the clip"
+        assert not found.keys() & of_verl_alone.get(twin, set()), "a constant 0 is no metric"
+
+
+def test_ranks_without_their_number_of_tokens() -> None:
+    batch = random_batch(0)
+    for mode in MODES:
+        config = {"mode": mode, "global_batch_info": {"dp_size": 2}}
+        if mode == "token-sum":
+            assert_same(ours_in_verl("log_ratio", "gpg", batch, **config), theirs("gpg", batch, **config))
+            continue
+        for run in (
+            functools.partial(ours_in_verl, "log_ratio", "gpg", batch),
+            functools.partial(theirs, "gpg", batch),
+        ):
+            with pytest.raises(
+                ValueError, match="batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+            ):
+                run(**config)
+
+
+def test_what_verl_cannot_say() -> None:
+    """A batch without tokens has loss 0 and what a masked position holds never matters."""
+    batch = random_batch(0)
+    empty = batch._replace(mask=torch.zeros_like(batch.mask))
+    dirty = batch._replace(old_logps=batch.old_logps.where(batch.mask, torch.nan))
+    for mode in MODES:
+        found = ours_in_verl("grpo_kernels.dapo", "vanilla", empty, mode)
+        assert float(found.loss) == 0 and bool((found.grad == 0).all())
+        assert set(found.metrics.values()) == {0.0}
+        clean, found = (ours_in_verl("grpo_kernels.dapo", "vanilla", x, mode) for x in (batch, dirty))
+        assert torch.equal(found.loss, clean.loss) and torch.equal(found.grad, clean.grad)
+        assert found.metrics == clean.metrics
+
+
+def test_the_aggregation_is_verls(warned: pytest.LogCaptureFixture) -> None:
+    batch = random_batch(0)
+    for _ in range(2):
+        ours_in_verl("grpo_kernels.luspo", "vanilla", batch, "token-mean")
+        ours_in_verl("grpo_kernels.luspo", "vanilla", batch, "seq-mean-token-sum")
+    (record,) = warned.records
+    assert "grpo_kernels.luspo" in record.message and "loss_agg_mode=token-mean" in record.message
+    with pytest.raises(ValueError, match="aggregation"):
+        core_algos.get_policy_loss_fn("log_ratio")(
+            *(batch.old_logps, batch.logps(), batch.old_logps, batch.mask), "mean", actor_config("vanilla")
+        )
+
+
+def test_missing_options() -> None:
+    batch = random_batch(0)
+    with pytest.raises(ValueError, match="dro_beta"):
+        theirs("grpo_kernels.dro", batch)
+    with pytest.raises(ValueError, match="dual_clip"):
+        theirs("grpo_kernels.dapo", batch, clip_ratio_c=1.0)
