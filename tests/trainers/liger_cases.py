@@ -1,4 +1,4 @@
-"""A batch, Liger's loss of its logits and ours, and how they are compared."""
+"""A batch in the shapes of both libraries, both losses of its logits, and their comparison."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ B, T, V = 5, 5, 70
 TWO_BLOCKS = 4103  # Liger's forward takes three blocks of 2048, its backward two of 4096
 EPS_LOW, EPS_HIGH = 0.2, 0.4
 DELTA = 2.0
-RATIO_MAX = 2.5  # Liger's eps_high where loss_type is "cispo"
-MAX_TOKENS = 8  # of dr_grpo; not T, lest either took that
+RATIO_MAX = 2.5  # Liger's eps_high if loss_type is "cispo"
+MAX_TOKENS = 8  # of dr_grpo; differs from T, so that neither side can use T instead
 BETA = 0.04
 TAU_POS, TAU_NEG = 0.8, 1.3
 GAMMA = {"k_pos": 1.5, "lambda_pos": 2.5, "k_neg": 2.0, "lambda_neg": 1.2}
@@ -59,7 +59,7 @@ KLS = {
 
 
 class Batch(NamedTuple):
-    """One batch in both libraries' shapes. Liger's logits have a last position that belongs to no token."""
+    """One batch in the shapes of both libraries. Liger's logits have a last position without a token."""
 
     logits: Tensor  # [B, T + 1, V]
     ids: Tensor  # [B, T]
@@ -73,10 +73,10 @@ class Batch(NamedTuple):
 
 class Result(NamedTuple):
     loss: Tensor
-    grad: Tensor  # of the loss by Batch.logits
+    grad: Tensor  # of the loss with respect to Batch.logits
     kl: Tensor | None = None  # mean over the unmasked tokens
     clip_fraction: Tensor | None = None
-    factor: float = 1.0  # the largest that a token's weight is multiplied by in the loss
+    factor: float = 1.0  # the largest number that multiplies a token's weight in the loss
 
 
 def random_batch(
@@ -88,7 +88,11 @@ def random_batch(
     weights: str | None = None,
     on_policy: bool = False,
 ) -> Batch:
-    """Uneven sequences, one with a hole, one with no token, one without advantage; ratios near 1 and far."""
+    """Make sequences of several lengths.
+
+    One has a masked position in the middle, one has no token, one has no advantage. Some ratios are near 1,
+    others far from it.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -99,19 +103,19 @@ def random_batch(
     order = torch.randperm(B, generator=generator)
     logits, ids = 2 * normal(B, T + 1, vocab), torch.randint(vocab, (B, T), generator=generator)
     logps = reference_logps(logits[:, :-1], ids, temperature=temperature)
-    # Sequences drift as a whole, or all mean log-ratios would lie within the clip range. Some tokens are far
-    # off.
+    # Each sequence has an offset, so that some mean log-ratios are outside the clip range. Some tokens have a
+    # large offset.
     log_ratio = 0.4 * normal(B, 1) + 0.3 * normal(B, T) + 2 * normal(B, T) * (normal(B, T) > 1)
     token_weights = 1.5 * torch.rand(B, T if weights == "token" else 1, generator=generator)
     batch = Batch(
         logits,
         ids,
         torch.tensor([1.3, -0.7, 0.0, 2.0, -1.1]),
-        # Both take either.
+        # Both libraries accept either dtype.
         mask[order] if seed % 2 else mask[order].long(),
         None if on_policy else logps - log_ratio,
         logps + 0.3 * normal(B, T),
-        # A weight of VESPO's counts in Liger even where it is masked.
+        # With VESPO, Liger also counts the weights at masked positions, so they are 1.
         {None: None, "sequence": token_weights, "token": token_weights.where(mask[order], 1.0)}[weights],
         temperature,
     )
@@ -121,7 +125,7 @@ def random_batch(
 
 
 def lone_token(device: str, *, log_ratio: float = 0.0, advantage: float = 1.0, **options: Any) -> Batch:
-    """One token of probability about 1/2, whose loss is the whole batch's."""
+    """Make a batch of one token with a probability of about 1/2."""
     logits = torch.linspace(-1, 1, 7).repeat(1, 2, 1)
     logits[..., 3] = 2.0
     ids = torch.tensor([[3]])
@@ -134,7 +138,7 @@ def lone_token(device: str, *, log_ratio: float = 0.0, advantage: float = 1.0, *
 
 
 def spec_of(loss_type: str, *, level: str = "token", kl: KL | None = None, **surrogate: Any) -> LossSpec:
-    """Ours of Liger's loss_type. `surrogate`: options of PPOClip in place of the test's own."""
+    """Return our spec for a `loss_type` of Liger. `surrogate` replaces options of PPOClip."""
     return LossSpec(
         PPOClip(**{"eps_low": EPS_LOW, "eps_high": EPS_HIGH, **surrogate})
         if loss_type in PPO_TYPES
@@ -147,6 +151,7 @@ def spec_of(loss_type: str, *, level: str = "token", kl: KL | None = None, **sur
 
 
 def ours(batch: Batch, spec: LossSpec, backend: str, **options: Any) -> Result:
+    """Compute our loss and its gradient."""
     leaf = batch.logits.detach().clone().requires_grad_()
     out = grpo_loss(
         leaf[:, :-1],
@@ -175,7 +180,7 @@ def ours(batch: Batch, spec: LossSpec, backend: str, **options: Any) -> Result:
 
 
 def liger_options(loss_type: str, *, level: str = "token", kl: KL | None = None) -> dict[str, Any]:
-    """Of either of Liger's losses; their names for the clip range differ."""
+    """Return the options that both losses of Liger share. Their names for the clip range differ."""
     return {
         "loss_type": loss_type,
         "importance_sampling_level": level,
@@ -189,7 +194,10 @@ def liger_options(loss_type: str, *, level: str = "token", kl: KL | None = None)
 
 
 def liger(batch: Batch, loss_type: str, *, reduce: bool = True, **options: Any) -> Result:
-    """Liger's kernels. `reduce=False`: the losses of the tokens, aggregated here as in TRL 1.16's luspo."""
+    """Compute the loss of Liger's kernels.
+
+    With `reduce=False`, aggregate it here as luspo in TRL 1.16 does.
+    """
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     level, kl = options.pop("level", "token"), options.pop("kl", None)
@@ -218,7 +226,7 @@ def liger(batch: Batch, loss_type: str, *, reduce: bool = True, **options: Any) 
         clip_fraction = clipped.sum() / batch.mask.sum()
     loss.backward()
     assert leaf.grad is not None
-    clips = loss_type in PPO_TYPES or loss_type == "cispo"  # else a constant 0
+    clips = loss_type in PPO_TYPES or loss_type == "cispo"  # for the other losses, Liger returns a constant 0
     return Result(
         loss.detach(),
         leaf.grad,
@@ -228,9 +236,10 @@ def liger(batch: Batch, loss_type: str, *, reduce: bool = True, **options: Any) 
 
 
 def assert_same(found: Result, expected: Result, what: str = "") -> None:
-    """To a few roundings of fp32 in every log-probability, and those times the ratio's exponent.
+    """Assert that two results agree to a few fp32 roundings of each log-probability.
 
-    The gradient has the weights of the tokens; the loss may be the small sum of large terms of both signs.
+    The gradient gives the scale of the loss, because the loss may be a small sum of large terms of both
+    signs.
     """
     size = float(expected.loss.abs() + found.factor * expected.grad.abs().sum())
     assert abs(float(found.loss - expected.loss)) <= 5e-6 * size, f"{what}: {found.loss} {expected.loss}"
@@ -239,14 +248,14 @@ def assert_same(found: Result, expected: Result, what: str = "") -> None:
     for name in ("kl", "clip_fraction"):
         got, wanted = getattr(found, name), getattr(expected, name)
         if wanted is not None:
-            # k3 as Liger sums it cancels to a rounding of 1.
+            # Liger's k3 cancels, and its error is a rounding of 1.
             assert abs(float(got - wanted)) <= 4e-6 * (1 + float(wanted)), f"{what}: {name}"
 
 
 def assert_rows(found: Tensor, expected: Tensor, what: str, tolerance: float = 2e-5) -> None:
-    """Each row within `tolerance` of its largest entry, and of a twentieth of the batch's.
+    """Assert that each row errs at most `tolerance` of its largest entry plus a twentieth of the batch's.
 
-    A row's surrogate and KL term may cancel, and neither is more exact than their sum is small.
+    The surrogate and the KL term of a row may cancel. Then the error is relative to the terms.
     """
     assert not bool(expected.isnan().any()), f"{what}: Liger's gradient is NaN"
     rows = expected.abs().amax(-1)
@@ -254,12 +263,12 @@ def assert_rows(found: Tensor, expected: Tensor, what: str, tolerance: float = 2
     excess = (error - tolerance * (rows + rows.max() / 20)).nan_to_num(nan=math.inf)
     row = int(excess.argmax())
     assert float(excess.max()) <= 0, f"{what}: row {row} errs {error.flatten()[row]} of {rows.flatten()[row]}"
-    # Which rows have a gradient at all: masked ones do not, nor do clipped ones, nor the last position.
+    # The same rows have a gradient of exactly 0: masked and clipped ones, and the last position.
     assert bool(((rows == 0) == (found == 0).all(-1)).all()), f"{what}: rows of exact zeros"
 
 
 def masked_to(batch: Batch, value: float, *names: str) -> Batch:
-    """`batch` with `value` at the masked positions of the named fields."""
+    """Return `batch` with `value` at the masked positions of the named fields."""
     assert batch.mask is not None
     fields = {name: getattr(batch, name).masked_fill(batch.mask == 0, value) for name in names}
     return batch._replace(**fields)

@@ -1,4 +1,4 @@
-"""The same losses from hidden states and a head: Liger's chunked loss and ours."""
+"""Hidden states and a head, and both losses of them: Liger's chunked loss and ours."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from grpo_kernels.reference import reference_logps
 
 
 class Head(NamedTuple):
+    """Hidden states and the head that turns them into logits."""
+
     hidden: Tensor  # [B, T, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -25,7 +27,7 @@ class Head(NamedTuple):
     def random(seed: int, device: str, *, bias: bool = True, vocab: int = V, H: int = 12) -> Head:
         generator = torch.Generator().manual_seed(seed)
         shapes = ((B, T, H), (vocab, H), (vocab,))
-        # Exact logits, whatever the order of their sums: products.py.
+        # The logits are exact for any order of the sums: see products.py.
         tensors = [on_a_grid(0.7 * torch.randn(*shape, generator=generator)).to(device) for shape in shapes]
         return Head(tensors[0], tensors[1], tensors[2] if bias else None)
 
@@ -43,11 +45,11 @@ class Head(NamedTuple):
 
 class LinearResult(NamedTuple):
     loss: Tensor
-    grads: list[Tensor]  # by hidden states, weight and bias, where there is one
+    grads: list[Tensor]  # of hidden states, weight and bias, if there is a bias
 
 
 def from_head(batch: Batch, head: Head) -> Batch:
-    """`batch` with its log-ratios, on the log-probabilities of the head's logits."""
+    """Return `batch` with its log-ratios, but relative to the log-probabilities of the head's logits."""
     before = reference_logps(batch.logits[:, :-1], batch.ids, temperature=batch.temperature)
     after = reference_logps(head.logits(), batch.ids, temperature=batch.temperature)
     moved = {
@@ -58,6 +60,7 @@ def from_head(batch: Batch, head: Head) -> Batch:
 
 
 def ours_chunked(batch: Batch, head: Head, spec: LossSpec, ref: Head | None, backend: str) -> LinearResult:
+    """Compute our loss from hidden states, and the gradients."""
     head = head.leaves()
     if spec.kl is None:
         reference = {}
@@ -88,7 +91,10 @@ def ours_chunked(batch: Batch, head: Head, spec: LossSpec, ref: Head | None, bac
 def liger_chunked(
     batch: Batch, head: Head, loss_type: str, *, ref: Head | None = None, **options: Any
 ) -> LinearResult:
-    """Liger's loss from hidden states: PyTorch, the losses' derivatives by autograd. Not compiled here."""
+    """Compute Liger's loss from hidden states, and the gradients.
+
+    It is written in PyTorch and differentiates the losses by autograd. It is not compiled here.
+    """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     level, kl = options.pop("level", "token"), options.pop("kl", None)
@@ -122,8 +128,9 @@ def liger_chunked(
 
 
 def assert_same_linear(found: LinearResult, expected: LinearResult, what: str = "") -> None:
+    """Assert that loss and gradients agree."""
     torch.testing.assert_close(found.loss, expected.loss, rtol=3e-5, atol=1e-5)
     for name, got, wanted in zip(("hidden", "weight", "bias"), found.grads, expected.grads, strict=False):
-        # Rows of the weight's gradient are sums over the tokens that may cancel.
+        # A row of the weight's gradient is a sum over tokens, which may cancel.
         error, size = float((got - wanted).abs().max()), float(wanted.abs().max())
         assert error <= 1e-5 * size, f"{what}: gradient by {name} errs {error} of {size}"

@@ -1,6 +1,6 @@
-"""Masks, LUSPO and overwritten logits, which Liger treats otherwise.
+"""Masks, LUSPO and overwritten logits, for which Liger's results differ from ours.
 
-Liger is quoted as it is, so that a release that mends it is noticed.
+The tests also assert what Liger 0.8.5 does, so that they fail when a release changes it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ pytestmark = NEEDS_LIGER
 
 
 def test_nan_at_masked_positions(backend: str, device: str) -> None:
-    """Liger's kernels skip masked positions at token level. At sequence level its PyTorch part multiplies."""
+    """NaN at masked positions never reaches our result. At sequence level it reaches Liger's.
+
+    Liger's kernels skip masked positions at token level. At sequence level its PyTorch code multiplies by the
+    mask.
+    """
     batch = random_batch(6, device, weights="token")
     kl = KLS["k3"]
     for level, names in (
@@ -56,7 +60,10 @@ def test_nan_at_masked_positions(backend: str, device: str) -> None:
 
 
 def test_nan_at_masked_positions_of_hidden_states(backend: str, device: str) -> None:
-    """Liger's chunked loss multiplies by the mask at token level, too."""
+    """NaN at masked positions reaches Liger's chunked loss at token level, too.
+
+    The chunked loss multiplies by the mask.
+    """
     head = Head.random(6, device)
     batch = from_head(random_batch(6, device), head)
     holed = masked_to(batch, math.nan, "old_logps")
@@ -73,9 +80,10 @@ def test_nan_at_masked_positions_of_hidden_states(backend: str, device: str) -> 
 
 
 def test_vespo_weights_at_masked_positions(backend: str, device: str) -> None:
-    """Liger sums the log-weights of masked tokens, too, and a NaN there becomes phi = 0, in silence.
+    """With VESPO, Liger also sums the log-weights of masked tokens, and ours ignores them.
 
-    So does TRL, but it makes the weights itself, and makes them 1 where masked.
+    A NaN among them makes the sequence's weight 0 without a message. TRL sums them as well, but it computes
+    the weights itself and sets them to 1 at masked positions.
     """
     batch = random_batch(7, device, weights="token")
     spec = spec_of("vespo")
@@ -87,14 +95,17 @@ def test_vespo_weights_at_masked_positions(backend: str, device: str) -> None:
         assert torch.equal(found.loss, expected.loss)
         assert torch.equal(found.grad, expected.grad)
         assert float((theirs.loss - expected.loss).abs() / expected.loss.abs()) > 1e-2
-    # The last was NaN: sequences with a masked token have no gradient any more, the others theirs.
+    # The last value was NaN. In Liger, sequences with a masked token have lost their gradient.
     assert batch.mask is not None
     whole = (batch.mask != 0).all(-1)
     assert bool((theirs.grad[~whole] == 0).all())
 
 
 def test_luspo(backend: str, device: str) -> None:
-    """TRL 1.16, and we: mean over sequences of sums over tokens. Liger's kernels weigh each by length / T."""
+    """LUSPO is a mean over sequences of sums over tokens here and in TRL 1.16.
+
+    Liger's kernels weight each sequence by length / T. If all lengths are equal, the two agree.
+    """
     spec = spec_of("luspo", level="sequence")
     batch = random_batch(9, device)
     assert batch.mask is not None
@@ -102,16 +113,17 @@ def test_luspo(backend: str, device: str) -> None:
     assert float((theirs.loss - found.loss).abs()) > 0.1 * float(found.loss.abs())
     lengths = (batch.mask != 0).sum(-1, keepdim=True)
     assert_same(ours(batch._replace(weights=lengths / T), spec, backend), theirs)
-    # Of equal lengths they are one.
+    # If all lengths are equal, the two agree.
     full = batch._replace(mask=torch.ones_like(batch.mask))
     assert_same(ours(full, spec, backend), liger(full, "luspo", level="sequence"))
 
 
-def test_luspo_at_token_level(backend: str, device: str) -> None:
-    """Besides, Liger's gradient is not that of its loss: token t of sequence b gets the length of b + t.
+def test_luspo_gradient_at_token_level(backend: str, device: str) -> None:
+    """At token level, Liger's gradient of LUSPO is not that of its loss.
 
-    Its lengths `[B, 1]` have the strides (1, 1), and the backward kernel steps through them by token. Here no
-    token has b + t >= B, where it reads what lies behind them.
+    Token t of sequence b gets the length of sequence b + t. Its lengths `[B, 1]` have strides (1, 1), and the
+    backward kernel steps through them by token. In this batch no token has b + t >= B, for which it would
+    read out of bounds.
     """
     batch = random_batch(9, device)
     b, t = torch.arange(B, device=device)[:, None], torch.arange(T + 1, device=device)
@@ -126,7 +138,10 @@ def test_luspo_at_token_level(backend: str, device: str) -> None:
 
 
 def test_luspo_from_hidden_states(backend: str, device: str) -> None:
-    """Liger's chunked loss is TRL's, unlike its kernels, but forgets the mask where a term is per token."""
+    """Liger's chunked LUSPO is TRL's, unlike its kernels.
+
+    It ignores the mask if a term is per token.
+    """
     head = Head.random(10, device)
     batch = from_head(random_batch(11, device), head)
     assert batch.mask is not None
@@ -142,10 +157,7 @@ def test_luspo_from_hidden_states(backend: str, device: str) -> None:
 
 
 def test_logits_overwritten(backend: str, device: str) -> None:
-    """Liger's `inplace=True`, its default, writes past autograd: what needed the logits finds the gradient.
-
-    Here autograd knows, and raises.
-    """
+    """Liger's default, `inplace=True`, overwrites logits that autograd needs. Ours raises an error."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     batch = random_batch(12, device)

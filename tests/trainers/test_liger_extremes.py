@@ -1,6 +1,6 @@
-"""Infinite ratios, logits far from zero and other extremes, which Liger computes otherwise.
+"""Infinite ratios, logits far from zero and other extremes, for which Liger's results differ from ours.
 
-Liger is quoted as it is, so that a release that mends it is noticed.
+The tests also assert what Liger 0.8.5 does, so that they fail when a release changes it.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ ratio_losses = pytest.mark.parametrize(
 
 
 def token_gradient(result: Result) -> Tensor:
-    """Of the lone token's logits `[V]`."""
+    """Return the gradient of the lone token's logits `[V]`."""
     return result.grad[0, 0]
 
 
 @ratio_losses
 def test_infinite_ratio_that_is_clipped(loss_type: str, level: str, backend: str, device: str) -> None:
-    """The value is right in both. Liger multiplies the infinite ratio by a zero: its gradient is NaN."""
+    """The loss of a clipped infinite ratio is right in both, and Liger's gradient is NaN.
+
+    Liger multiplies the ratio by 0.
+    """
     batch = lone_token(device, log_ratio=HUGE)
     theirs = liger(batch, loss_type, level=level)
     found = ours(batch, spec_of(loss_type, level=level), backend)
@@ -58,6 +61,7 @@ def test_infinite_ratio_that_is_clipped(loss_type: str, level: str, backend: str
 
 @ratio_losses
 def test_infinite_ratio_without_advantage(loss_type: str, level: str, backend: str, device: str) -> None:
+    """An infinite ratio without advantage has loss and gradient 0 here, and a NaN gradient in Liger."""
     batch = lone_token(device, log_ratio=HUGE, advantage=0.0)
     theirs = liger(batch, loss_type, level=level)
     found = ours(batch, spec_of(loss_type, level=level), backend)
@@ -68,7 +72,7 @@ def test_infinite_ratio_without_advantage(loss_type: str, level: str, backend: s
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_infinite_ratio_of_weight_zero(level: str, backend: str, device: str) -> None:
-    """A weight of 0 takes the token out, as an off-policy mask does. Liger has inf * 0."""
+    """A weight of 0 removes the token, as an off-policy mask does. Liger computes inf * 0."""
     batch = lone_token(device, log_ratio=HUGE, advantage=-1.0, weights=torch.zeros(1, 1))
     theirs = liger(batch, "grpo", level=level)
     found = ours(batch, spec_of("grpo", level=level), backend)
@@ -80,7 +84,7 @@ def test_infinite_ratio_of_weight_zero(level: str, backend: str, device: str) ->
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_infinite_ratio_that_is_not_clipped(level: str, backend: str, device: str) -> None:
-    """No difference: a negative advantage has no upper clip, and both say inf. We offer two bounds."""
+    """Both losses are infinite for a negative advantage, which has no upper bound. We offer two bounds."""
     batch = lone_token(device, log_ratio=HUGE, advantage=-1.0)
     spec = spec_of("grpo", level=level)
     for result in (liger(batch, "grpo", level=level), ours(batch, spec, backend)):
@@ -96,7 +100,7 @@ def test_infinite_ratio_that_is_not_clipped(level: str, backend: str, device: st
 
 
 def test_infinite_ratio_from_hidden_states(backend: str, device: str) -> None:
-    """As above, in Liger's chunked loss by autograd, and it spreads: the weight's gradient is all NaN."""
+    """Liger's chunked loss has the same NaN, and it spreads to the whole gradient of the weight."""
     head = Head.random(0, device)
     batch = from_head(random_batch(0, device), head)
     assert batch.old_logps is not None and batch.mask is not None
@@ -109,7 +113,10 @@ def test_infinite_ratio_from_hidden_states(backend: str, device: str) -> None:
 
 
 def test_sapo_far_out(backend: str, device: str) -> None:
-    """Liger has 1 - sigmoid(x) in its gradient; at x = 14 fp32 keeps two digits of it, of sigmoid(-x) all."""
+    """At x = 14, Liger's gradient of SAPO keeps two digits in fp32, and ours keeps four.
+
+    Liger's derivative contains 1 - sigmoid(x). Ours contains sigmoid(-x).
+    """
     batch = lone_token(device, log_ratio=2.9)
     truth = ours(batch._replace(logits=batch.logits.double()), spec_of("sapo"), "torch").grad
     theirs, found = liger(batch, "sapo").grad, ours(batch, spec_of("sapo"), backend).grad
@@ -118,9 +125,10 @@ def test_sapo_far_out(backend: str, device: str) -> None:
 
 
 def test_delta_within_the_clip_range(backend: str, device: str) -> None:
-    """min(min(r, delta) * A, clip(r) * A) is r * A for A < 0 and delta < r < 1 + eps_high: it has a gradient.
+    """With delta inside the clip range, the gradient for A < 0 and delta < r < 1 + eps_high is not 0.
 
-    Liger takes the clipped branch for flat, as it is outside the range.
+    There min(min(r, delta) * A, clip(r) * A) is r * A. Liger treats the clipped branch as flat, which is
+    right only outside the clip range.
     """
     batch = lone_token(device, log_ratio=0.2, advantage=-1.0)
     leaf = batch.logits.clone().requires_grad_()
@@ -138,7 +146,10 @@ def test_delta_within_the_clip_range(backend: str, device: str) -> None:
 
 
 def test_first_block_at_minus_infinity(backend: str, device: str) -> None:
-    """Liger's running maximum starts at -inf, and so stays after a block of -inf: -inf - -inf."""
+    """A first block of -inf makes Liger's loss NaN, and ours is right.
+
+    Liger's running maximum starts at -inf. After such a block it computes -inf - -inf.
+    """
     batch = random_batch(4, device, vocab=2100)
     logits, ids = batch.logits.clone(), batch.ids % 52
     logits[..., :2048] = -math.inf
@@ -151,7 +162,7 @@ def test_first_block_at_minus_infinity(backend: str, device: str) -> None:
 
 
 def test_taken_token_at_minus_infinity(backend: str, device: str) -> None:
-    """On-policy the ratio is 1 by definition; Liger computes logp - logp of -inf."""
+    """On-policy the ratio is 1 by definition. Liger computes logp - logp, which is NaN for -inf."""
     batch = lone_token(device, old_logps=None)
     batch.logits[..., 3] = -math.inf
     theirs, found = liger(batch, "grpo"), ours(batch, spec_of("grpo"), backend)
@@ -161,9 +172,10 @@ def test_taken_token_at_minus_infinity(backend: str, device: str) -> None:
 
 
 def test_logits_far_from_zero(backend: str, device: str) -> None:
-    """Liger keeps a row's logsumexp in fp32, which has few digits left next to 1e4.
+    """Next to 1e4, Liger's fp32 logsumexp has few digits left. Ours errs less.
 
-    The shifted logits are exact. Our kernels' powers of two cost 1e-4, the torch backend's shift nothing.
+    The shifted logits are exact. The shift costs our kernels, which use powers of two, 1e-4. It costs the
+    torch backend nothing.
     """
     batch = random_batch(13, device, on_policy=True)._replace(mask=None)
     batch = batch._replace(logits=torch.round(batch.logits * 64) / 64)
@@ -180,7 +192,10 @@ def test_logits_far_from_zero(backend: str, device: str) -> None:
 
 
 def test_small_kl(backend: str, device: str) -> None:
-    """1e-4 nats from the reference k3 is 5e-9, which exp(x) - x - 1 in fp32 rounds to a multiple of 6e-8."""
+    """At 1e-4 nats from the reference, Liger's k3 keeps no digit, and ours keeps two.
+
+    k3 is 5e-9 there. In fp32, exp(x) - x - 1 is a multiple of 6e-8.
+    """
     batch = lone_token(device, advantage=0.0)
     assert batch.old_logps is not None
     batch = batch._replace(ref_logps=batch.old_logps + 1e-4)
@@ -195,7 +210,7 @@ def test_small_kl(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_double_precision(dtype: torch.dtype, backend: str, device: str) -> None:
-    """fp64 logits are computed in fp64 here, in fp32 by Liger."""
+    """fp64 logits are computed in fp64 here, and in fp32 by Liger."""
     batch = random_batch(5, device)
     batch = batch._replace(logits=batch.logits.to(dtype))
     theirs, found = liger(batch, "grpo"), ours(batch, spec_of("grpo"), backend)

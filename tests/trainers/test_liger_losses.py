@@ -39,7 +39,7 @@ pytestmark = NEEDS_LIGER
 
 
 class Setting(NamedTuple):
-    """Hashable, so that one result of Liger's serves both backends."""
+    """The options of one case. It is hashable, so that both backends share one result of Liger."""
 
     loss_type: str
     level: str
@@ -49,7 +49,11 @@ class Setting(NamedTuple):
     turn: int
 
     def batch(self, device: str) -> Batch:
-        """What does not couple to the rest in the formulas, temperature and behaviour policy, takes turns."""
+        """Make the case's batch.
+
+        Temperature and behaviour policy are independent of the other options in the formulas, so they take
+        turns.
+        """
         return random_batch(
             hash_of(self),
             device,
@@ -60,14 +64,17 @@ class Setting(NamedTuple):
 
 
 def hash_of(setting: Setting) -> int:
-    """The same in every process, unlike `hash`."""
+    """Return a hash that is the same in every process, unlike that of `hash`."""
     return sum(map(ord, repr(setting)))
 
 
 def settings(loss_type: str, level: str, kl: str) -> list[Setting]:
-    """Weights x delta. PPO's aggregations share kernels, which see all with grpo; the others take half."""
+    """Return combinations of weights and delta.
+
+    The aggregations of PPO share kernels. grpo gets all combinations, the others get half.
+    """
     if loss_type not in PPO_TYPES:
-        # A sequence's weight counts otherwise in vespo: test_vespo_weight_of_a_sequence.
+        # VESPO treats the weight of a sequence differently: see test_vespo_weight_of_a_sequence.
         grid = [(None, None), (None, "token")] + [(None, "sequence")] * (loss_type != "vespo")
     else:
         grid = list(itertools.product((None, DELTA), (None, "token", "sequence")))
@@ -84,7 +91,7 @@ def liger_of(setting: Setting, device: str) -> Result:
         level=setting.level,
         kl=KLS[setting.kl],
         delta=setting.delta,
-        reduce=setting.loss_type != "luspo",  # test_luspo
+        reduce=setting.loss_type != "luspo",  # see test_luspo
     )
 
 
@@ -94,7 +101,7 @@ def liger_of(setting: Setting, device: str) -> Result:
     [(name, "token") for name in SURROGATES] + [(name, "sequence") for name in PPO_TYPES],
 )
 def test_every_loss(loss_type: str, level: str, kl: str, backend: str, device: str) -> None:
-    """Every loss_type x level x KL that Liger has, under weights and delta."""
+    """Every loss_type x level x KL of Liger agrees, with and without weights and delta."""
     for setting in settings(loss_type, level, kl):
         spec = spec_of(loss_type, level=level, kl=KLS[kl])
         if setting.delta is not None:
@@ -105,7 +112,7 @@ def test_every_loss(loss_type: str, level: str, kl: str, backend: str, device: s
 
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
 def test_global_normalizer(loss_type: str, backend: str, device: str) -> None:
-    """Liger's `num_items_in_batch` is our `normalizer` where there is one process."""
+    """With one process, Liger's `num_items_in_batch` is our `normalizer`."""
     batch = random_batch(1, device)
     found = ours(batch, spec_of(loss_type), backend, normalizer=37.0)
     assert_same(found, liger(batch, loss_type, num_items_in_batch=37))
@@ -117,7 +124,7 @@ def test_global_normalizer(loss_type: str, backend: str, device: str) -> None:
     [("grpo", "token"), ("grpo", "sequence"), ("cispo", "token"), ("sapo", "token"), ("vespo", "token")],
 )
 def test_several_blocks(loss_type: str, level: str, dtype: torch.dtype, backend: str, device: str) -> None:
-    """Taken tokens in every block, and no mask."""
+    """A vocabulary of several blocks agrees, with taken tokens in every block and without a mask."""
     batch = random_batch(2, device, vocab=TWO_BLOCKS)._replace(mask=None)
     batch = batch._replace(logits=batch.logits.to(dtype))
     kl = KLS["k3 corrected"]
@@ -126,12 +133,13 @@ def test_several_blocks(loss_type: str, level: str, dtype: torch.dtype, backend:
     if dtype == torch.float32:
         assert_same(found, expected)
     else:
-        # Both round the gradient once; Triton's interpreter truncates it.
+        # Both round the gradient once. Triton's interpreter truncates instead.
         torch.testing.assert_close(found.loss, expected.loss, rtol=2e-6, atol=1e-6)
         assert_rows(found.grad.float(), expected.grad.float(), "bf16", tolerance=2**-7)
 
 
 def test_selective_logps(backend: str, device: str) -> None:
+    """Log-probabilities equal those of Liger's `fused_selective_log_softmax`."""
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
 
     for vocab in (V, TWO_BLOCKS):
@@ -143,7 +151,7 @@ def test_selective_logps(backend: str, device: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
 
 
-# Liger's chunked luspo is TRL's only where no term is per token: test_luspo_from_hidden_states.
+# Liger's chunked luspo is TRL's only if no term is per token: see test_luspo_from_hidden_states.
 CHUNKED = [
     *((name, level) for name in PPO_TYPES if name != "luspo" for level in ("token", "sequence")),
     *((name, "token") for name in ("cispo", "sapo", "vespo")),
@@ -153,7 +161,10 @@ CHUNKED = [
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("loss_type, level", CHUNKED)
 def test_from_hidden_states(loss_type: str, level: str, kl: str, backend: str, device: str) -> None:
-    """Loss and gradients by hidden states, weight and bias; the reference as logps or hidden states."""
+    """Loss and gradients of hidden states, weight and bias agree.
+
+    The reference is given as log-probabilities or as hidden states.
+    """
     for turn, weights in enumerate((None, "token", None if loss_type == "vespo" else "sequence")):
         seed = turn + sum(map(ord, loss_type + level + kl))
         head = Head.random(seed, device, bias=turn != 1)
@@ -171,7 +182,7 @@ def test_from_hidden_states(loss_type: str, level: str, kl: str, backend: str, d
 
 
 def test_vespo_weight_of_a_sequence(backend: str, device: str) -> None:
-    """No difference: a weight `[B, 1]` is a factor of the sequence's ratio once, as in TRL, not per token."""
+    """With VESPO, a weight `[B, 1]` multiplies the sequence's ratio once, as in TRL, and not per token."""
     batch = random_batch(14, device, weights="sequence")
     found = ours(batch, spec_of("vespo"), backend)
     assert_same(found, liger(batch, "vespo"))
@@ -182,7 +193,7 @@ def test_vespo_weight_of_a_sequence(backend: str, device: str) -> None:
 
 
 def test_vespo_weight_of_zero(backend: str, device: str) -> None:
-    """No difference: its logarithm is held at log 1e-8, and the sequence's weight is next to nothing."""
+    """With VESPO, the log-weight of a weight of 0 is bounded to log 1e-8 in both."""
     batch = random_batch(15, device, weights="token")
     assert batch.weights is not None
     batch.weights[batch.advantages > 1.5, 0] = 0.0
@@ -191,7 +202,7 @@ def test_vespo_weight_of_zero(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("loss_type", SURROGATES)
 def test_everything_masked(loss_type: str, backend: str, device: str) -> None:
-    """No difference: loss and gradients are 0."""
+    """If all tokens are masked, loss and gradients are 0 in both."""
     batch = random_batch(8, device)
     assert batch.mask is not None
     batch = batch._replace(mask=torch.zeros_like(batch.mask))
@@ -205,7 +216,7 @@ def test_everything_masked(loss_type: str, backend: str, device: str) -> None:
 def test_normalizer_of_two_ranks(
     loss_type: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Liger adds up the ranks' tokens inside the loss; here that is the caller's: `normalizer`."""
+    """Liger sums the tokens of all ranks inside the loss. Here the caller passes the sum as `normalizer`."""
     batch = random_batch(11, device)
     assert batch.mask is not None
     alone, elsewhere, calls = liger(batch, loss_type), 30, []

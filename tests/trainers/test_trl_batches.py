@@ -45,7 +45,7 @@ pytestmark = TRAINER_MARKS
 
 
 def test_images(tmp_path: Path, folders: Folders) -> None:
-    """What TRL gives a model with eyes reaches it."""
+    """Images in the batch reach a vision-language model."""
     text = transformers.LlamaConfig(**TINY)
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlavaConfig(
@@ -80,6 +80,7 @@ def test_images(tmp_path: Path, folders: Folders) -> None:
 def test_loss_options(
     options: dict[str, Any], tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`loss_options` reach `linear_grpo_loss` and the log-probabilities."""
     monkeypatch.setattr(FusedGRPOTrainer, "loss_options", options)
     seen = {}
 
@@ -109,20 +110,24 @@ def test_loss_options(
 def test_other_options_are_refused(
     option: str, tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that are not run would be missing in TRL's metrics."""
+    """Options that would change the result are refused.
+
+    `skip_inactive` leaves out rows that TRL's metrics need.
+    """
     monkeypatch.setattr(FusedGRPOTrainer, "loss_options", {option: True})
     with pytest.raises(ValueError, match=rf"loss_options takes .*, got \['{option}'\]"):
         new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
 
 
-def test_constructor_is_that_of_trl() -> None:
+def test_constructor_has_the_signature_of_trl() -> None:
+    """The constructor has the signature of TRL's."""
     import inspect
 
     assert inspect.signature(FusedGRPOTrainer) == inspect.signature(trl.GRPOTrainer)
 
 
 def test_adapter_on_the_head(folders: Folders, tmp_path: Path) -> None:
-    """TRL refuses one, whose own log-probabilities would not see it, and so nothing is fused past it."""
+    """TRL refuses an adapter on the head, and so does our trainer, because no fused loss would apply it."""
     config = lora()
     config.target_modules = {"q_proj", "lm_head"}
     for trainer_class in (trl.GRPOTrainer, FusedGRPOTrainer):
@@ -138,11 +143,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.long
 @pytest.mark.parametrize("name", trl_trainer.cases)
 def test_two_ranks(outcomes: dict[str, str], name: str) -> None:
+    """The cases of trl_trainer.py pass on two ranks."""
     assert outcomes[name] == "ok", outcomes[name]
 
 
 def test_own_spec(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its value is that of grpo_loss of the model's logits; TRL's metrics stay, ours come beside them."""
+    """The loss of a custom spec equals `grpo_loss` of the model's logits.
+
+    TRL's metrics stay. Ours are added under a prefix.
+    """
     config = {"beta": 0.04, "loss_type": "bnpo", "temperature": 0.8}
     trainer = new_trainer(LogRatioTrainer, folders("llama"), tmp_path, **config)
     inputs = batch()
@@ -170,8 +179,8 @@ def test_own_spec(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFix
     assert messages(caplog, logging.WARNING) == []
 
 
-def test_own_spec_of_all_micro_batches(folders: Folders, tmp_path: Path) -> None:
-    """TRL's `dapo` counts the tokens of the window: so does a token mean of our own."""
+def test_own_spec_divides_by_all_micro_batches(folders: Folders, tmp_path: Path) -> None:
+    """With TRL's `dapo`, a custom token mean divides by the tokens of all micro-batches."""
     inputs = {**batch(), "num_items_in_batch": torch.tensor(52)}
     losses = {}
     for loss_type in ("bnpo", "dapo"):

@@ -109,6 +109,7 @@ def test_copy_has_its_own_forward(how: str, kind: str, folders: Folders, tmp_pat
 
 @pytest.mark.parametrize("kind", ["plain", "PEFT", "second trainer"])
 def test_copy_trains_itself(kind: str, folders: Folders, tmp_path: Path) -> None:
+    """A copy's loss has gradients of the copy's parameters, and none of the original's."""
     trainer = trained_by(kind, folders("llama"), tmp_path)
     _, wanted = loss_and_gradients(trainer, batch())
     trainer.model.zero_grad()

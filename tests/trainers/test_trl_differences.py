@@ -1,4 +1,4 @@
-"""Where our losses differ from TRL's by design, and by how much."""
+"""The cases in which our losses differ from TRL's by design, and by how much."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
 def overflowing(batch: Rollout, rows: Tensor) -> Rollout:
-    """Ratios of exp(100), infinite in fp32, in the sequences `rows`."""
+    """Make the ratios of the sequences `rows` exp(100), which is infinite in fp32."""
     old = batch.inputs["old_per_token_logps"].clone()
     old[rows] = batch.logps[rows] - 100
     return batch.having(old_per_token_logps=old)
@@ -43,8 +43,11 @@ def overflowing(batch: Rollout, rows: Tensor) -> Rollout:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "sapo", "cispo", "vespo"])
 def test_infinite_ratio_without_advantage(trainer: Any, loss_type: str) -> None:
-    """0 * inf: TRL's loss is NaN with the clipped ratio, and its gradient with SAPO. Ours are those of the
-    batch without that ratio; so are TRL's CISPO and VESPO, which bound it first."""
+    """An infinite ratio times an advantage of 0 is NaN in TRL, and 0 here.
+
+    With the clipped ratio TRL's loss is NaN. With SAPO its gradient is NaN. TRL's CISPO and VESPO bound the
+    ratio first and are not affected. Our results are those of the batch without that ratio.
+    """
     model = logits_for_model(torch.float32)
     batch = rollout(trainer, model)
     settings = Settings.of(loss_type)
@@ -63,10 +66,13 @@ def test_infinite_ratio_without_advantage(trainer: Any, loss_type: str) -> None:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "sapo", "cispo", "vespo"])
 def test_infinite_ratio_beyond_the_bound(trainer: Any, loss_type: str) -> None:
-    """A clipped token's gradient is 0 times the ratio: NaN in TRL, which gates the value and not the
-    derivative. CISPO and VESPO detach the ratio, and there both agree."""
+    """The gradient of a clipped token with an infinite ratio is NaN in TRL, and 0 here.
+
+    TRL selects the value and multiplies the derivative, 0, by the ratio. CISPO and VESPO detach the ratio, so
+    both agree there.
+    """
     model = logits_for_model(torch.float32)
-    large = ADVANTAGES.abs() > 1  # of either sign: delta bounds what the band does not
+    large = ADVANTAGES.abs() > 1  # of either sign: delta bounds the ratios that the clip range does not
     batch = overflowing(rollout(trainer, model), large)
     settings = Settings.of(loss_type, delta=4.0)
     wanted, wanted_grad, got, got_grad = both_gradients(trainer, settings, batch, model)
@@ -81,8 +87,11 @@ def test_infinite_ratio_beyond_the_bound(trainer: Any, loss_type: str) -> None:
 
 
 def test_saturated_sapo(trainer: Any) -> None:
-    """Ratios of 5 to 11: 1 - sigmoid, of which TRL's derivative is made, keeps no digit in fp32 of what
-    sigmoid of the negative is good to. The loss itself agrees."""
+    """For ratios of 5 to 11, the gradient of TRL's SAPO keeps no digit in fp32, and ours keeps four.
+
+    TRL's derivative contains 1 - sigmoid(x), which cancels. Ours is computed from sigmoid(-x). The loss
+    itself agrees.
+    """
     found = {}
     for name, dtype in DTYPES.items():
         model = LogitsForModel(logits_for_model(torch.float32).logits.detach().to(dtype))
@@ -107,7 +116,7 @@ def test_saturated_sapo(trainer: Any) -> None:
 
 @loss_types
 def test_masked_positions(trainer: Any, loss_type: str) -> None:
-    """What a masked position holds reaches TRL's loss, where NaN * 0 is NaN; it never reaches ours."""
+    """NaN at a masked position reaches TRL's loss, because NaN * 0 is NaN. It never reaches ours."""
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     settings = Settings.of(loss_type, penalty="KL")
@@ -126,12 +135,15 @@ def test_masked_positions(trainer: Any, loss_type: str) -> None:
 
 
 def test_small_divergence(trainer: Any) -> None:
-    """k3 at a distance of 1e-4 is 5e-9, of which exp(x) - x - 1 leaves nothing in fp32; expm1(x) - x does."""
+    """At a distance of 1e-4 nats, TRL's k3 keeps no digit in fp32, and ours is right to 6 %.
+
+    k3 is 5e-9 there. exp(x) - x - 1 cancels, and expm1(x) - x does not.
+    """
     found = {}
     for name, dtype in DTYPES.items():
         model = LogitsForModel(logits_for_model(torch.float32).logits.detach().to(dtype))
         batch = rollout(trainer, model)
-        # x as fp32 has it, for both.
+        # Both dtypes get the x that fp32 can represent.
         wide = rollout(trainer, LogitsForModel(model.logits.detach().double())).logps
         ref = ((wide.float() + 1e-4) * batch.mask).to(dtype)
         batch = batch.having(ref_per_token_logps=ref, advantages=torch.zeros(B, dtype=dtype))
@@ -141,17 +153,19 @@ def test_small_divergence(trainer: Any) -> None:
     assert_same("fp64", found["fp64"][2], truth, 1e-7)
     wanted, wanted_grad, got, got_grad = (x.double() for x in found["fp32"])
     assert float((wanted - truth).abs() / truth) > 0.9
-    # A log-probability near -10 is a logit less the maximum, less the logarithm of a sum of 23, each rounded:
-    # good to 3e-6 in fp32, which is 0.03 of the distance. k3 has its square.
+    # A log-probability near -10 is a difference of rounded numbers. In fp32 it is right to 3e-6, or 0.03 of the
+    # distance. k3 is about half the square of the distance.
     assert float((got - truth).abs() / truth) < 0.06
     assert_same("our gradient", got_grad, truth_grad, 0.03)
     assert_same("their gradient", wanted_grad, truth_grad, 0.03)
 
 
 @pytest.mark.parametrize("loss_type", GLOBAL)
-def test_entropy_bonus_of_a_window(trainer: Any, loss_type: str) -> None:
-    """Two micro-batches of unlike length. With a normalizer our bonuses sum to the mean over all tokens of
-    the window; TRL's to the mean of two means, which weighs the tokens of the shorter one more."""
+def test_entropy_bonus_of_two_micro_batches(trainer: Any, loss_type: str) -> None:
+    """With a normalizer, the entropy bonuses of two micro-batches sum to the mean over all their tokens.
+
+    TRL's sum to the mean of the two means, which gives the tokens of the shorter micro-batch a larger weight.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     halves = [torch.arange(B) % 5 < 2, torch.arange(B) % 5 >= 2]
@@ -178,8 +192,10 @@ def test_entropy_bonus_of_a_window(trainer: Any, loss_type: str) -> None:
 
 
 def test_entropy_bonus_of_high_entropy_tokens(trainer: Any) -> None:
-    """TRL's entropy mask restricts the bonus as well as the surrogate; token weights leave our bonus alone.
-    Without a KL term, TRL's is ours with all but those tokens masked, scaled to its own means."""
+    """TRL's entropy mask also restricts the entropy bonus. Our token weights do not.
+
+    Without a KL term, TRL's loss is ours with all but those tokens masked, scaled to its own means.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     settings = Settings.of("bnpo", entropy_coef=0.05, top_entropy_quantile=0.33)
@@ -197,9 +213,11 @@ def test_entropy_bonus_of_high_entropy_tokens(trainer: Any) -> None:
     assert wanted > 1.2 * got
 
 
-def test_vespo_takes_token_weights_for_sampler_ratios(trainer: Any) -> None:
-    """A weight of zero is a sampler's ratio below any that its weight tells apart, for every token of the
-    sequence. TRL's masks of entropy and policy multiply instead, token by token: see `masked_tokens`."""
+def test_vespo_treats_token_weights_as_sampler_ratios(trainer: Any) -> None:
+    """VESPO treats token weights as ratios of the sampler, so a weight of 0 affects the whole sequence.
+
+    TRL's entropy mask and off-policy mask multiply token by token instead: see `masked_tokens`.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     kept = high_entropy(batch, 0.33).double()
@@ -212,8 +230,11 @@ def test_vespo_takes_token_weights_for_sampler_ratios(trainer: Any) -> None:
 
 
 def test_vespo_at_sequence_level(trainer: Any) -> None:
-    """TRL warns that the level is without meaning for VESPO, whose weights are a sequence's anyway, yet lets
-    it choose the ratio that corrects the KL term. We refuse it."""
+    """We refuse VESPO at sequence level, and TRL accepts it with a warning.
+
+    VESPO has one weight per sequence at either level. In TRL, the level still chooses the ratio that corrects
+    the KL term.
+    """
     settings = Settings.of("vespo", "sequence", "KL, corrected")
     with pytest.raises(ValueError, match="VESPO takes level 'token'"):
         LossSpec(settings.surrogate(), level="sequence")
@@ -223,7 +244,7 @@ def test_vespo_at_sequence_level(trainer: Any) -> None:
     by_token = theirs(trainer, model, replace(settings, level="token"), batch)
     assert_same("by token", got, by_token, 1e-10)
     assert abs(float(wanted / got) - 1) > 1e-3
-    # The rest of TRL's loss: the KL term of any loss at sequence level.
+    # The rest of TRL's loss is the KL term that any loss has at sequence level.
     penalty = LossSpec(None, settings.spec().kl, level="sequence", aggregation="token-mean")
     alone = ours(grpo_loss, (model.logits,), settings, batch, spec=penalty).loss
     surrogate = replace(settings.spec(), kl=None)
@@ -234,7 +255,7 @@ def test_vespo_at_sequence_level(trainer: Any) -> None:
 
 @pytest.mark.parametrize("loss_type", ["sapo", "vespo"])
 def test_rounded_numbers(trainer: Any, loss_type: str) -> None:
-    """`torch.where` of two Python numbers is an fp32 tensor: in fp64 TRL's constants have seven digits."""
+    """TRL's constants have seven digits in fp64, because `torch.where` of two Python numbers is fp32."""
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     numbers = {"sapo_temperatures": (1.3, 1.7), "vespo": (1.9, 2.7, 2.6, 1.6)}

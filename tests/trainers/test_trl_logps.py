@@ -1,4 +1,4 @@
-"""TRL's losses of our log-probabilities: `fuse_trl_logps` changes no result of TRL's trainers."""
+"""`fuse_trl_logps` gives TRL's losses our log-probabilities and changes no result of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -41,8 +41,13 @@ ALL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 @pytest.mark.parametrize("outputs", [(), ("entropy",), ("mean_logits", "is_top1"), ALL_OUTPUTS])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16 head", "autocast"])
-def test_results_of_trl_s_function(outputs: tuple[str, ...], softcap: float | None, dtypes: str) -> None:
-    """The same five results and three gradients. TRL multiplies in the dtype of the hidden states."""
+def test_results_of_the_log_prob_function(
+    outputs: tuple[str, ...], softcap: float | None, dtypes: str
+) -> None:
+    """Our function has the five results and three gradients of TRL's.
+
+    TRL multiplies in the dtype of the hidden states.
+    """
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(11, 16), torch.randn(V, 16), torch.randn(V)
     targets = torch.randint(0, V, (11,))
@@ -58,7 +63,7 @@ def test_results_of_trl_s_function(outputs: tuple[str, ...], softcap: float | No
         sum((x * g).sum() for x, g in zip(results[:2], upstream, strict=True) if x is not None).backward()
         found.append((results, [x.grad for x in leaves]))
     (wanted, wanted_grads), (got, got_grads) = found
-    # TRL rounds the logits of bf16 factors to bf16.
+    # TRL rounds the logits of bf16 operands to bf16.
     tolerance = 0.03 if dtypes == "autocast" else 1e-5
     for name, ours, theirs in zip(trl_head.PerToken._fields, got, wanted, strict=True):
         assert (ours is None) == (theirs is None), name
@@ -72,7 +77,10 @@ def test_results_of_trl_s_function(outputs: tuple[str, ...], softcap: float | No
 
 
 def test_start_at_the_reference() -> None:
-    """A policy is asked for its entropy, a reference is not; of the same weights their KL is exactly 0."""
+    """The KL of a policy to a reference with the same weights is exactly 0.
+
+    The entropy is computed for the policy only.
+    """
     torch.manual_seed(0)
     hidden, weight = on_a_grid(torch.randn(200, 32)), on_a_grid(torch.randn(V, 32))  # exact logits
     targets = torch.randint(0, V, (200,))
@@ -84,6 +92,7 @@ def test_start_at_the_reference() -> None:
 
 
 def texts(seed: int, count: int = 64) -> list[str]:
+    """Return texts of 4 to 8 random numbers."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, V - 2, (count, 9), generator=generator).tolist()
     return [" ".join(map(str, row[: 4 + i % 5])) for i, row in enumerate(rows)]
@@ -131,6 +140,7 @@ def test_fused_logps(
     caplog: pytest.LogCaptureFixture,
     no_stock_head: Callable[[], None],
 ) -> None:
+    """Runs of six trainers of TRL are the same with `fuse_trl_logps`, and TRL's function is not called."""
     run, model = LOGPS[name]
     wanted = run(folders(model), tmp_path)
     fuse_trl_logps()
@@ -155,6 +165,7 @@ def test_outputs_left_to_trl(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """One warning names the outputs that TRL still computes, and the run is the same."""
     wanted = dpo(folders(model), tmp_path, **config)
     fuse_trl_logps()
     assert_same_runs(dpo(folders(model), tmp_path, **config), wanted)

@@ -1,4 +1,4 @@
-"""FusedGRPOTrainer compares its loss with TRL's, and hands over to TRL if they differ."""
+"""FusedGRPOTrainer compares its loss with TRL's, and uses TRL's loss if they differ."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ def ratio(logps: Tensor, old: Tensor | None) -> Tensor:
 
 
 def gradient_lost(logps: Tensor, old: Tensor | None, ref: None, advantages: Tensor, mask: Tensor) -> Tensor:
+    """A loss with the right value and no gradient."""
     return -advantages * ratio(logps, old).detach() + 0 * logps
 
 
 def constant_added(logps: Tensor, old: Tensor | None, ref: None, advantages: Tensor, mask: Tensor) -> Tensor:
+    """A loss with the right gradient and a wrong value."""
     return -advantages * ratio(logps, old) + 0.1
 
 
@@ -56,14 +58,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_another_loss_is_handed_over(
+def test_wrong_loss_is_replaced_by_trls(
     mistake: str,
     folders: Folders,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One warning, and from that very micro-batch on all is as in TRL."""
+    """A wrong loss gives one warning, and the whole run equals TRL's, from the same micro-batch on."""
     config = {"loss_type": "dapo", "epsilon": 100.0}
     wanted = grpo(trl.GRPOTrainer, folders("llama"), tmp_path, **config)
     for name, wrong in MISTAKES[mistake].items():
@@ -74,7 +76,8 @@ def test_another_loss_is_handed_over(
     assert_same_runs(got, wanted)
 
 
-def test_gradients_are_compared_where_there_are_some(folders: Folders, tmp_path: Path) -> None:
+def test_zero_gradients_are_no_check(folders: Folders, tmp_path: Path) -> None:
+    """A comparison of gradients that are all zero does not count as a check."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     inputs = batch()
     for advantages, left in ((torch.zeros(B), fused_trl.GRADIENT_CHECKS), (inputs["advantages"], 7)):
@@ -82,13 +85,16 @@ def test_gradients_are_compared_where_there_are_some(folders: Folders, tmp_path:
         assert trainer._gradient_checks == left
 
 
-def test_every_rank_hands_over(
+def test_every_rank_uses_trls_loss(
     folders: Folders,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where losses differ on one: all have to call the model equally often."""
+    """If the losses differ on one rank, all ranks use TRL's loss.
+
+    All ranks have to call the model equally often.
+    """
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
 
     def gather(self: Any, x: Tensor) -> Tensor:
@@ -101,10 +107,15 @@ def test_every_rank_hands_over(
     trainer._compute_loss(trainer.model, batch())
 
 
-def test_infinite_ratio(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of tokens without advantage: NaN in TRL, which multiplies 0 by it. That is no reason to hand over."""
+def test_infinite_ratio_without_advantage_is_no_difference(
+    folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An infinite ratio of a token without advantage does not make us use TRL's loss.
+
+    TRL's loss is NaN there, because it multiplies the ratio by 0.
+    """
     inputs = batch()
-    inputs["old_per_token_logps"][2] -= 200  # the advantage is 0
+    inputs["old_per_token_logps"][2] -= 200  # its advantage is 0
     theirs = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), inputs)
     ours = loss_and_gradients(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path), inputs)
     without = loss_and_gradients(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path), batch())
@@ -115,7 +126,10 @@ def test_infinite_ratio(folders: Folders, tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_log_probabilities_of_tools(folders: Folders, tmp_path: Path) -> None:
-    """A tool's token may have had any: TRL forms its ratio, infinite if ours is 0, and masks it later."""
+    """A token of a tool may have any log-probability.
+
+    TRL computes its ratio, which is infinite if our log-probability is 0, and masks it later.
+    """
     inputs = batch()
     inputs["completion_ids"] %= V - 1
     inputs["completion_ids"][0, 2] = V - 1

@@ -1,4 +1,4 @@
-"""The loss of TRL's GRPOTrainer is one of ours under another name, whatever its user sets."""
+"""The loss of TRL's GRPOTrainer is one of our losses, for all settings of TRL."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def skip_vespo_at_sequence_level(loss_type: str, level: str, penalty: str) -> No
 
 
 def test_batch_takes_every_branch(trainer: Any) -> None:
-    """What the parity below is worth: either level, either sign, every interval between the bounds."""
+    """The batch of these tests has tokens in every branch of the losses.
+
+    At either level and for either sign, there are ratios in every interval between the bounds.
+    """
     batch = rollout(trainer, logits_for_model(torch.float64))
     settings, mask = Settings(), batch.mask.bool()
     log_ratio = (batch.logps - batch.inputs["old_per_token_logps"]).where(mask, 0)
@@ -77,7 +80,10 @@ def test_batch_takes_every_branch(trainer: Any) -> None:
 @levels
 @loss_types
 def test_every_loss(trainer: Any, loss_type: str, level: str, penalty: str) -> None:
-    """Gradients by the logits in fp64; on-policy and off, advantages per sequence and per token."""
+    """Loss and gradient with respect to the logits agree in fp64.
+
+    On-policy and off-policy, with advantages per sequence and per token.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     skip_vespo_at_sequence_level(loss_type, level, penalty)
@@ -91,8 +97,11 @@ def test_every_loss(trainer: Any, loss_type: str, level: str, penalty: str) -> N
 @levels
 @loss_types
 def test_every_loss_of_a_model(trainer: Any, loss_type: str, level: str, penalty: str) -> None:
-    """TRL runs its model and its own head, in fp32. Every parameter gets the same gradient from logits and
-    from hidden states, in chunks that cut sequences apart."""
+    """Every parameter of a model gets the same gradient from TRL and from our losses, in fp32.
+
+    TRL runs its model and its own head. Our losses start from logits and from hidden states, in chunks that
+    split sequences.
+    """
     model = trainer.model
     batch = rollout(trainer, model)
     skip_vespo_at_sequence_level(loss_type, level, penalty)
@@ -136,7 +145,10 @@ def completion_states(model: Any, batch: Rollout) -> Tensor:
 @levels
 @loss_types
 def test_packed(trainer: Any, loss_type: str, level: str) -> None:
-    """The same tokens end to end, which TRL's loss does not know: the empty sequence is one of length 0."""
+    """Packed tokens have the same loss. TRL's loss has no packed form.
+
+    The empty sequence has length 0.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     settings = Settings.of(loss_type, level, "KL", entropy_coef=0.0 if loss_type in GLOBAL else 0.03)
@@ -153,12 +165,12 @@ def test_packed(trainer: Any, loss_type: str, level: str) -> None:
 
 @pytest.mark.parametrize("scale, softcap", [(0.6, None), (1.0, 1.5), (0.6, 1.5)])
 def test_logit_transforms(trainer: Any, scale: float, softcap: float | None) -> None:
-    """Cohere scales its logits, Gemma 2 caps them: TRL reads both from the model's config."""
+    """A scale of the logits (Cohere) and a softcap (Gemma 2) agree. TRL reads both from the config."""
     from trl.trainer.utils import add_fused_lm_head
 
     model = copy.deepcopy(trainer.model)
     model.config.logit_scale, model.config.final_logit_softcapping = scale, softcap
-    model.forward = type(model).forward.__get__(model)  # without the head that was bound to the original
+    model.forward = type(model).forward.__get__(model)  # without the fused head of the original
     add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     batch = rollout(trainer, model)
     settings = Settings.of("grpo", penalty="KL", entropy_coef=0.03)
@@ -170,10 +182,14 @@ def test_logit_transforms(trainer: Any, scale: float, softcap: float | None) -> 
 
 @pytest.mark.parametrize("rates", [(2.75, 1.5), (0.0, 1.5), (2.75, 0.0)])
 def test_bounds_of_vespo(trainer: Any, rates: tuple[float, float]) -> None:
-    """Log-ratios beyond 20 count as 20, a sequence's from log(1e-8) to 20, and a rate of 0 as 1e-4."""
+    """VESPO's bounds agree.
+
+    Log-ratios are bounded to ±20, their sum over a sequence to the range from log(1e-8) to 20, and a rate of
+    0 counts as 1e-4.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
-    # Sums of +25 and -19.5 (bounded, 0.5), +25 alone, -25 alone, and three bounded ones.
+    # Sequences of +25 and -19.5 (0.5 after bounding), of +25 alone, of -25 alone, and of -30 and 19.8.
     log_ratio = torch.zeros(B, T, dtype=torch.float64)
     log_ratio[:2, :2] = torch.tensor([25.0, -19.5])
     log_ratio[[4, 5], 0], log_ratio[[6, 7], 0] = 25.0, -25.0
@@ -208,7 +224,7 @@ PRESETS = {
 def test_presets(name: str) -> None:
     """Our presets have TRL's defaults, except for two bounds.
 
-    TRL leaves open the upper bound of `dapo` and `cispo`. It documents GSPO's bounds, but does not set them.
+    TRL sets no upper bound for `dapo` and `cispo`. It documents GSPO's bounds, but does not set them.
     """
     defaults = trl.GRPOConfig.__dataclass_fields__
     assert (defaults["epsilon"].default, defaults["epsilon_high"].default) == (DEFAULTS["epsilon"], None)

@@ -32,7 +32,7 @@ pytestmark = TRAINER_MARKS
 
 
 class KeepsScores:
-    """A term of what the scores of the loss were: log-probabilities (0) or entropies (1)."""
+    """Adds a term that is computed from the scores of the loss: log-probabilities (0) or entropies (1)."""
 
     which = 0
 
@@ -46,7 +46,7 @@ class KeepsScores:
 
 
 class ScoresAgain:
-    """The same term, of another call."""
+    """Adds the same term, computed from another call."""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
@@ -59,23 +59,26 @@ class ScoresAgain:
 
 @pytest.mark.parametrize("old", [True, False], ids=["old", "on-policy"])
 @pytest.mark.parametrize("which", [0, 1], ids=["logps", "entropy"])
-def test_term_of_the_scores_of_our_loss(which: int, old: bool, folders: Folders, tmp_path: Path) -> None:
-    """Its gradient would end at the scores, and the term would be lost without a word."""
+def test_term_from_the_scores_of_our_loss(which: int, old: bool, folders: Folders, tmp_path: Path) -> None:
+    """A term that is computed from the scores of our loss raises in its backward.
+
+    Its gradient would end at the scores, and the term would be lost without a message.
+    """
     cls = type("Keeps", (KeepsScores, FusedGRPOTrainer), {"which": which})
     trainer = new_trainer(cls, folders("llama"), tmp_path)
     inputs = batch()
     if not old:
         del inputs["old_per_token_logps"]
-    for _ in range(10):  # after those whose gradients are compared, too
+    for _ in range(10):  # also after the steps whose gradients are compared
         loss = trainer._compute_loss(trainer.model, inputs)
         with pytest.raises(RuntimeError, match=r"does not reach the model.*another call"):
             loss.backward()
-    # Where the loss is TRL's, the term has its gradient.
+    # If the loss is TRL's, the term has its gradient.
     loss_and_gradients(new_trainer(cls, folders("llama"), tmp_path, top_entropy_quantile=0.5), inputs)
 
 
-def test_term_of_other_scores(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the message advises."""
+def test_term_from_another_call(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A term that is computed from another call has its gradient, as the error message advises."""
     got, wanted = (
         loss_and_gradients(new_trainer(type("A", (mixin, parent), {}), folders("llama"), tmp_path), batch())
         for mixin, parent in ((ScoresAgain, FusedGRPOTrainer), (KeepsScores, trl.GRPOTrainer))
@@ -98,6 +101,7 @@ def test_another_class_adds_to_the_loss(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A class that adds to the loss keeps its term before or after ours. A custom spec is refused."""
     wanted = loss_and_gradients(new_trainer(SmallTerm, folders("llama"), tmp_path), batch())
     without = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
     with pytest.raises(AssertionError):
@@ -121,7 +125,7 @@ def test_class_that_trl_does_not_reach(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """TRL's method does not call `super()`, so a class after GRPOTrainer adds nothing, as in TRL."""
+    """A class after GRPOTrainer adds nothing, as in TRL, whose method does not call `super()`."""
     behind = type("Behind", (), {"_compute_loss": None})
     new_trainer(type("Fused", (FusedGRPOTrainer, behind), {}), folders("llama"), tmp_path)
     assert messages(caplog, logging.WARNING) == []
@@ -145,6 +149,8 @@ def test_other_weights_of_vespo(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """If `get_gamma_weights` is overridden, the loss is TRL's."""
+
     class Weights:
         @staticmethod
         def get_gamma_weights(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Subclasses and mixins that override methods of TRL's trainer get our loss or TRL's, and no other one."""
+"""Subclasses and mixins that override TRL's scoring get our loss or TRL's, and no other one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class FromLogits:
 
 
 class FromLogitsByPosition:
-    """Arguments of the model by position."""
+    """Passes the arguments of the model by position."""
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, **_: Any
@@ -104,7 +104,7 @@ class Sorted:
 
 
 class Rescaled:
-    """Returns other log-probabilities than those of our loss."""
+    """Returns log-probabilities that differ from those of our loss."""
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         logps, entropy, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
@@ -172,7 +172,7 @@ def test_scores_overridden(
 
 
 def test_controller_moves_once(folders: Folders, tmp_path: Path) -> None:
-    """A micro-batch that is computed again updates TRL's entropy controller once, and is logged once."""
+    """A micro-batch that is computed twice updates TRL's entropy controller once and is logged once."""
     config = {"entropy_coef": 0.05, "use_adaptive_entropy": True, "entropy_target": 2.9}
     found = []
     for parent in (trl.GRPOTrainer, FusedGRPOTrainer):
@@ -190,7 +190,7 @@ def test_scores_overridden_under_zero3(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The log-probabilities are TRL's, too, because the backward of ours would find the head sharded."""
+    """The log-probabilities are TRL's as well, because our backward would find the head sharded."""
     trainer = new_trainer(type("Z", (OneByOne, FusedGRPOTrainer), {}), folders("llama"), tmp_path)
     for step in (1, 2):
         trainer._compute_loss(trainer.model, batch()).backward()
@@ -200,7 +200,7 @@ def test_scores_overridden_under_zero3(
 
 
 @pytest.mark.parametrize("flags, again", [((False, True), False), ((True, False), True)])
-def test_another_rank_calls_the_model_otherwise(
+def test_another_rank_calls_the_model_differently(
     flags: tuple[bool, bool],
     again: bool,
     folders: Folders,
@@ -233,7 +233,7 @@ class Logged:
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         assert model.config.vocab_size == V
         with torch.no_grad():
-            # Passes of other models, or without gradients, are not part of the loss.
+            # Calls of other models and calls without gradients are not part of the loss.
             for other in (model, self.ref_model):  # type: ignore[attr-defined]
                 super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                     other, *args, **{**kwargs, "compute_entropy": False}
@@ -248,6 +248,7 @@ def test_harmless_override_stays_fused(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """An override that only reads keeps the fused loss, without a warning."""
     stock = type("Stock", (Logged, trl.GRPOTrainer), {})
     bases = (Logged, FusedGRPOTrainer) if place == "below" else (FusedGRPOTrainer, stock)
     trainer = new_trainer(type("Fused", bases, {}), folders("llama"), tmp_path, beta=0.04)
@@ -261,7 +262,7 @@ def test_harmless_override_stays_fused(
 
 @pytest.mark.parametrize("name", [name for name in OVERRIDES if name != "rescaled"])
 def test_scores_overridden_with_own_spec(name: str, folders: Folders, tmp_path: Path) -> None:
-    """TRL's loss would not be the loss of `loss_spec()`."""
+    """With a custom spec, an override raises, because TRL's loss cannot replace that of the spec."""
     mixin, why = OVERRIDES[name]
     trainer = new_trainer(type("Own", (mixin, LogRatioTrainer), {}), folders("llama"), tmp_path, beta=0.04)
     with pytest.raises(ValueError, match=why.replace("8", str(B)) + ".*TRL's loss cannot replace it"):
@@ -270,7 +271,10 @@ def test_scores_overridden_with_own_spec(name: str, folders: Folders, tmp_path: 
 
 @pytest.mark.parametrize("rows", [B // 2, 2 * B])
 def test_wrapper_splits_the_batch(rows: int, folders: Folders, tmp_path: Path) -> None:
-    """The trainer does not see a split inside the model. With these long prompts the shapes would fit."""
+    """A model that splits the batch inside its forward has TRL's loss.
+
+    The trainer does not see the split. With these long prompts the shapes would fit.
+    """
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     inputs = batch()
     prompts = torch.randint(2, V, (B, 3 * T), generator=torch.Generator().manual_seed(2))
@@ -301,7 +305,7 @@ def test_wrapper_splits_the_batch(rows: int, folders: Folders, tmp_path: Path) -
 
 
 def test_compiled_model(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """torch.compile traces the forward, which counts its calls."""
+    """A model under torch.compile keeps the fused loss. Its trace counts the calls of the forward."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     wanted = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
     compiled = torch.compile(trainer.model, backend="eager")

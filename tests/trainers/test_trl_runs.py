@@ -34,7 +34,10 @@ pytestmark = TRAINER_MARKS
 
 
 class ExtraInputs:
-    """Of a trainer: what tools and vLLM would add to a batch, random but by the completions alone."""
+    """Adds to a trainer's batch what tools and vLLM would add.
+
+    The values are random, and depend only on the completions.
+    """
 
     extra: frozenset[str] = frozenset()
 
@@ -81,13 +84,15 @@ def prompt_tuning() -> Any:
 
 @dataclass
 class Case:
+    """One comparison of two runs."""
+
     config: dict[str, Any] = field(default_factory=dict)
     model: str = "llama"
     peft: Callable[[], Any] = lambda: None
     extra: frozenset[str] = frozenset()
-    theirs: str | None = None  # why the loss is TRL's, of our log-probabilities
+    theirs: str | None = None  # why the loss is TRL's, computed from our log-probabilities
     tolerance: float = TOLERANCE
-    stock: dict[str, Any] = field(default_factory=dict)  # options of the stock trainer alone
+    stock: dict[str, Any] = field(default_factory=dict)  # options of the stock trainer only
 
 
 def case(
@@ -100,6 +105,7 @@ def case(
     stock: dict[str, Any] | None = None,
     **config: Any,
 ) -> Case:
+    """Make a `Case` from keyword arguments. `config` holds options of GRPOConfig."""
     return Case(
         config, model, peft, frozenset(filter(None, extra.split(", "))), theirs, tolerance, stock or {}
     )
@@ -169,7 +175,7 @@ CASES = {
         theirs="top_entropy_quantile=0.4",
         **ACCUMULATED,
     ),
-    # In bf16 a number that is rounded the other way moves by 2^-8, and takes the steps after it along.
+    # A bf16 number that rounds the other way moves by 2^-8, and all later steps follow it.
     "head in fp32": case(
         loss_type="grpo",
         cast_lm_head_to_fp32=True,
@@ -178,7 +184,7 @@ CASES = {
         tolerance=0.01,
         **KL,
     ),
-    # Our logits are fp32 under autocast. TRL rounds them to bf16, unless it is asked to keep them in fp32.
+    # Our logits are fp32 under autocast. TRL rounds them to bf16, unless `cast_lm_head_to_fp32` is set.
     "autocast": case(
         loss_type="dapo",
         bf16=True,
@@ -213,7 +219,7 @@ CASES = {
         theirs="top_entropy_quantile=0.6",
     ),
 }
-# `make test` runs the options of these in other cases, or with one micro-batch in test_trl_losses.py.
+# `make test` covers the options of these in other cases, or with one micro-batch in test_trl_losses.py.
 LONG = {
     *(
         "grpo",
@@ -249,6 +255,7 @@ def test_same_run(
     no_stock_head: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The run with our loss equals TRL's, and the log names the reason if the loss is TRL's."""
     chosen = CASES[name]
     for trainer_class in (Stock, Fused):
         monkeypatch.setattr(trainer_class, "extra", chosen.extra)
@@ -264,8 +271,9 @@ def test_same_run(
 
 
 def test_runs_are_worth_comparing(folders: Folders, tmp_path: Path) -> None:
+    """A run has clipped tokens, groups without advantage, and completions of several lengths."""
     run = grpo(trl.GRPOTrainer, folders("llama"), tmp_path, loss_type="grpo")
-    assert len(run.logs) == STEPS + 1  # and a summary
+    assert len(run.logs) == STEPS + 1  # and the summary at the end
     without_advantage = run.column("frac_reward_zero_std")
     assert 0 < without_advantage.max() < 1
     assert run.column("clip_ratio/low_mean").max() > 0.02 < run.column("clip_ratio/high_mean").max()
@@ -273,14 +281,16 @@ def test_runs_are_worth_comparing(folders: Folders, tmp_path: Path) -> None:
     assert run.column("loss").abs().max() > 0.05 < run.column("grad_norm").min()
 
 
-def test_rows_where_there_is_triton(
+def test_rows_of_labelled_tokens(
     folders: Folders,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     no_stock_head: Callable[[], None],
 ) -> None:
-    """There TRL hands over the rows of labelled tokens alone; some sequences, in the end whole batches, have
-    none."""
+    """If Triton is available, TRL passes only the rows of labelled tokens to the head, and the runs agree.
+
+    Some sequences have no such rows. At the end, neither do whole batches.
+    """
     config = {"loss_type": "dapo", "mask_truncated_completions": True, "max_completion_length": 3, **KL}
     wanted = grpo(trl.GRPOTrainer, folders("llama"), tmp_path, **config)
     assert wanted.column("completions/clipped_ratio").max() > 0.8

@@ -1,4 +1,4 @@
-"""TRL's masks and ratios are `token_weights` here; accumulation and entropy bonus are the same."""
+"""TRL's ratios and masks equal `token_weights`, and accumulation, ranks and the entropy bonus agree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
 def sampler_ratio(batch: Rollout, kind: str) -> Tensor:
-    """As of vLLM: per token or per sequence, truncated or masked; 1 at masked positions, as TRL has it."""
+    """Return ratios as vLLM's correction gives them: per token or per sequence, truncated or masked.
+
+    They are 1 at masked positions, as in TRL.
+    """
     generator = torch.Generator().manual_seed(2)
     width = 1 if kind.startswith("sequence") else T
     ratio = torch.exp(0.5 * torch.randn(B, width, generator=generator, dtype=torch.float64))
@@ -49,7 +52,7 @@ def sampler_ratio(batch: Rollout, kind: str) -> Tensor:
 @levels
 @loss_types
 def test_sampler_ratio_is_token_weights(trainer: Any, loss_type: str, level: str, kind: str) -> None:
-    """The correction for vLLM, before the KL term. VESPO folds it into its weight."""
+    """The correction for vLLM multiplies the loss before the KL term. VESPO includes it in its weight."""
     if loss_type == "vespo" and kind.startswith("sequence"):
         pytest.skip("GRPOTrainer refuses it")
     model = logits_for_model(torch.float64)
@@ -62,8 +65,11 @@ def test_sampler_ratio_is_token_weights(trainer: Any, loss_type: str, level: str
 
 
 def kept_on_policy(batch: Rollout, threshold: float) -> Tensor:
-    """DeepSeek-V3.2's: a sequence (a token, where it has its own advantage) is dropped whose advantage is
-    negative and which the sampler finds likelier than the policy by more than `threshold` a token."""
+    """Return the sequences or tokens that the off-policy mask of DeepSeek-V3.2 keeps.
+
+    It drops a negative advantage if the sampler's log-probability exceeds the policy's by more than
+    `threshold` per token of the sequence.
+    """
     advantages = batch.inputs["advantages"]
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     sampler = batch.inputs.get("sampling_per_token_logps", batch.inputs.get("old_per_token_logps"))
@@ -72,8 +78,10 @@ def kept_on_policy(batch: Rollout, threshold: float) -> Tensor:
 
 
 def masked_tokens(settings: Settings, batch: Rollout, kept: Tensor) -> dict[str, Tensor]:
-    """A weight of zero for every token that is not kept; for VESPO, which would take the weights for sampler
-    ratios, an advantage of zero."""
+    """Return a weight of 0 for every token that is not kept.
+
+    VESPO would treat weights as ratios of the sampler, so it gets an advantage of 0 instead.
+    """
     kept = kept.to(batch.logps.dtype)
     if settings.loss_type != "vespo":
         return {"token_weights": kept}
@@ -84,6 +92,7 @@ def masked_tokens(settings: Settings, batch: Rollout, kept: Tensor) -> dict[str,
 @levels
 @loss_types
 def test_off_policy_mask_is_token_weights(trainer: Any, loss_type: str, level: str) -> None:
+    """TRL's off-policy mask equals token weights of 0."""
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     sampled = batch.having(sampling_per_token_logps=batch.inputs["old_per_token_logps"].roll(1, 0))
@@ -97,7 +106,7 @@ def test_off_policy_mask_is_token_weights(trainer: Any, loss_type: str, level: s
 @levels
 @loss_types
 def test_entropy_mask_is_token_weights(trainer: Any, loss_type: str, level: str) -> None:
-    """ "Beyond the 80/20 rule": only the tokens of high entropy learn; the KL term keeps all."""
+    """Only tokens of high entropy learn, as in "Beyond the 80/20 Rule". The KL term keeps all tokens."""
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     settings = Settings.of(loss_type, level, "KL", top_entropy_quantile=0.33)
@@ -109,7 +118,7 @@ def test_entropy_mask_is_token_weights(trainer: Any, loss_type: str, level: str)
 
 @loss_types
 def test_weights_multiply(trainer: Any, loss_type: str) -> None:
-    """All three at once, beside tokens that a tool wrote: attended to, not trained on."""
+    """Ratio, off-policy mask and entropy mask multiply. Tokens of a tool are not trained on."""
     model = logits_for_model(torch.float64)
     generator = torch.Generator().manual_seed(3)
     batch = rollout(trainer, model).having(tool_mask=(torch.rand(B, T, generator=generator) < 0.7).long())
@@ -127,7 +136,7 @@ def test_weights_multiply(trainer: Any, loss_type: str) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @loss_types
 def test_accumulation(trainer: Any, loss_type: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of three micro-batches on one of two ranks; an evaluation accumulates nothing."""
+    """One of three micro-batches on one of two ranks has TRL's loss. An evaluation does not accumulate."""
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", property(lambda self: 2))
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
@@ -138,7 +147,7 @@ def test_accumulation(trainer: Any, loss_type: str, training: bool, monkeypatch:
     assert_same_by_logits(trainer, settings, batch, model, normalizer=normalizer)
     if loss_type in GLOBAL or not training:
         return
-    # Instead of dividing our loss: the same number as a normalizer.
+    # The same number as a normalizer replaces the division of our loss.
     sequences = AGGREGATION[loss_type].startswith("seq")
     count = 3 * (B if sequences else int(batch.mask.sum()))
     wanted = theirs(trainer, model, settings, batch)
@@ -149,8 +158,10 @@ def test_accumulation(trainer: Any, loss_type: str, training: bool, monkeypatch:
 @levels
 @loss_types
 def test_entropy_bonus(trainer: Any, loss_type: str, level: str) -> None:
-    """A mean over the micro-batch's tokens. Where we are given a normalizer, ours is divided by that: the
-    coefficient makes up for it."""
+    """TRL's entropy bonus is a mean over the tokens of the micro-batch.
+
+    Ours is divided by the normalizer if there is one. The coefficient makes up for it.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     settings = Settings.of(loss_type, level, "KL", entropy_coef=0.05, accumulation=3, steps_per_generation=2)
@@ -165,7 +176,10 @@ def test_entropy_bonus(trainer: Any, loss_type: str, level: str) -> None:
 @pytest.mark.parametrize("delta", [None, 1.0])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_ratio_on_its_bound(trainer: Any, level: str, delta: float | None) -> None:
-    """On-policy without a band every bound is 1, as is every ratio: both keep the whole gradient."""
+    """A ratio exactly on its bound keeps the whole gradient in both.
+
+    On-policy, with a clip range of width 0, every bound and every ratio is 1.
+    """
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model).without("old_per_token_logps")
     settings = Settings.of("grpo", level, epsilon=0.0, epsilon_high=0.0, delta=delta)
@@ -177,7 +191,7 @@ def test_ratio_on_its_bound(trainer: Any, level: str, delta: float | None) -> No
 
 
 def test_empty_batch(trainer: Any) -> None:
-    """No token at all: loss and gradient are 0 on both sides."""
+    """Loss and gradient of a batch without tokens are 0 in both."""
     model = logits_for_model(torch.float64)
     batch = rollout(trainer, model)
     nothing = batch.having(completion_mask=torch.zeros_like(batch.mask), num_items_in_batch=torch.tensor(0))

@@ -1,4 +1,4 @@
-"""Under DeepSpeed ZeRO-3 the head is whole only during the forward."""
+"""FusedGRPOTrainer under DeepSpeed ZeRO-3, in which the head is whole only during the forward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = TRAINER_MARKS
 def test_sharded_head(
     sharded: list[bool], folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is whole in the forward alone. A gradient that is made there can do without it later on."""
+    """The fused loss computes its gradient in the forward, so it does not need the head in the backward."""
     step_and_score(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path))
     assert sharded == [] == messages(caplog, logging.WARNING)
 
@@ -34,7 +34,7 @@ class GSPOTrainer(FusedGRPOTrainer):
 
 
 def test_sharded_head_and_own_spec(sharded: list[bool], folders: Folders, tmp_path: Path) -> None:
-    """TRL's loss would be another than was asked for."""
+    """A spec that needs the head in the backward is refused, because TRL's loss would be a different one."""
     with pytest.raises(ValueError, match="a loss of one's own has to be made in the forward"):
         new_trainer(GSPOTrainer, folders("llama"), tmp_path)
 
@@ -54,7 +54,10 @@ def test_sharded_head_in_the_backward(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Everything is TRL's then, so that all log-probabilities are rounded alike."""
+    """A loss that needs the head in the backward is TRL's, and so are all log-probabilities.
+
+    All log-probabilities are then rounded alike.
+    """
     step_and_score(new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path, loss_type="grpo", **config))
     assert sharded == [True, False]
     (warning,) = messages(caplog, logging.WARNING)
@@ -64,6 +67,7 @@ def test_sharded_head_in_the_backward(
 def test_sharded_head_of_other_trainers(
     sharded: list[bool], folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """After `fuse_trl_logps`, TRL's trainers keep their own log-probabilities under ZeRO-3."""
     fuse_trl_logps()
     step_and_score(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path))
     assert sharded == [True, False]

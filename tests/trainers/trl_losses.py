@@ -1,8 +1,9 @@
-"""A batch, TRL's loss of it and ours under TRL's settings, for the tests test_trl_*.py.
+"""TRL's loss and ours for the same batch and TRL's settings.
 
-A real trainer computes its loss in two ways. In fp64 it gets logits in place of a model, because its own head
-computes only in fp32. That shows the gradient with respect to the logits to ten digits. In fp32 it gets its
-model. Its parameters then get the same gradients from our loss of logits and from our loss of hidden states.
+TRL's trainer computes its loss in two ways here. In fp64 it gets logits in place of a model, because its own
+head computes only in fp32. This shows the gradient with respect to the logits to ten digits. In fp32 it gets
+its model. Its parameters must get the same gradient from our loss of logits and from our loss of hidden
+states.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from grpo_kernels import KL, LossOutput, LossSpec, PPOClip, grpo_loss
 pytest.importorskip("trl", minversion="1.16")
 
 TEMPERATURE = 0.7
-MAX_COMPLETION = 9  # longer than any completion of the batch, as max_completion_length may well be
+MAX_COMPLETION = 9  # longer than any completion of the batch, as is usual
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # the losses that know delta
-GLOBAL = ("cispo", "dapo", "vespo")  # divided by num_items_in_batch, and so once for all micro-batches
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # the losses that have delta
+GLOBAL = ("cispo", "dapo", "vespo")  # divided by num_items_in_batch, the count of all micro-batches
 LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 AGGREGATION = {
     "grpo": "seq-mean-token-mean",
@@ -50,9 +51,11 @@ levels = pytest.mark.parametrize("level", ["token", "sequence"])
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user of TRL sets. No two numbers are equal or a default, so that none can stand for another.
+    """The options that a user of TRL sets.
 
-    Those that TRL gives to `torch.where`, which makes fp32 of them, are exact in it: test_rounded_numbers.
+    No two numbers are equal, and none is a default, so that no option can be mistaken for another. TRL passes
+    some of them to `torch.where`, which rounds them to fp32. Those are exact in fp32: see
+    test_rounded_numbers.
     """
 
     loss_type: str = "grpo"
@@ -60,9 +63,9 @@ class Settings:
     beta: float = 0.0
     corrected: bool = False  # use_bias_correction_kl
     epsilon: float = 0.15
-    epsilon_high: float = 0.28  # for cispo the bound itself
+    epsilon_high: float = 0.28  # for cispo, the bound itself
     delta: float | None = None
-    sapo_temperatures: tuple[float, float] = (1.25, 1.75)  # of positive advantages, of the others
+    sapo_temperatures: tuple[float, float] = (1.25, 1.75)  # for positive advantages, for the others
     vespo: tuple[float, float, float, float] = (
         1.875,
         2.75,
@@ -85,7 +88,7 @@ class Settings:
         return cls(loss_type=loss_type, level=level, beta=beta, corrected=corrected, **rest)
 
     def apply(self, trainer: Any) -> None:
-        """All of it, so that nothing remains of the case before."""
+        """Set every option, so that no option of an earlier case remains."""
         on_trainer = {
             "loss_type": self.loss_type,
             "importance_sampling_level": self.level,
@@ -113,8 +116,8 @@ class Settings:
         }
         for owner, values in ((trainer, on_trainer), (trainer.args, on_arguments)):
             for name, value in values.items():
-                # A name that TRL does not have would be set in vain.
-                if name != "current_gradient_accumulation_steps":  # which exists while it trains
+                # Setting a name that TRL does not have would have no effect.
+                if name != "current_gradient_accumulation_steps":  # exists only in training
                     assert hasattr(owner, name), f"TRL has no {name}"
                 setattr(owner, name, value)
         trainer.model.train(self.training)
@@ -123,7 +126,7 @@ class Settings:
         return LossSpec(
             self.surrogate(),
             KL("k3", beta=self.beta, ratio_corrected=self.corrected),
-            # The weights of VESPO are a sequence's at either level: see test_vespo_at_sequence_level.
+            # VESPO has one weight per sequence at either level: see test_vespo_at_sequence_level.
             level="token" if self.loss_type == "vespo" else self.level,
             aggregation=AGGREGATION[self.loss_type],
             max_tokens=MAX_COMPLETION if self.loss_type == "dr_grpo" else None,
@@ -149,12 +152,15 @@ class Settings:
 
     @property
     def divisor(self) -> int:
-        """What remains to divide our loss by, where TRL has no count of all micro-batches."""
+        """What our loss must still be divided by, if TRL has no count over all micro-batches."""
         return self.accumulation if self.training and self.loss_type not in GLOBAL else 1
 
 
 class LogitsForModel(nn.Module):
-    """Answers as a model with TRL's fused head, in the dtype of the logits; they lead up to completions."""
+    """Returns what a model with TRL's fused head would return, in the dtype of the logits.
+
+    The logits are those before each token of the completions.
+    """
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()
@@ -177,11 +183,11 @@ class LogitsForModel(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """A batch as TRL's `_generate_and_score_completions` makes it, and what the policy thinks of it."""
+    """A batch as TRL's `_generate_and_score_completions` returns it, and the policy's own values for it."""
 
     inputs: dict[str, Tensor]
-    logps: Tensor  # [B, T], 0 where masked
-    entropies: Tensor  # likewise
+    logps: Tensor  # [B, T], 0 if masked
+    entropies: Tensor  # [B, T], 0 if masked
 
     @property
     def mask(self) -> Tensor:
@@ -194,15 +200,15 @@ class Rollout(NamedTuple):
         return self._replace(inputs={**self.inputs, **values})
 
 
-# Completions of every length, one without a token. The mean log-ratios lie, under either sign of the
-# advantage, in every interval between the bounds of clipping and both values of delta.
+# Completions of every length, one without a token. For either sign of the advantage, each interval between
+# the bounds of clipping and both values of delta contains a mean log-ratio.
 LENGTHS = torch.tensor([7, 4, 1, 0, 6, 5, 3, 7, 2, 6, 5, 4])
 ADVANTAGES = torch.tensor([1.3, -0.7, 0.9, 2.0, 0.0, -1.6, -0.4, 0.6, -1.1, 0.8, 1.1, -0.9])
 MEAN_LOG_RATIO = torch.tensor([0.05, -0.1, 0.6, 0.0, 1.0, -0.8, 2.4, -3.5, 0.9, 0.18, 2.0, 0.21])
 DELTAS = (
     None,
     4.0,
-    1.1,  # inside the band, where for A < 0 the bounded branch meets the clipped one on a slope
+    1.1,  # inside the clip range: for A < 0, the bounded branch meets the clipped one on a slope
 )
 B, T, P, V = 12, 7, 3, 23
 
@@ -213,7 +219,7 @@ def logits_for_model(dtype: torch.dtype, seed: int = 0) -> LogitsForModel:
 
 
 def rollout(trainer: Any, model: Any, seed: int = 10) -> Rollout:
-    """Log-ratios scatter about their sequence's mean, some by several nats."""
+    """Make a batch whose log-ratios scatter around the mean of their sequence, some by several nats."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -225,7 +231,7 @@ def rollout(trainer: Any, model: Any, seed: int = 10) -> Rollout:
         "prompt_mask": (torch.arange(P) >= torch.arange(B)[:, None] % P).long(),  # padded on the left
         "completion_ids": torch.randint(2, V, (B, T), generator=generator) * mask,
         "completion_mask": mask,
-        "num_items_in_batch": torch.tensor(83),  # of two micro-batches or so
+        "num_items_in_batch": torch.tensor(83),  # about two micro-batches
     }
     with torch.no_grad():
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
@@ -247,7 +253,7 @@ def rollout(trainer: Any, model: Any, seed: int = 10) -> Rollout:
 
 
 def per_token_advantages(batch: Rollout) -> Rollout:
-    """Of both signs in every sequence, and zero here and there."""
+    """Replace the advantages by one per token, of both signs in every sequence, and some of them zero."""
     generator = torch.Generator().manual_seed(1)
     advantages = torch.randn(B, T, generator=generator, dtype=torch.float64)
     advantages[torch.rand(B, T, generator=generator) < 0.15] = 0.0
@@ -255,6 +261,7 @@ def per_token_advantages(batch: Rollout) -> Rollout:
 
 
 def theirs(trainer: Any, model: Any, settings: Settings, batch: Rollout) -> Tensor:
+    """Compute TRL's loss."""
     settings.apply(trainer)
     return trainer._compute_loss(model, batch.inputs)
 
@@ -266,7 +273,10 @@ def ours(
     batch: Rollout,
     **options: Any,
 ) -> LossOutput:
-    """The same loss; `token_weights` and `advantages` among the options replace what the batch holds."""
+    """Compute the same loss with this package.
+
+    The options `token_weights` and `advantages` replace the values of the batch.
+    """
     inputs = batch.inputs
     arguments = {
         "advantages": inputs["advantages"],
@@ -286,7 +296,7 @@ def ours(
 def assert_same(
     what: str, got: Tensor, wanted: Tensor, tolerance: float, *, scale: Tensor | None = None
 ) -> None:
-    """Relative to the largest entry, or to `scale`."""
+    """Assert that the errors are at most `tolerance` times the largest entry, or times `scale`."""
     assert got.shape == wanted.shape, what
     error = (got.detach() - wanted.detach()).abs()
     scale = wanted.detach().abs().max() if scale is None else scale
@@ -298,7 +308,10 @@ def assert_same(
 def assert_same_by_logits(
     trainer: Any, settings: Settings, batch: Rollout, model: LogitsForModel, **options: Any
 ) -> None:
-    """Loss and gradient. Each row of the gradient has to be right by its own size, or exactly zero."""
+    """Assert that loss and gradient agree.
+
+    Each row of the gradient must be right relative to its own size, or exactly zero.
+    """
     tolerance = 1e-10
     wanted = theirs(trainer, model, settings, batch)
     (wanted_grad,) = torch.autograd.grad(wanted, model.logits)
@@ -310,7 +323,7 @@ def assert_same_by_logits(
     assert_same(f"{what}: loss", got.loss, wanted, tolerance, scale=wanted_grad.abs().sum())
     assert got.logps.dtype == torch.float64
     assert_same(f"{what}: logps", got.logps, batch.logps * batch.mask, tolerance)
-    # But for saturated SAPO, of which TRL's own 1 - sigmoid leaves no digits.
+    # Saturated rows of SAPO are an exception, because TRL's 1 - sigmoid leaves no digits of them.
     rows = wanted_grad.abs().amax(-1, keepdim=True)
     if settings.loss_type == "sapo":
         rows = rows.clamp(min=1e-4 * float(rows.max()))
@@ -320,7 +333,7 @@ def assert_same_by_logits(
 def both_gradients(
     trainer: Any, settings: Settings, batch: Rollout, model: LogitsForModel, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Their loss and gradient, our loss and gradient."""
+    """Return their loss and gradient, and our loss and gradient."""
     wanted = theirs(trainer, model, settings, batch)
     (wanted_grad,) = torch.autograd.grad(wanted, model.logits)
     logits = model.logits.detach().clone().requires_grad_()

@@ -38,7 +38,7 @@ Folders = Callable[[str], str]  # the fixture `folders`: from a model's name to 
 
 V = 32
 STEPS = 10
-# Of the largest value of a run. fp32 on both sides: 1e-6 a step, and ten of them build on each other.
+# Relative to the largest value of a run. Both sides are fp32: 1e-6 per step, and errors grow over ten steps.
 TOLERANCE = 1e-4
 
 TINY = {
@@ -84,22 +84,27 @@ def save_model(name: str, path: Path) -> None:
 
 
 def messages(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    """Return the messages of this package at one level."""
     return [r.message for r in caplog.records if r.name == "grpo_kernels" and r.levelno == level]
 
 
 class Run(NamedTuple):
+    """A finished training run."""
+
     trainer: Any
     logs: list[dict[str, float]]
     before: dict[str, Tensor]  # parameters
     after: dict[str, Tensor]
 
     def column(self, key: str) -> Tensor:
-        """NaN where TRL logs None, the mean of nothing."""
+        """Return the values of one key. They are NaN if TRL logs None, which is its mean of no values."""
         values = [log[key] for log in self.logs if key in log]
         return torch.tensor([torch.nan if x is None else x for x in values], dtype=torch.float64)
 
 
 class Logs(transformers.TrainerCallback):
+    """Keeps what the trainer logs."""
+
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
 
@@ -127,6 +132,7 @@ COMMON = {
 def train(
     trainer_class: Any, config_class: Any, model: str, tmp_path: Path, config: dict, **rest: Any
 ) -> Run:
+    """Train and return the logs and the parameters before and after."""
     torch.set_num_threads(1)
     recorder = Logs()
     args = config_class(output_dir=str(tmp_path), **{**COMMON, **config})
@@ -146,7 +152,10 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def grpo(trainer_class: Any, model: str, tmp_path: Path, *, peft_config: Any = None, **config: Any) -> Run:
-    """Two steps per generation, unless `config` has it otherwise: in the second the ratios leave 1."""
+    """Train with two steps per generation, unless `config` says otherwise.
+
+    In the second step, the ratios are not 1.
+    """
     defaults = {
         "num_generations": 4,
         "max_completion_length": 6,
@@ -172,12 +181,13 @@ TIMES = ("time", "runtime", "_per_second")
 
 
 def assert_same_runs(got: Run, wanted: Run, tolerance: float = TOLERANCE) -> None:
+    """Assert that metrics and parameters of two runs agree."""
     assert len(got.logs) == len(wanted.logs)
     for ours, theirs in zip(got.logs, wanted.logs, strict=True):
         assert ours.keys() == theirs.keys()
     for key in sorted({key for log in wanted.logs for key in log if not key.endswith(TIMES)}):
         theirs = wanted.column(key)
-        # Losses cancel: on-policy, that of a group sums up to 0.
+        # The terms of a loss cancel. On-policy, the loss of a group is 0.
         size = theirs.nan_to_num().abs().max().clamp(min=0.1 if "loss" in key else 0)
         assert_close(key, got.column(key), theirs, tolerance * float(size))
     movement = max(float((p - wanted.before[name]).abs().max()) for name, p in wanted.after.items())
@@ -202,7 +212,7 @@ def lora(**options: Any) -> Any:
 
 
 def new_trainer(trainer_class: Any, model: Any, tmp_path: Path, **config: Any) -> Any:
-    """One that has not trained, for a batch made by hand."""
+    """Make a trainer that has not trained, for a batch made by hand."""
     args = trl.GRPOConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -249,11 +259,12 @@ def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
     assert got.keys() == wanted.keys()
     largest = max(float(grad.abs().max()) for grad in wanted.values())
     for name, grad in wanted.items():
-        # Some are sums that are zero but for rounding: of the bias of attention's keys.
+        # Some are zero except for rounding, such as the gradient of the bias of attention's keys.
         assert_close(name, got[name], grad, 1e-5 * max(float(grad.abs().max()), 1e-3 * largest))
 
 
 def step_and_score(trainer: Any) -> None:
+    """Compute a loss with its gradients, and then log-probabilities without gradients."""
     inputs = batch()
     trainer._compute_loss(trainer.model, inputs).backward()
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -262,5 +273,7 @@ def step_and_score(trainer: Any) -> None:
 
 
 class LogRatioTrainer(FusedGRPOTrainer):
+    """A trainer with a loss that TRL does not have."""
+
     def loss_spec(self) -> LossSpec:
         return LossSpec.preset("log_ratio")

@@ -1,4 +1,4 @@
-"""Our losses in verl's `ppo_loss`, which adds KL and entropy, and losses of one's own."""
+"""Our losses in verl's `ppo_loss`, which adds KL and entropy bonus, and custom losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("integration")
 
 @pytest.mark.parametrize("name", ["dapo", "gspo_token", "cispo", "sapo", "dro", "reinforce"])
 def test_actor_loss(name: str) -> None:
-    """With verl's KL and entropy bonus, which are added in place to what the loss returned."""
+    """verl's KL and entropy bonus are added in place to the loss that we return, with verl's result."""
     twin, batch = TWINS[name], random_batch(5, per_token=True).full()
     for mode in LOSSES[twin].modes:
         options = {"use_kl_loss": True, "kl_loss_coef": KL_COEF, "kl_loss_type": "k3+", "entropy_coeff": 0.2}
@@ -34,7 +34,10 @@ def test_actor_loss(name: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_log_ratio(mode: str, warned: pytest.LogCaptureFixture) -> None:
-    """To the reference where verl computes it; without it the same gradient, and a word on the value."""
+    """The log-ratio is relative to the reference if verl computes one.
+
+    Without a reference the gradient is the same, and one warning explains the value.
+    """
     batch = random_batch(3, per_token=True).full()
     options = {"use_kl_loss": True, "kl_loss_coef": 0.0}
     found = actor_loss("log_ratio", "gpg", batch, mode, **options)
@@ -54,7 +57,7 @@ def test_log_ratio(mode: str, warned: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_opmd(mode: str) -> None:
-    """Its square pulls towards the reference: with it as `grpo_loss`, without it not at all."""
+    """OPMD equals `grpo_loss` with a reference, and raises an error without one."""
     batch = (
         random_batch(3).full()._replace(advantages=random_batch(3).full().advantages[:, None].expand(6, 8))
     )
@@ -73,13 +76,14 @@ def test_opmd(mode: str) -> None:
         backend="torch",
     ).loss
     assert_same(found, Result(loss.detach(), torch.autograd.grad(loss, leaf)[0], {}))
-    with pytest.raises(ValueError, match="ref_log_prob"):  # none is left of that batch
+    with pytest.raises(ValueError, match="ref_log_prob"):  # the reference of the batch before is not reused
         ours_in_verl("grpo_kernels.opmd", "dro", batch, mode)
     with pytest.raises(ValueError, match=r"grpo_kernels\.opmd.*use_kl_loss=True"):
         actor_loss("grpo_kernels.opmd", "dro", batch, mode, reference=False)
 
 
-def test_losses_of_ones_own(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_losses(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`register_loss` adds a spec or a callable, and refuses what verl cannot run."""
     monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
     register = integration.register_loss
     with pytest.raises(ValueError, match="spec must be one of"):
@@ -92,7 +96,7 @@ def test_losses_of_ones_own(integration: ModuleType, monkeypatch: pytest.MonkeyP
     for spec in (LossSpec(entropy_coef=0.1), LossSpec(kl=KL("exact"))):
         with pytest.raises(ValueError, match="entropy_coeff"):
             register("mine", spec)
-    # As verl's own losses, a preset that needs max_tokens gets verl's loss_scale_factor or the padded width.
+    # A preset that needs max_tokens gets verl's loss_scale_factor or the padded width, as verl's losses do.
     register("mine", "dr_grpo")
     batch, mode = random_batch(1).full(), "seq-mean-token-sum-norm"
     unclamped = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 1e9}
@@ -103,13 +107,15 @@ def test_losses_of_ones_own(integration: ModuleType, monkeypatch: pytest.MonkeyP
 
     batch = random_batch(2, per_token=True).full()
     for mode in MODES:
-        register("wide", LossSpec(PPOClip(eps_low=0.5, eps_high=2.0)))  # once more: ours may be replaced
+        register(
+            "wide", LossSpec(PPOClip(eps_low=0.5, eps_high=2.0))
+        )  # losses of ours may be registered again
         plain = ours_in_verl("wide", "vanilla", batch, mode)
         assert not torch.allclose(plain.grad, ours_in_verl("grpo_kernels.dapo", "vanilla", batch, mode).grad)
         register("with_kl", LossSpec(PPOClip(eps_low=0.5, eps_high=2.0), kl=KL("k2", beta=KL_COEF)))
         with pytest.raises(ValueError, match="use_kl_loss=True"):
             ours_in_verl("with_kl", "vanilla", batch, mode)
-        # verl's penalty beside the loss, and ours within it.
+        # verl adds its penalty to the loss. Ours is part of the loss.
         options = {"use_kl_loss": True, "kl_loss_type": "k2"}
         expected = actor_loss("wide", "vanilla", batch, mode, kl_loss_coef=KL_COEF, **options)
         assert_same(actor_loss("with_kl", "vanilla", batch, mode, kl_loss_coef=0.0, **options), expected)

@@ -1,4 +1,4 @@
-"""Where verl's losses differ from ours, and the options with which they agree."""
+"""The cases in which verl's losses differ from ours, and the options with which they agree."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ from verl.workers.config import ActorConfig
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("seq")])
 def test_a_sequence_without_tokens(mode: str) -> None:
-    """verl leaves it out of the mean over sequences, we count it as TRL does; `normalizer` decides."""
+    """verl leaves a sequence without tokens out of the mean over sequences. We count it, as TRL does.
+
+    `normalizer` chooses between the two.
+    """
     batch = random_batch(0)
     assert batch.sequences == 6 and len(batch.mask) == 7
     spec = replace(LOSSES["vanilla"].spec, aggregation=mode, max_tokens=WIDTH)
@@ -51,7 +54,7 @@ def test_a_sequence_without_tokens(mode: str) -> None:
 
 
 def test_geo_mean_counts_a_sequence_without_tokens() -> None:
-    """Unlike all of verl's other losses, and unlike the KL that is added to it."""
+    """geo_mean counts a sequence without tokens, unlike verl's other losses and unlike its KL term."""
     batch = random_batch(0)
     spec = replace(LOSSES["geo_mean"].spec, aggregation="seq-mean-token-mean")
     assert_same(ours(spec, batch), theirs("geo_mean", batch))
@@ -63,7 +66,8 @@ def test_geo_mean_counts_a_sequence_without_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["sapo", "geo_mean"])
-def test_two_losses_have_no_regard_for_loss_agg_mode(name: str) -> None:
+def test_two_losses_ignore_loss_agg_mode(name: str) -> None:
+    """sapo and geo_mean ignore loss_agg_mode."""
     batch = random_batch(0).full()
     first = theirs(name, batch, "seq-mean-token-mean")
     for mode in MODES:
@@ -72,8 +76,11 @@ def test_two_losses_have_no_regard_for_loss_agg_mode(name: str) -> None:
         assert differ(ours(spec, batch), first) == (mode != "seq-mean-token-mean")
 
 
-def test_geo_mean_has_no_regard_for_the_global_batch() -> None:
-    """Micro-batches of different sizes do not add up to the batch; with `normalizer` ours do."""
+def test_geo_mean_ignores_the_global_batch() -> None:
+    """geo_mean ignores the global batch, so micro-batches of different sizes do not add up to it.
+
+    With `normalizer`, ours do.
+    """
     batch = random_batch(0).full()
     halves = [Batch(*(x[part] for x in batch)) for part in (slice(0, 2), slice(2, 6))]
     info = {"dp_size": 1, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": 6}
@@ -87,7 +94,7 @@ def test_geo_mean_has_no_regard_for_the_global_batch() -> None:
 
 @pytest.mark.parametrize("name, mode", [(name, entry.modes[0]) for name, entry in LOSSES.items()])
 def test_a_batch_without_tokens(name: str, mode: str) -> None:
-    """verl's loss is 0 / 0, ours 0; nobody has a gradient."""
+    """Without tokens verl's loss is 0 / 0 and ours is 0. Both gradients are 0."""
     batch = random_batch(0)
     batch = batch._replace(mask=torch.zeros_like(batch.mask))
     expected = theirs(name, batch, mode)
@@ -110,7 +117,10 @@ def test_a_batch_without_tokens(name: str, mode: str) -> None:
     ],
 )
 def test_nan_at_a_masked_position(name: str, mode: str, verl_loss: bool, verl_gradient: bool) -> None:
-    """What stands there in old_logps matters in verl, by loss and aggregation; here never."""
+    """NaN in old_logps at a masked position never reaches our result.
+
+    Whether it reaches verl's depends on loss and aggregation.
+    """
     batch = random_batch(0).full()
     spec = replace(LOSSES[name].spec, aggregation=mode, max_tokens=WIDTH)
     clean = ours(spec, batch)
@@ -124,7 +134,10 @@ def test_nan_at_a_masked_position(name: str, mode: str, verl_loss: bool, verl_gr
 
 @pytest.mark.parametrize("name", ["vanilla", "gspo", "geo_mean", "sapo", "cispo", "dppo_tv", "dppo_kl"])
 def test_infinite_ratio_without_advantage(name: str) -> None:
-    """0 * inf: verl's clamps prevent it, and geo_mean has none. Ours is 0 with a clamp and without."""
+    """The gradient of an infinite ratio without advantage is 0, with a clamp and without.
+
+    verl's clamps prevent 0 * inf. geo_mean has no clamp.
+    """
     batch = random_batch(0).full()
     batch = batch._replace(old_logps=batch.old_logps.clone())
     batch.old_logps[2, 0] = -torch.inf
@@ -141,7 +154,10 @@ def test_infinite_ratio_without_advantage(name: str) -> None:
 
 
 def test_gspo_is_clamped_from_above_only() -> None:
-    """At 10, value and gradient. `log_ratio_clamp=10` is that, and a bound from below that verl has not."""
+    """verl bounds the ratio of gspo at exp(10) from above, in value and gradient.
+
+    `log_ratio_clamp=10` is that bound, and a bound from below that verl does not have.
+    """
     batch = random_batch(0).full()
     level = torch.tensor([12.0, 9.0, 11.0, -9.0, -12.0, 0.1], dtype=torch.float64)
     batch = batch.with_log_ratio(level[:, None] + 0.1 * batch.advantages[:, None])
@@ -161,7 +177,10 @@ def test_gspo_is_clamped_from_above_only() -> None:
 
 
 def test_a_floating_point_mask_costs_verl_digits() -> None:
-    """Its `+ 1e-8` in the lengths vanishes in fp32, in which bool and integer masks end up, not in fp64."""
+    """verl adds 1e-8 to the lengths, which changes the loss only if the mask is fp64.
+
+    Masks of bool and integers become fp32, in which 1e-8 vanishes.
+    """
     batch = random_batch(0).full()
     for name in ("vanilla", "geo_mean"):
         spec = replace(LOSSES[name].spec, aggregation="seq-mean-token-mean")
@@ -173,9 +192,11 @@ def test_a_floating_point_mask_costs_verl_digits() -> None:
 
 
 def test_a_tie_at_the_dual_clip() -> None:
-    """Ratio exactly at the bound: verl halves the gradient, as torch.min does; here it counts as inside."""
+    """At a ratio exactly on the dual clip, verl halves the gradient, as torch.min does. Ours keeps it."""
     one = random_batch(0).full()
-    batch = Batch(*(x[1:2, :1] if x.dim() > 1 else x[1:2] for x in one))  # a token, of advantage < 0
+    batch = Batch(
+        *(x[1:2, :1] if x.dim() > 1 else x[1:2] for x in one)
+    )  # one token, with a negative advantage
     batch = batch._replace(logits=torch.zeros(1, 1, 2, dtype=torch.float64), ids=batch.ids * 0)
     batch = batch._replace(old_logps=batch.logps() * 2, advantages=-torch.ones_like(batch.advantages))
     assert float((batch.logps() - batch.old_logps).exp()) == 2
@@ -183,7 +204,7 @@ def test_a_tie_at_the_dual_clip() -> None:
     found, expected = ours(spec, batch), theirs("vanilla", batch, clip_ratio_c=2.0)
     assert float(found.loss) == float(expected.loss) == 2
     torch.testing.assert_close(found.grad, 2 * expected.grad)
-    # A tie at PPO's own bound counts as inside in both.
+    # At PPO's own bound, both keep the gradient.
     spec = replace(spec, surrogate=PPOClip(eps_high=1.0))
     batch = batch._replace(advantages=-batch.advantages)
     found, expected = ours(spec, batch), theirs("vanilla", batch, clip_ratio_high=1.0)
@@ -191,7 +212,10 @@ def test_a_tie_at_the_dual_clip() -> None:
 
 
 def test_the_cap_of_dppo() -> None:
-    """verl's functions mean it to be 20, but `ActorConfig.clip_ratio_c`, which is always there, is 3."""
+    """DPPO's cap is 3 in verl, the default of `ActorConfig.clip_ratio_c`.
+
+    The default in verl's functions is 20, but the config always replaces it.
+    """
     batch = random_batch(0)
     thresholds = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.2}
     expected = theirs("dppo_tv", batch, clip_ratio_c=ActorConfig.clip_ratio_c, **thresholds)
@@ -200,10 +224,11 @@ def test_the_cap_of_dppo() -> None:
 
 
 @pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
-def test_the_trust_region_of_certain_tokens(name: str) -> None:
-    """Every other token has become certain: without verl's epsilon its binary KL would be infinite.
+def test_trust_region_of_certain_tokens(name: str) -> None:
+    """DPPO's trust region agrees for tokens that have become certain.
 
-    Its gradient is 0 inside the region and outside, so that only the fraction outside tells of it.
+    Without verl's epsilon their binary KL would be infinite. Their gradient is 0 inside and outside of the
+    region, so only the fraction outside shows a difference.
     """
     batch = random_batch(0).full()
     batch = batch._replace(advantages=batch.advantages.where(batch.advantages != 0, 1.0))
@@ -220,8 +245,11 @@ def test_the_trust_region_of_certain_tokens(name: str) -> None:
     assert 0 < clipped < 1 and float(found.metrics["clip_fraction"]) == pytest.approx(clipped, abs=1e-6)
 
 
-def test_low_var_kl_lets_go_of_the_tokens_furthest_away() -> None:
-    """Where k3 exceeds 10, from ref_logp - logp = 2.6 on, verl's clamp leaves no gradient; k3 has one."""
+def test_low_var_kl_has_no_gradient_beyond_its_clamp() -> None:
+    """If k3 exceeds 10, verl's clamp removes the gradient of low_var_kl. k3 alone keeps it.
+
+    This begins at ref_logp - logp = 2.6.
+    """
     batch = random_batch(0).full()
     batch = batch._replace(ref_logps=batch.logps() + 3.0, advantages=torch.zeros_like(batch.advantages))
     expected = theirs("vanilla", batch, "token-mean", "low_var_kl")
@@ -233,7 +261,10 @@ def test_low_var_kl_lets_go_of_the_tokens_furthest_away() -> None:
 
 
 def test_digits_of_k3() -> None:
-    """exp(x) - x - 1 in fp32 has none left at x = 1e-4, where it is 5e-9."""
+    """At x = 1e-4, verl's k3 keeps no digit in fp32, and ours keeps two.
+
+    exp(x) - x - 1 cancels. k3 is 5e-9 there.
+    """
     x = torch.tensor([1e-4, -3e-4, 1e-3])
     exact = torch.expm1(x.double()) - x.double()
     verl = core_algos.kl_penalty(-x, torch.zeros_like(x), "k3").double()
@@ -251,7 +282,7 @@ def test_digits_of_k3() -> None:
 
 
 def test_digits_of_sapo() -> None:
-    """1 - sigmoid(x) in autograd's derivative has none left in fp32 where the ratio is large."""
+    """For large ratios, verl's gradient of SAPO keeps no digit in fp32, because 1 - sigmoid(x) cancels."""
     batch = random_batch(0).full()
     ratios = torch.tensor([10.0, 14.0, 18.0], dtype=torch.float64)
     batch = batch.with_log_ratio(ratios.log().repeat(3)[:8].expand(batch.mask.shape))
@@ -271,7 +302,7 @@ def test_digits_of_sapo() -> None:
 
 
 def test_kl_over_the_whole_vocabulary() -> None:
-    """verl has a name for it and no implementation."""
+    """We offer the KL over the whole vocabulary. verl has a name for it and no implementation."""
     batch = random_batch(0)
     with pytest.raises(NotImplementedError):
         core_algos.kl_penalty(batch.logits, batch.logits, "full")

@@ -1,4 +1,4 @@
-"""verl's fused kernels are replaced by ours: alone, in a model, and in a step of verl's FSDP engine."""
+"""Our functions replace verl's fused kernels: alone, in a model, and in a step of verl's FSDP engine."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ pytestmark = pytest.mark.usefixtures("integration")
 
 @pytest.mark.parametrize("shape", [(37,), (3, 13), (1, 37)], ids=str)
 def test_fused_linear_for_ppo(shape: tuple[int, ...], calls: list[Any]) -> None:
+    """verl's backend "torch" calls our function, which has the shapes and dtypes of verl's."""
     head = Head.random(*shape)
     for temperature in (1.0, 0.7, torch.tensor(0.7)):
         found, expected = (head.run(function, temperature) for function in (fused, verls))
         for one, other in zip(found, expected, strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype
         exact = head.double().run(plain, float(temperature))
-        # A few roundings of fp32, 6e-8, in numbers that are sums of a hundred.
+        # A few fp32 roundings of 6e-8 in sums of about a hundred terms.
         assert max(found.errors(exact)) < 1e-6 and max(expected.errors(exact)) < 1e-6
     assert len(calls) == 3
     assert bool((found.dhidden.flatten(0, -2)[:2] == 0).all()), "a row without an upstream gradient has none"
@@ -44,7 +45,10 @@ def test_fused_linear_for_ppo(shape: tuple[int, ...], calls: list[Any]) -> None:
 
 @pytest.mark.parametrize("shape", [(37,), (3, 13), (37, 1)], ids=str)
 def test_linear_cross_entropy(shape: tuple[int, ...], calls: list[Any]) -> None:
-    """Against PyTorch, because verl's own needs a GPU. Flat, whatever the shape, and all of it in fp32."""
+    """verl's backend "triton" calls our function, which returns flat fp32 results.
+
+    It is compared with PyTorch, because verl's own kernel needs a GPU.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         head = Head.random(*shape, dtype=dtype)
         found, exact = head.run(crossed), head.double().run(plain)
@@ -53,7 +57,7 @@ def test_linear_cross_entropy(shape: tuple[int, ...], calls: list[Any]) -> None:
         assert found.dhidden.dtype == found.dweight.dtype == dtype
         found = found._replace(logps=found.logps.view(shape), entropy=found.entropy.view(shape))
         errors = found.errors(exact)
-        # bf16 factors give fp32 statistics, and gradients rounded once, by up to 2^-9.
+        # bf16 operands give fp32 statistics, and gradients that are rounded once, by up to 2^-9.
         assert max(errors[:2]) < 1e-6 and max(errors[2:]) < (1e-6 if dtype == torch.float32 else 2**-9)
     assert len(calls) == 2
     with pytest.raises(ValueError, match="reduction"):
@@ -61,7 +65,7 @@ def test_linear_cross_entropy(shape: tuple[int, ...], calls: list[Any]) -> None:
 
 
 def test_bf16_errs_less_than_verl() -> None:
-    """verl rounds the logits to bf16, and their gradient."""
+    """In bf16 our errors are smaller, because verl rounds the logits and their gradient to bf16."""
     head = Head.random(3, 41, dtype=torch.bfloat16)
     exact = head.double().run(plain)
     found, verl_s = head.run(fused), head.run(verls)
@@ -73,19 +77,19 @@ def test_bf16_errs_less_than_verl() -> None:
 
 
 def test_autocast() -> None:
-    """fp32 parameters, which autocast multiplies in bf16; or hidden states that it made, in bf16."""
+    """Under autocast, dtypes are verl's, for fp32 parameters and for bf16 hidden states."""
     head = Head.random(3, 41)
     for hidden in (head.hidden, head.hidden.bfloat16()):
         head = head._replace(hidden=hidden)
         with torch.autocast("cpu", torch.bfloat16):
             found, expected = head.run(fused), head.run(verls)
         assert [x.dtype for x in found] == [x.dtype for x in expected]
-        # Factors rounded by 2^-9; verl rounds their sums as well.
+        # The operands are rounded by 2^-9. verl also rounds their sums.
         assert max(found.errors(head.double().run(plain))) < 2**-7 > max(found.errors(expected))
 
 
-def test_liger_where_it_is_missing(calls: list[Any]) -> None:
-    """There verl's backend "liger" falls back to its backend "torch"."""
+def test_liger_backend_without_liger(calls: list[Any]) -> None:
+    """Without Liger, verl's backend "liger" uses its backend "torch"."""
     assert torch_functional._LIGER_FUSED_LINEAR_SCALED_CROSS_ENTROPY is None
     FusedLinearForPPO(impl_backend="liger").forward(*Head.random(5)[:3])
     assert calls == [(5, 24)]
@@ -93,13 +97,14 @@ def test_liger_where_it_is_missing(calls: list[Any]) -> None:
 
 @pytest.mark.parametrize("function", [fused, crossed])
 def test_edges(function: Callable[..., Any], integration: ModuleType) -> None:
+    """Empty inputs, one unused output, no gradients and labels outside the vocabulary."""
     head = Head.random(9)
-    # No tokens, as a rank of a sequence that is split may have.
+    # No tokens, as on a rank that has no part of a sequence.
     for shape in ((0,), (1, 0)):
         found = Head.random(*shape).run(function)
         assert found.logps.numel() == found.entropy.numel() == 0
         assert bool((found.dhidden == 0).all()) and bool((found.dweight == 0).all())
-    # Only one of the two is used; a frozen head; nothing to learn.
+    # Only one of the two outputs is used, the head is frozen, or there are no gradients.
     for chosen in (0, 1):
         hidden = head.hidden.clone().requires_grad_()
         out = function(hidden, head.weight, head.ids.int(), 0.7)
@@ -112,8 +117,8 @@ def test_edges(function: Callable[..., Any], integration: ModuleType) -> None:
     with torch.no_grad():
         logps, entropy = function(*head[:3], 0.7)
         assert not logps.requires_grad and not entropy.requires_grad
-    # An ignored label, as for Liger and flash-attention, has neither value nor gradient; another one outside
-    # the vocabulary is an error that shows: verl's backends gather out of bounds or return what lay there.
+    # The label -100 is ignored, as in Liger and flash-attention: value and gradient are 0. Any other label
+    # outside the vocabulary gives NaN. verl's backends read out of bounds or return arbitrary memory.
     ids = head.ids.clone()
     ids[4] = -100
     found = head._replace(ids=ids).run(function)
@@ -125,7 +130,10 @@ def test_edges(function: Callable[..., Any], integration: ModuleType) -> None:
 def test_names_that_verl_has_imported_already(
     integration: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Megatron's forward imports the function by its name, at its top."""
+    """A module of verl that has already imported the function gets ours.
+
+    Megatron's forward imports it by name, at its top.
+    """
     early = ModuleType("verl.models.mcore.early")
     early.linear_cross_entropy = VERLS_CROSS_ENTROPY  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, early.__name__, early)
@@ -138,8 +146,11 @@ def test_names_that_verl_has_imported_already(
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_model(backend: str, tied: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With verl's forward of each backend; verl's own kernel of "triton" does not run on a CPU."""
+def test_model(backend: str, tied: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model gets verl's results with verl's forward of each backend.
+
+    verl's own "triton" kernel does not run on a CPU.
+    """
     model, ids = tiny_model(tied=tied), torch.randint(83, (1, 21), generator=torch.Generator().manual_seed(2))
     monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
     runs = [{}, {"shift_labels": ids.flip(-1)}]
@@ -155,15 +166,17 @@ def test_a_model(backend: str, tied: bool, calls: list[Any], monkeypatch: pytest
             assert float((one[name] - x).norm()) <= 1e-5 * float(x.norm()) > 0, name
 
 
-@pytest.mark.filterwarnings("ignore:.* engine is not available")  # of those that need other packages
+@pytest.mark.filterwarnings("ignore:.* engine is not available")  # engines that need other packages
 @pytest.mark.parametrize(
-    "backend, packed",  # verl takes the flat output of "triton" in a packed batch only
+    "backend, packed",  # verl accepts the flat output of "triton" only in a packed batch
     [("torch", True), ("torch", False), ("triton", True)],
     ids=["torch-packed", "torch-padded", "triton-packed"],
 )
-def test_the_engine(backend: str, packed: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of verl's FSDP engine: its inputs, the patched forward, our log-probabilities, our loss in its
-    `ppo_loss`; against verl's own of both. The engine is verl's but for the set-up, which wants a GPU."""
+def test_engine_step(backend: str, packed: bool, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of verl's FSDP engine with our log-probabilities and our loss has verl's results.
+
+    Inputs, patched forward and `ppo_loss` are the engine's. Only its set-up, which needs a GPU, is replaced.
+    """
     from verl.workers.engine.fsdp import transformer_impl
 
     monkeypatch.setattr(transformer_impl, "get_device_id", lambda: "cpu")

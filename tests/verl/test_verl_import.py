@@ -27,11 +27,13 @@ pytestmark = pytest.mark.usefixtures("integration")
 
 
 def imported_anew(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Import the integration again."""
     monkeypatch.delitem(sys.modules, MODULE)
     return importlib.import_module(MODULE)
 
 
 def test_without_verl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without verl, the import names the package to install."""
     monkeypatch.setitem(sys.modules, "verl", None)
     with pytest.raises(ImportError, match=r"pip install 'verl>=0\.9\.1'"):
         imported_anew(monkeypatch)
@@ -39,12 +41,14 @@ def test_without_verl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("version", ["0.9.0", "0.9.1.dev0", "0.8"])
 def test_older_verl(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older verl is refused."""
     monkeypatch.setattr(verl, "__version__", version)
     with pytest.raises(ImportError, match=f"needs verl 0.9.1 or later, found {version}"):
         imported_anew(monkeypatch)
 
 
 def test_newer_verl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer verl gives one warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         imported_anew(monkeypatch)
@@ -55,6 +59,7 @@ def test_newer_verl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verl_with_other_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verl without the function that we replace is refused."""
     for name in (f"{MODULE}_logps", f"{MODULE}_heads"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(monkey_patch, "patch_forward_with_backends")
@@ -62,7 +67,8 @@ def test_verl_with_other_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         imported_anew(monkeypatch)
 
 
-def test_what_the_import_says(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_import_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The import logs one message with what it has registered."""
     caplog.set_level(logging.INFO, logger="grpo_kernels")
     imported_anew(monkeypatch)
     (record,) = caplog.records
@@ -74,6 +80,7 @@ def test_what_the_import_says(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 def test_fused_kernels_left_to_verl(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """GRPO_KERNELS_VERL_FUSE=0 leaves verl's fused kernels as they are."""
     caplog.set_level(logging.INFO, logger="grpo_kernels")
     monkeypatch.setenv("GRPO_KERNELS_VERL_FUSE", "0")
     monkeypatch.setattr(torch_functional, "FusedLinearForPPOFunction", VERLS_FUNCTION)
@@ -85,7 +92,7 @@ def test_fused_kernels_left_to_verl(
 
 
 def test_external_lib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The line of configuration, where verl's workers read it."""
+    """`external_lib` in verl's model config imports the integration."""
     config = tiny_model(tied=False).config
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(tmp_path)
@@ -98,7 +105,10 @@ def test_external_lib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_external_modules() -> None:
-    """The environment variable imports it in the middle of `import verl`; `import grpo_kernels` does not."""
+    """VERL_USE_EXTERNAL_MODULES imports the integration during `import verl`.
+
+    `import grpo_kernels` does not import it.
+    """
     script = (
         "import sys, grpo_kernels\n"
         "assert not any(name.partition('.')[0] == 'verl' for name in sys.modules)\n"

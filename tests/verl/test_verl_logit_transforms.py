@@ -1,4 +1,4 @@
-"""Models whose logits are not `hidden @ weight.T`, under verl's `use_fused_kernels`; and entropies on demand.
+"""Models whose logits are not `hidden @ weight.T`, under verl's `use_fused_kernels`; entropies on demand.
 
 Run by `make test-verl` in verl's environment. Results are compared with the models' own logits. verl's fused
 forwards leave out their scale, softcap and bias.
@@ -45,7 +45,7 @@ SIZES = {
     "eos_token_id": 2,
     "attn_implementation": "eager",
 }
-# With numbers that matter at the size of these logits.
+# The options change logits of this size.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -107,7 +107,7 @@ def patch(model: nn.Module, backend: str, function: Callable[..., None] | None =
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest error in the L2 norm, relative to the norm of its kind."""
+    """Return the largest error in the L2 norm, relative to the norm of its kind."""
     assert found.keys() == expected.keys()
     # Gradients are relative to the largest one, because a single gradient may be zero except for rounding.
     grads = [x.norm() for name, x in expected.items() if name not in ("log_probs", "entropy")]
@@ -123,13 +123,13 @@ def test_models(name: str, backend: str) -> None:
     model, ids = tiny(name), ids_of_tokens()
     expected = own(model, ids)
     patch(model, backend)
-    # In fp32, logits are sums of 32 products, and of a size of about 10 with these weights.
+    # With these weights, logits are fp32 sums of 32 products and have a size of about 10.
     assert worst(fused(model, ids), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_transforms_matter(name: str) -> None:
-    """verl's own patch does not tell us the model. Then only plain heads are right; errors in nats."""
+    """verl's own patch does not pass us the model. Then only plain heads are right."""
     model, ids = tiny(name), ids_of_tokens()
     expected = own(model, ids)["log_probs"]
     patch(model, "torch", VERLS_PATCH)
@@ -137,8 +137,11 @@ def test_the_transforms_matter(name: str) -> None:
     assert error < 1e-4 if name in PLAIN else error > 1
 
 
-def test_each_model_has_its_own() -> None:
-    """verl patches the class, which other models share: one with another config, a copy, one on "meta"."""
+def test_each_model_keeps_its_transform() -> None:
+    """Each model keeps its own transform, although verl patches the class, which models share.
+
+    The models are one with another config, a copy, and one on "meta".
+    """
     first, ids = tiny("granite"), ids_of_tokens()
     second = copy.deepcopy(first)
     second.config.logits_scaling = 0.5
@@ -156,6 +159,7 @@ def test_each_model_has_its_own() -> None:
 
 
 def stop(*args: Any) -> None:
+    """Raise an error, as a hook."""
     raise RuntimeError("stop")
 
 
@@ -176,13 +180,15 @@ class Masking(hf.LlamaForCausalLM):
 
 
 class Unusual(hf.LlamaForCausalLM):
-    """Its forward needs what the check does not have."""
+    """Its forward needs an argument that the check does not pass."""
 
     def forward(self, input_ids: Tensor, adapter: str, **options: Any) -> Any:
         return super().forward(input_ids, **options)
 
 
 class Scaling(nn.Linear):
+    """A head that is more than linear."""
+
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
@@ -193,7 +199,7 @@ def llama(cls: type[hf.LlamaForCausalLM] = hf.LlamaForCausalLM, **options: Any) 
 
 
 @BACKENDS
-def test_logits_that_the_config_does_not_tell(backend: str) -> None:
+def test_logits_that_the_config_does_not_describe(backend: str) -> None:
     """The error comes before the first step, because the model's forward runs once on made-up products."""
     for model in (llama(Masking), llama(logit_scale=0.5), llama(final_logit_softcapping=5.0)):
         stock = type(model).forward
@@ -218,6 +224,7 @@ def test_a_forward_that_cannot_be_checked(caplog: pytest.LogCaptureFixture) -> N
 
 @BACKENDS
 def test_a_head_that_is_more_than_linear(backend: str) -> None:
+    """A head with its own forward, or with an adapter, is refused."""
     from peft import LoraConfig, get_peft_model
 
     ids = ids_of_tokens()
@@ -232,7 +239,7 @@ def test_a_head_that_is_more_than_linear(backend: str) -> None:
 
 
 def test_a_head_that_peft_saves() -> None:
-    """`modules_to_save=["lm_head"]` is a linear layer in a wrapper."""
+    """`modules_to_save=["lm_head"]` is a linear layer in a wrapper, and is right."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
@@ -244,8 +251,11 @@ def test_a_head_that_peft_saves() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "phi"])
-def test_liger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel takes neither scale, softcap nor bias. Without Liger, the backend is verl's "torch"."""
+def test_liger_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend "liger" is right if Liger is missing, and refused for all but plain heads otherwise.
+
+    Liger's kernel takes neither scale, softcap nor bias. Without Liger, verl uses its backend "torch".
+    """
     ids = ids_of_tokens()
     expected = own(tiny(name), ids)
     model = tiny(name)
@@ -293,9 +303,9 @@ def batch_of(ids: Tensor, **options: Any) -> Any:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.* engine is not available")  # of those that need other packages
+@pytest.mark.filterwarnings("ignore:.* engine is not available")  # engines that need other packages
 @pytest.mark.parametrize(
-    "backend, packed",  # verl takes the flat output of "triton" in a packed batch only
+    "backend, packed",  # verl accepts the flat output of "triton" only in a packed batch
     [("torch", True), ("torch", False), ("triton", True)],
     ids=["torch-packed", "torch-padded", "triton-packed"],
 )
@@ -334,7 +344,7 @@ class Group:
 
 @pytest.mark.filterwarnings("ignore:.* engine is not available")
 def test_megatron() -> None:
-    """Its forward does not tell us the model. Its engine does, from the second batch on at the latest."""
+    """Megatron's forward does not pass us the model. Its engine does, from the second batch at the latest."""
     from verl.workers.engine import BaseEngine
 
     class Engine(BaseEngine):

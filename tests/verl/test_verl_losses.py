@@ -1,6 +1,6 @@
 """Every policy loss and KL penalty of verl 0.9.1 has the same value and gradient here, in fp64.
 
-In an environment of its own: `make test-verl`.
+Run by `make test-verl` in verl's environment.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "custom_losses.md"
 
 @functools.cache
 def page() -> dict[str, Any]:
-    """Return what the Python code of the page defines."""
+    """Return the names that the Python code of docs/custom_losses.md defines."""
     names: dict[str, Any] = {}
     for code in re.findall(
         r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
@@ -60,7 +60,8 @@ def page() -> dict[str, Any]:
     return names
 
 
-def test_every_loss_of_the_registry_has_its_place() -> None:
+def test_every_loss_of_the_registry_is_listed() -> None:
+    """Every entry of verl's registry is listed in these tests."""
     assert set(core_algos.POLICY_LOSS_REGISTRY) == LOSSES.keys() | CUSTOM | OTHERS
 
 
@@ -69,9 +70,9 @@ def test_every_loss_of_the_registry_has_its_place() -> None:
     "name, mode", [(name, mode) for name, entry in LOSSES.items() for mode in entry.modes]
 )
 def test_every_loss(name: str, mode: str, kl: str) -> None:
-    """x advantages per sequence and per token, x token weights.
+    """Loss and gradient agree, with advantages per sequence and per token, with and without token weights.
 
-    Where verl's mean is over the sequences that have a token, `normalizer` is their number.
+    If verl's mean is over the sequences that have a token, `normalizer` is their number.
     """
     spec = replace(LOSSES[name].spec, kl=KLS[kl], aggregation=mode, max_tokens=WIDTH)
     for seed in range(2):
@@ -79,7 +80,7 @@ def test_every_loss(name: str, mode: str, kl: str) -> None:
             batch = random_batch(seed, per_token=per_token)
             normalizer = verl_normalizer(mode, batch)
             if name == "geo_mean":
-                # verl counts the sequence without a token in the policy loss, but not in the KL.
+                # verl counts the sequence without a token in this policy loss, but not in the KL.
                 batch, normalizer = (batch, {}) if kl == "none" else (batch.full(), {})
             for weights in (False, True):
                 expected = theirs(name, batch, mode, kl, weights=weights)
@@ -90,7 +91,7 @@ def test_every_loss(name: str, mode: str, kl: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_global_batch(mode: str) -> None:
-    """What verl is told of the other ranks and micro-batches is our `normalizer`."""
+    """verl's counts of the global batch are our `normalizer`."""
     batch = random_batch(3)
     info = {"dp_size": 4, "batch_num_tokens": 1000, "global_batch_size": 64, "loss_scale_factor": 50}
     expected = theirs("vanilla", batch, mode, "k3", weights=True, global_batch_info=info)
@@ -102,7 +103,7 @@ def test_global_batch(mode: str) -> None:
 @pytest.mark.parametrize("name", ["vanilla", "gspo", "cispo", "dro"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_whole_actor_loss(name: str, mode: str) -> None:
-    """verl's `ppo_loss`, as its workers call it: policy loss, rollout weights, entropy bonus and KL."""
+    """verl's `ppo_loss` agrees as a whole: policy loss, rollout weights, entropy bonus and KL."""
     batch = random_batch(5, per_token=True)
     B, T = batch.mask.shape
     prompt = 2
@@ -117,7 +118,7 @@ def test_the_whole_actor_loss(name: str, mode: str) -> None:
     leaf = batch.logits.clone().requires_grad_()
 
     def as_model_output(x: Tensor) -> Tensor:
-        """Unpadded, each position's value one to the left of its token."""
+        """Return a tensor without padding, with each value one position to the left of its token."""
         row = torch.cat([x.new_zeros(B, prompt - 1), x, x.new_zeros(B, 1)], -1)
         return torch.nested.nested_tensor_from_jagged(row.flatten(), torch.arange(B + 1) * (prompt + T))
 
@@ -142,15 +143,15 @@ def test_the_whole_actor_loss(name: str, mode: str) -> None:
     loss, _ = ppo_loss(config, output, data)
     (grad,) = torch.autograd.grad(loss, leaf)
     spec = replace(LOSSES[name].spec, kl=KLS["k3+"], aggregation=mode, max_tokens=WIDTH, entropy_coef=0.2)
-    # With a normalizer the entropy is weighted as the loss is; alone it is a mean over tokens, as TRL's.
+    # A normalizer weights the entropy like the loss. Without one, it is a mean over tokens, as in TRL.
     count = {"token-mean": int(batch.mask.sum()), "token-sum": 1}.get(mode, batch.sequences)
     assert_same(ours(spec, batch, weights=True, normalizer=count), Result(loss.detach(), grad, {}))
     alone = ours(spec, batch, weights=True, **verl_normalizer(mode, batch))
-    same = mode != "token-sum"  # either a normalizer was given, or the mean is over the tokens
+    same = mode != "token-sum"  # with a normalizer, or if the mean is over tokens
     assert (error(alone.grad, grad) < 1e-11) == same
 
 
-# By our presets' names: what verl's defaults come to.
+# Our presets with the options that equal verl's defaults.
 DEFAULTS: dict[str, LossSpec] = {
     "vanilla": LossSpec.preset("bnpo", dual_clip=3.0, log_ratio_clamp=CLAMP),
     "dppo_tv": LossSpec.preset("dppo_tv", ratio_cap=3.0, log_ratio_clamp=CLAMP),
@@ -166,17 +167,19 @@ DEFAULTS: dict[str, LossSpec] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_defaults(name: str) -> None:
+    """Our presets with these options equal verl's losses with verl's defaults."""
     batch = random_batch(11).full()
     config = {key: getattr(ActorConfig, key) for key in LOSSES[name].options}
     assert_same(ours(DEFAULTS[name], batch), theirs(name, batch, **config))
 
 
 def test_metrics() -> None:
-    """verl's clip fractions and approximate KL, under our names."""
+    """Our clip fractions and log-ratios equal verl's metrics."""
     for per_token in (False, True):
         batch = random_batch(7, per_token=per_token)
         batch = batch.with_log_ratio((batch.logps() - batch.old_logps).clamp(-4, 4))
-        # DPPO's fraction counts tokens without advantage there; CISPO's counts both bounds for either sign.
+        # verl's fraction for DPPO counts tokens without advantage.
+        # That for CISPO counts both bounds for either sign.
         unmoved = batch._replace(advantages=batch.advantages.where(batch.advantages != 0, -1.0))
         for name in ("vanilla", "gspo", "dppo_tv", "dppo_kl"):
             expected, found = theirs(name, unmoved).metrics, ours(LOSSES[name].spec, unmoved).metrics
@@ -199,7 +202,7 @@ COV = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", COV)
 def test_custom_losses(name: str, mode: str) -> None:
-    """The page's callables are verl's losses; Clip-Cov's random choice is seeded alike."""
+    """The callables of the page are verl's losses. Clip-Cov's random choice has the same seed."""
     options, policy_loss, arguments = COV[name]
     custom = functools.partial(page()[name], **arguments)
     spec = LossSpec(custom, kl=KLS["k3"], aggregation=mode, max_tokens=WIDTH)

@@ -1,4 +1,4 @@
-"""Runs the cases of verl_ranks.py on two ranks."""
+"""The cases of verl_ranks.py pass on two ranks."""
 
 from __future__ import annotations
 
@@ -16,4 +16,5 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", verl_ranks.cases)
 def test_ranks(outcomes: dict[str, str], name: str) -> None:
+    """The case passes on both ranks."""
     assert outcomes[name] == "ok", outcomes[name]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("integration")
 
 
 def test_names(integration: ModuleType) -> None:
-    """Each preset under the prefix, the log-ratio under its own name too, and verl's losses as they were."""
+    """verl's registry has each preset under the prefix, `log_ratio` under its own name, and verl's losses."""
     registry = core_algos.POLICY_LOSS_REGISTRY
     added = registry.keys() - VERLS_LOSSES.keys()
     assert added == {"log_ratio"} | {PREFIX + preset for preset in integration.PRESET_NAMES}
@@ -29,7 +29,10 @@ def test_names(integration: ModuleType) -> None:
 @pytest.mark.parametrize("whole", [False, True], ids=["", "global"])
 @pytest.mark.parametrize("name, mode", [(name, mode) for name in TWINS for mode in LOSSES[TWINS[name]].modes])
 def test_losses(name: str, mode: str, whole: bool, weights: bool) -> None:
-    """Value and gradient as verl's, of which geo_mean counts every sequence and knows no other ranks."""
+    """Value and gradient are those of verl's losses.
+
+    verl's geo_mean counts every sequence and ignores other ranks.
+    """
     twin = TWINS[name]
     for seed, per_token in [(0, False), (1, True)]:
         batch, info = random_batch(seed, per_token=per_token), GLOBAL if whole else {}
@@ -43,7 +46,7 @@ def test_losses(name: str, mode: str, whole: bool, weights: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_global_batch_of_gmpo(mode: str) -> None:
-    """Micro-batches of different sizes add up to the batch, as those of verl's geo_mean do not."""
+    """Micro-batches of different sizes add up to the batch, unlike those of verl's geo_mean."""
     batch = random_batch(0).full()
     info = {"dp_size": 1, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": 6}
     found = functools.partial(ours_in_verl, PREFIX + "gmpo", "geo_mean", mode=mode, global_batch_info=info)
@@ -52,31 +55,32 @@ def test_global_batch_of_gmpo(mode: str) -> None:
 
 
 def test_metrics() -> None:
-    """Under verl's names, with verl's values, as floats."""
+    """Metrics have verl's names and verl's values, as floats."""
     batch = random_batch(7)
-    # DPPO's fraction counts tokens without advantage there.
+    # verl's fraction for DPPO counts tokens without advantage.
     batch = batch._replace(advantages=batch.advantages.where(batch.advantages != 0, -1.0))
-    # One ratio beyond verl's bound on it, 20, and no other on the opposite side.
+    # One log-ratio exceeds verl's bound of 20, and none is below -20.
     batch = batch._replace(old_logps=batch.old_logps.where(batch.logps() - batch.old_logps > -20, -1.0))
     assert int((batch.logps() - batch.old_logps > 20)[batch.mask].sum()) == 1
-    # Those of cispo and geo_mean count the other side, too: metrics of another meaning.
+    # The fractions of cispo and geo_mean also count the other side, so their meaning is different.
     of_verl_alone = {"sapo": {"actor/pg_clipfrac"}, "gspo": {"actor/pg_clipfrac_lower"}}
     fractions = {"vanilla": 2, "gspo": 1, "dppo_tv": 1, "dppo_kl": 1}
     for name, twin in TWINS.items():
         expected = theirs(twin, batch, LOSSES[twin].modes[0]).metrics
         found = ours_in_verl(PREFIX + name, twin, batch, LOSSES[twin].modes[0]).metrics
         assert all(type(value) is float for value in found.values())
-        if twin == "gpg":  # which reports nothing
+        if twin == "gpg":  # gpg reports nothing
             expected = {"actor/ppo_kl": float((batch.old_logps - batch.logps())[batch.mask].mean())}
         assert found["actor/ppo_kl"] == pytest.approx(expected["actor/ppo_kl"], abs=1e-9)
         for key in ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")[: fractions.get(twin, 0)]:
-            # Means that verl takes in fp32 and divides by the tokens + 1e-8.
+            # verl computes the mean in fp32 and divides by the number of tokens + 1e-8.
             assert found[key] == pytest.approx(expected[key], abs=1e-6)
             assert 0 < found[key] < 1, "the batch tells nothing of the clip"
         assert not found.keys() & of_verl_alone.get(twin, set()), "a constant 0 is no metric"
 
 
-def test_ranks_without_their_number_of_tokens() -> None:
+def test_ranks_without_global_counts() -> None:
+    """With several ranks, the counts of the global batch are required, as by verl."""
     batch = random_batch(0)
     for mode in MODES:
         config = {"mode": mode, "global_batch_info": {"dp_size": 2}}
@@ -93,8 +97,8 @@ def test_ranks_without_their_number_of_tokens() -> None:
                 run(**config)
 
 
-def test_what_verl_cannot_say() -> None:
-    """A batch without tokens has loss 0 and what a masked position holds never matters."""
+def test_empty_batches_and_masked_positions() -> None:
+    """A batch without tokens has loss 0, and values at masked positions have no effect."""
     batch = random_batch(0)
     empty = batch._replace(mask=torch.zeros_like(batch.mask))
     dirty = batch._replace(old_logps=batch.old_logps.where(batch.mask, torch.nan))
@@ -107,7 +111,8 @@ def test_what_verl_cannot_say() -> None:
         assert found.metrics == clean.metrics
 
 
-def test_the_aggregation_is_verls(warned: pytest.LogCaptureFixture) -> None:
+def test_verl_chooses_the_aggregation(warned: pytest.LogCaptureFixture) -> None:
+    """The aggregation is verl's, with one warning if the preset's own is different."""
     batch = random_batch(0)
     for _ in range(2):
         ours_in_verl("grpo_kernels.luspo", "vanilla", batch, "token-mean")
@@ -121,6 +126,7 @@ def test_the_aggregation_is_verls(warned: pytest.LogCaptureFixture) -> None:
 
 
 def test_missing_options() -> None:
+    """Missing and contradictory options raise an error that names them."""
     batch = random_batch(0)
     with pytest.raises(ValueError, match="dro_beta"):
         theirs("grpo_kernels.dro", batch)

@@ -1,4 +1,4 @@
-"""verl's policy losses with their equivalents here, a random batch, and both losses of it in fp64."""
+"""verl's policy losses with our equivalents, a random batch, and both losses of the batch in fp64."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from grpo_kernels import (
     grpo_loss,
 )
 
-# Not "verl": where it is missing, tests/verl would pass for it, as a namespace package.
+# Not "verl": if verl is missing, the folder tests/verl would be imported as a namespace package.
 pytest.importorskip("verl.trainer.ppo.core_algos")
 
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-# The tensors are so small that threads only wait for one another.
+# The tensors are too small for several threads.
 torch.set_num_threads(1)
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum")
@@ -43,11 +43,11 @@ CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
 
 
 class Loss(NamedTuple):
-    """One entry of verl's registry: how it is configured there and what it is here."""
+    """One entry of verl's registry: verl's options and our spec."""
 
     options: dict[str, Any]  # of ActorConfig
     spec: LossSpec
-    modes: tuple[str, ...] = MODES  # the loss_agg_modes that it has regard for
+    modes: tuple[str, ...] = MODES  # the values of loss_agg_mode that have an effect
     policy_loss: Mapping[str, Any] = MappingProxyType({})  # of PolicyLossConfig
 
 
@@ -82,10 +82,10 @@ LOSSES: dict[str, Loss] = {
         LossSpec(CISPO(ratio_max=1.7, ratio_min=0.5), log_ratio_clamp=CLAMP),
     ),
 }
-CUSTOM = {"clip_cov", "kl_cov"}  # callables of docs/custom_losses.md
-OTHERS = {"bypass_mode"}  # vanilla or REINFORCE on a mask and weights of its own
+CUSTOM = {"clip_cov", "kl_cov"}  # implemented as callables in docs/custom_losses.md
+OTHERS = {"bypass_mode"}  # vanilla or REINFORCE with its own mask and weights
 
-# low_var_kl is bounded twice.
+# low_var_kl has two bounds.
 LOW_VAR_KL = KL("k3", beta=KL_COEF, clamp=20.0, output_clamp=10.0)
 KLS: dict[str, KL | None] = {
     "none": None,
@@ -107,7 +107,7 @@ KLS |= {f"{name}+": straight_through(kl) for name, kl in KLS.items() if kl is no
 
 
 class Batch(NamedTuple):
-    """Random, fp64, with what tells losses apart."""
+    """A random batch in fp64."""
 
     logits: Tensor  # [B, T, V]
     ids: Tensor  # [B, T]
@@ -119,7 +119,7 @@ class Batch(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """As verl counts them: those with a token."""
+        """The number of sequences that have a token, which is verl's count."""
         return int(self.mask.any(-1).sum())
 
     def logps(self, logits: Tensor | None = None) -> Tensor:
@@ -127,19 +127,22 @@ class Batch(NamedTuple):
         return torch.log_softmax(logits, -1).gather(-1, self.ids[..., None])[..., 0]
 
     def full(self) -> Batch:
-        """Without the sequence that has no token."""
+        """Return the batch without the sequence that has no token."""
         return Batch(*(x[self.mask.any(-1)] for x in self))
 
     def with_log_ratio(self, log_ratio: Tensor) -> Batch:
         return self._replace(old_logps=self.logps() - log_ratio)
 
 
-WIDTH = 8  # of every batch; verl divides by it unless it has a loss_scale_factor
+WIDTH = 8  # of every batch; verl divides by it unless loss_scale_factor is set
 
 
 @functools.cache
 def random_batch(seed: int, *, per_token: bool = False) -> Batch:
-    """Uneven lengths, one with a hole and one of 0; ratios far out; zero advantages, a zero weight."""
+    """Make a batch with several lengths, one of them 0, and with a masked position inside a sequence.
+
+    Some ratios are far from 1. Some advantages and one weight are 0.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -154,13 +157,13 @@ def random_batch(seed: int, *, per_token: bool = False) -> Batch:
     log_ratio = 0.5 * normal(B, T)
     for place, value in {(0, 1): 3.0, (2, 0): -4.0, (3, 4): 25.0, (3, 5): 2.0, (6, 1): -25.0}.items():
         log_ratio[place] = value
-        if value < 0:  # a token that has become this unlikely was less than certain before
+        if value < 0:  # so that the old probability is below 1
             logits[(*place, ids[place])] += value - 4
     batch = Batch(logits, ids, mask, normal(B), normal(B, T), normal(B, T), 2 * normal(B, T).abs())
     old_logps = (batch.logps() - log_ratio).clamp(max=-1e-3)
     ref_logps = batch.logps() + normal(B, T)
-    ref_logps[0, 2] = batch.logps()[0, 2] + 5  # beyond low_var_kl's bound on the value
-    ref_logps[3, 0] = batch.logps()[3, 0] + 30  # and beyond that on the log-ratio
+    ref_logps[0, 2] = batch.logps()[0, 2] + 5  # exceeds low_var_kl's bound on the value
+    ref_logps[3, 0] = batch.logps()[3, 0] + 30  # exceeds its bound on the log-ratio
     batch.weights[2, 1] = 0
     advantages = torch.tensor([1.2, -0.8, 0.0, -1.5, 2.0, 0.7, -0.4], dtype=torch.float64) + 0.1 * normal(B)
     advantages[2] = 0
@@ -172,11 +175,12 @@ def random_batch(seed: int, *, per_token: bool = False) -> Batch:
 
 class Result(NamedTuple):
     loss: Tensor
-    grad: Tensor  # by the logits
+    grad: Tensor  # with respect to the logits
     metrics: dict[str, Any]
 
 
 def actor_config(name: str, **options: Any) -> ActorConfig:
+    """Return verl's config for one loss."""
     entry = LOSSES.get(name, Loss({}, LossSpec()))
     policy_loss = {**entry.policy_loss, **options.pop("policy_loss", {})}
     return ActorConfig(
@@ -198,7 +202,7 @@ def theirs(
     mask: Tensor | None = None,
     **options: Any,
 ) -> Result:
-    """verl's policy loss and KL penalty, put together as its `ppo_loss` does."""
+    """Compute verl's policy loss and KL penalty, combined as in its `ppo_loss`."""
     config = actor_config(name, loss_agg_mode=mode, **options)
     leaf = batch.logits.clone().requires_grad_()
     logps = batch.logps(leaf)
@@ -221,6 +225,7 @@ def theirs(
 
 
 def ours(spec: LossSpec, batch: Batch, *, weights: bool = False, **options: Any) -> Result:
+    """Compute our loss and its gradient."""
     leaf = batch.logits.clone().requires_grad_()
     out = loss_of(leaf, spec, batch, weights=weights, **options)
     (grad,) = torch.autograd.grad(out.loss, leaf)
@@ -245,12 +250,15 @@ def loss_of(
 
 
 def verl_normalizer(mode: str, batch: Batch) -> dict[str, float]:
-    """We count a sequence without a token, as TRL does; verl does not."""
+    """Return the normalizer that leaves out sequences without a token, as verl does.
+
+    Our default counts them, as TRL does.
+    """
     return {"normalizer": float(batch.sequences)} if mode.startswith("seq") else {}
 
 
 def error(one: Tensor, other: Tensor) -> float:
-    """Largest difference, relative to the largest number of the two."""
+    """Return the largest difference, relative to the largest number of the two."""
     scale = max(float(one.abs().max()), float(other.abs().max()))
     return float((one - other).abs().max()) / scale if scale else 0.0
 
@@ -259,7 +267,8 @@ def assert_same(one: Result, other: Result, tolerance: float = 1e-11) -> None:
     assert bool(one.loss.isfinite()) and bool(one.grad.isfinite().all())
     assert bool((one.grad != 0).any())
     assert error(one.loss, other.loss) < tolerance, (one.loss, other.loss)
-    # Row by row, because the ratios are far apart; a hundredth of the largest is where verl's own digits end.
+    # Each row has its own scale, because the ratios are far apart. verl is not exact below a hundredth of the
+    # largest row.
     largest = other.grad.abs().amax(-1)
     scale = largest.clamp(min=1e-2 * float(largest.max()))
     excess = (one.grad - other.grad).abs().amax(-1) / scale

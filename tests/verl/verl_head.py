@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from hidden states, by verl's functions and ours, and a small model."""
+"""Hidden states and a head, verl's and our log-probabilities and entropies of them, and a small model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from verl.utils.kernel import linear_cross_entropy as cross_entropy_module
 
 
 class Fused(NamedTuple):
+    """Outputs and gradients of one function."""
+
     logps: Tensor
     entropy: Tensor
     dhidden: Tensor
     dweight: Tensor
 
     def errors(self, exact: Fused) -> list[float]:
-        """Relative, in the L2 norm."""
+        """Return the errors of all four tensors, relative in the L2 norm."""
         pairs = zip(self, exact, strict=True)
         return [float((x.double() - y).norm() / y.norm()) for x, y in pairs]
 
 
 class Head(NamedTuple):
+    """Hidden states, a head, token ids and gradients of the outputs."""
+
     hidden: Tensor  # [..., H]
     weight: Tensor  # [V, H]
     ids: Tensor  # [...]
@@ -42,7 +46,7 @@ class Head(NamedTuple):
         generator = torch.Generator().manual_seed(sum(shape))
         normal = functools.partial(torch.randn, generator=generator)
         dlogps, dentropy = normal(*shape), 0.3 * normal(*shape)
-        dlogps.view(-1)[:2] = dentropy.view(-1)[:2] = 0  # a prompt
+        dlogps.view(-1)[:2] = dentropy.view(-1)[:2] = 0  # as for a prompt
         ids = torch.randint(V, shape, generator=generator)
         return cls(normal(*shape, H).to(dtype), 0.5 * normal(V, H).to(dtype), ids, dlogps, dentropy)
 
@@ -50,7 +54,7 @@ class Head(NamedTuple):
         return Head(*(x.double() if x.is_floating_point() else x for x in self))
 
     def run(self, function: Callable[..., Any], temperature: float | Tensor = 0.7) -> Fused:
-        """`function(hidden, weight, ids, temperature)` and its gradient, shaped as `ids`."""
+        """Call `function(hidden, weight, ids, temperature)`, and compute its gradients."""
         hidden, weight = (x.clone().requires_grad_() for x in self[:2])
         logps, entropy = function(hidden, weight, self.ids, temperature)
         upstream = [x.to(y.dtype).view(y.shape) for x, y in ((self.dlogps, logps), (self.dentropy, entropy))]
@@ -60,29 +64,31 @@ class Head(NamedTuple):
 
 
 def plain(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the outputs with plain PyTorch."""
     log_p = torch.log_softmax(hidden @ weight.T / temperature, -1)
     return log_p.gather(-1, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
 
 def fused(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """As verl's models call it with the backend "torch", by keyword."""
+    """Call the function as verl's models do with the backend "torch"."""
     layer = FusedLinearForPPO(impl_backend="torch")
     return layer.forward(hidden_states=hidden, vocab_weights=weight, input_ids=ids, temperature=temperature)
 
 
 def verls(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Call verl's own function."""
     return VERLS_FUNCTION.apply(hidden, weight, ids, temperature, 16)
 
 
 def crossed(
     hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As verl's models call it with the backend "triton"."""
+    """Call the function as verl's models do with the backend "triton"."""
     return cross_entropy_module.linear_cross_entropy(hidden, weight, ids, temperature, "none")
 
 
 def tiny_model(*, tied: bool) -> Any:
-    """Of a class of its own, whose forward verl may patch."""
+    """Make a small Qwen2 with a class of its own, because verl patches the class."""
 
     class Tiny(Qwen2ForCausalLM):
         pass
@@ -103,7 +109,7 @@ def tiny_model(*, tied: bool) -> Any:
 
 
 def learn(model: Any, ids: Tensor, **options: Any) -> dict[str, Tensor]:
-    """Log-probabilities, entropies and the gradients of all parameters, by name."""
+    """Return log-probabilities, entropies and the gradients of all parameters, by name."""
     model.zero_grad()
     out = model(input_ids=ids, return_dict=True, use_cache=False, temperature=0.8, **options)
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""verl before and after the import of `grpo_kernels.integrations.verl`: its registry and its actor loss."""
+"""verl with `grpo_kernels.integrations.verl` imported: names, originals, our losses in verl's functions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from verl.workers.utils import losses as actor_losses
 MODULE = "grpo_kernels.integrations.verl"
 PREFIX = "grpo_kernels."
 
-# What verl has before the import. `restore_verl` puts it back, because tests of verl alone may follow.
+# verl before the import. `restore_verl` restores it, because later tests may need verl unchanged.
 VERLS_LOSSES = dict(core_algos.POLICY_LOSS_REGISTRY)
 VERLS_FUNCTION = torch_functional.FusedLinearForPPOFunction
 VERLS_CROSS_ENTROPY = cross_entropy_module.linear_cross_entropy
 VERLS_PPO_LOSS = actor_losses.ppo_loss
 VERLS_PATCH = monkey_patch.patch_forward_with_backends
 
-# Of our presets, with verl's configuration, verl's losses.
+# The loss of verl that equals each preset, with verl's configuration.
 TWINS = {
     "grpo": "vanilla",
     "bnpo": "vanilla",
@@ -41,7 +41,7 @@ TWINS = {
     "gspo_token": "gspo",
     "sapo": "sapo",
     "reinforce": "gpg",
-    "log_ratio": "gpg",  # without a reference: up to a constant that has no gradient
+    "log_ratio": "gpg",  # without a reference; the values differ by a constant
     "gmpo": "geo_mean",
     "dro": "dro",
     "cispo": "cispo",
@@ -50,7 +50,7 @@ GLOBAL = {"dp_size": 4, "batch_num_tokens": 1000, "global_batch_size": 64, "loss
 
 
 def verl_logps() -> ModuleType:
-    """The half of it that holds the log-probabilities."""
+    """Return the module of the integration that computes log-probabilities."""
     return sys.modules[f"{MODULE}_logps"]
 
 
@@ -66,19 +66,20 @@ def restore_verl() -> None:
 
 
 def ours_in_verl(name: str, twin: str, batch: Batch, mode: str, **options: Any) -> Result:
-    """A loss of ours out of verl's registry, under the options that `verl_cases.LOSSES` gives the loss `twin`."""
+    """Compute a loss of ours from verl's registry, with the options of verl's loss `twin`."""
     entry = LOSSES[twin]
     return theirs(name, batch, mode, policy_loss=dict(entry.policy_loss), **{**entry.options, **options})
 
 
 def jagged(rows: list[Tensor]) -> Tensor:
+    """Return rows of several lengths as one nested tensor."""
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def actor_loss(
     name: str, twin: str, batch: Batch, mode: str, reference: bool = True, **options: Any
 ) -> Result:
-    """verl's `ppo_loss` of a batch without padding, as its engines hand it over."""
+    """Compute verl's `ppo_loss` of a batch without padding, as verl's engines pass it."""
     prompt, lengths = 2, [int(x.nonzero().max()) + 1 for x in batch.mask]
     leaf = batch.logits.clone().requires_grad_()
 
@@ -86,7 +87,7 @@ def actor_loss(
         return jagged([row[:length] for row, length in zip(x, lengths, strict=True)])
 
     def as_model_output(x: Tensor) -> Tensor:
-        """Each position's value one to the left of its token."""
+        """Return each position's value one to the left of its token."""
         rows = [
             torch.cat([x.new_zeros(prompt - 1), row[:length], x.new_zeros(1)])
             for row, length in zip(x, lengths, strict=True)

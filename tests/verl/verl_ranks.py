@@ -27,7 +27,7 @@ cases = Cases()
 
 @cases.add()
 def sharded_head() -> None:
-    """A DTensor, as FSDP2 keeps parameters: each rank's own rows, and the mean of the ranks' gradients."""
+    """A head that is a DTensor, as with FSDP2: each rank's own rows, and the mean of the ranks' gradients."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -49,7 +49,7 @@ def sharded_head() -> None:
 
 @cases.add(wrapper=["fsdp", "fsdp2"], backend=["torch", "triton"], bias=[False, True])
 def sharded_model(wrapper: str, backend: str, bias: bool) -> None:
-    """verl's forward in a model that FSDP has sharded, against the two ranks' sequences one by one."""
+    """verl's forward of a model that FSDP has sharded equals the unsharded model on each rank's sequence."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     import_external_libs(MODULE)
@@ -69,7 +69,7 @@ def sharded_model(wrapper: str, backend: str, bias: bool) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*returned a view")
         found = learn(model, sequences[dist.get_rank()])
-    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):  # of "fsdp"
+    with FullyShardedDataParallel.summon_full_params(model, with_grads=True):  # needed for "fsdp"
         found |= {name: x.grad for name, x in model.named_parameters()}
     close = functools.partial(torch.testing.assert_close, rtol=1e-4)
     for name, one in expected[0].items():
@@ -82,7 +82,10 @@ def sharded_model(wrapper: str, backend: str, bias: bool) -> None:
 
 
 class Gather(torch.autograd.Function):
-    """Megatron's, of the rows of sequence-parallel ranks: its backward sums over them and keeps its own."""
+    """Gathers the rows of sequence-parallel ranks, as Megatron does.
+
+    Its backward sums the gradient over ranks and keeps the rank's own rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Gather(torch.autograd.Function):
 
 @cases.add(sequence_parallel=[True, False])
 def tensor_parallel(sequence_parallel: bool) -> None:
-    """The call of verl's Megatron forward: `[s, 1, H]`, labels `[1, s]`, this rank's rows of the head."""
+    """The call of verl's Megatron forward: `[s, 1, H]`, labels `[1, s]`, the rank's own rows of the head."""
     import_external_libs(MODULE)
     mappings = ModuleType("megatron.core.tensor_parallel.mappings")
     mappings._GatherFromSequenceParallelRegion = Gather  # type: ignore[attr-defined]
