@@ -72,6 +72,8 @@ class Batch(NamedTuple):
 
 
 class Result(NamedTuple):
+    """A loss, its gradient and its metrics."""
+
     loss: Tensor
     grad: Tensor  # of the loss with respect to Batch.logits
     kl: Tensor | None = None  # mean over the unmasked tokens

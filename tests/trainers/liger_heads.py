@@ -44,6 +44,8 @@ class Head(NamedTuple):
 
 
 class LinearResult(NamedTuple):
+    """A loss and its gradients."""
+
     loss: Tensor
     grads: list[Tensor]  # of hidden states, weight and bias, if there is a bias
 

@@ -85,6 +85,7 @@ def settings(loss_type: str, level: str, kl: str) -> list[Setting]:
 
 @functools.cache
 def liger_of(setting: Setting, device: str) -> Result:
+    """Compute Liger's result of one case, once."""
     return liger(
         setting.batch(device),
         setting.loss_type,

@@ -46,6 +46,7 @@ def shifted(model: Any, amount: float = 0.05) -> None:
 
 
 def scores(trainer: Any, model: Any) -> Tensor:
+    """Return the log-probabilities that the trainer computes with `model`."""
     ids = sequences(batch())
     with torch.no_grad():
         return trainer._get_per_token_logps_and_entropies(model, *ids.values(), T)[0]
@@ -67,6 +68,7 @@ COPIES = {"deepcopy": deep_copy, "AveragedModel": averaged, "copy of a copy": co
 
 
 def trained_by(kind: str, path: str, tmp_path: Path) -> Any:
+    """Make a trainer whose model has been wrapped or prepared in one of several ways."""
     if kind == "PEFT":
         from peft import get_peft_model
 

@@ -153,7 +153,7 @@ def test_small_divergence(trainer: Any) -> None:
     assert_same("fp64", found["fp64"][2], truth, 1e-7)
     wanted, wanted_grad, got, got_grad = (x.double() for x in found["fp32"])
     assert float((wanted - truth).abs() / truth) > 0.9
-    # A log-probability near -10 is a difference of rounded numbers. In fp32 it is right to 3e-6, or 0.03 of the
+    # A log-probability near -10 is a difference of rounded numbers. In fp32 it is right to 3e-6, 0.03 of the
     # distance. k3 is about half the square of the distance.
     assert float((got - truth).abs() / truth) < 0.06
     assert_same("our gradient", got_grad, truth_grad, 0.03)

@@ -52,6 +52,7 @@ def test_data_parallel(folders: Folders, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def own(spec: Any) -> type[FusedGRPOTrainer]:
+    """Return a trainer class with a custom spec."""
     return type("Own", (FusedGRPOTrainer,), {"loss_spec": lambda self: spec})
 
 
@@ -112,11 +113,14 @@ def test_own_spec_that_reads_a_later_attribute(folders: Folders, tmp_path: Path)
 
 
 class ScaledHead(nn.Linear):
+    """A head that is more than linear."""
+
     def forward(self, hidden: Tensor) -> Tensor:
         return 2 * super().forward(hidden)
 
 
 def with_head(change: Callable[[Any], None], path: str, tmp_path: Path, **config: Any) -> Any:
+    """Make a trainer of a model that `change` has changed."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     change(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

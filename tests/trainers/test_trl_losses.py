@@ -49,6 +49,7 @@ def settings_with_every_delta(settings: Settings) -> list[Settings]:
 
 
 def skip_vespo_at_sequence_level(loss_type: str, level: str, penalty: str) -> None:
+    """Skip the one case in which the two differ."""
     if (loss_type, level, penalty) == ("vespo", "sequence", "KL, corrected"):
         pytest.skip("differs: test_vespo_at_sequence_level")
 
@@ -119,6 +120,7 @@ def test_every_loss_of_a_model(trainer: Any, loss_type: str, level: str, penalty
 
 
 def assert_same_by_parameters(what: str, model: Any, got: Tensor, wanted: Tensor) -> None:
+    """Assert that losses and the gradients of all parameters agree."""
     assert_same(f"{what}: loss", got, wanted, 1e-5, scale=1 + wanted.abs())
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (got, wanted))

@@ -29,6 +29,8 @@ def test_sharded_head(
 
 
 class GSPOTrainer(FusedGRPOTrainer):
+    """A trainer with a custom spec at sequence level."""
+
     def loss_spec(self) -> LossSpec:
         return LossSpec.preset("gspo")
 

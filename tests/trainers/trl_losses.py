@@ -214,6 +214,7 @@ B, T, P, V = 12, 7, 3, 23
 
 
 def logits_for_model(dtype: torch.dtype, seed: int = 0) -> LogitsForModel:
+    """Make random logits in place of a model."""
     generator = torch.Generator().manual_seed(seed)
     return LogitsForModel(2 * torch.randn(B, T, V, generator=generator, dtype=dtype))
 
@@ -342,5 +343,6 @@ def both_gradients(
 
 
 def high_entropy(batch: Rollout, share: float) -> Tensor:
+    """Return the `share` of the tokens with the largest entropies."""
     mask = batch.mask.bool()
     return mask & (batch.entropies >= torch.quantile(batch.entropies[mask], 1 - share))

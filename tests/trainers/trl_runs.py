@@ -148,6 +148,7 @@ PROMPTS = ["".join(f"{(7 * i + j) % 28} " for j in range(1 + i % 4)) for i in ra
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
+    """Return a random reward of 0 or 1 for each completion."""
     return [float(zlib.crc32(text.encode()) % 2) for text in completions]
 
 
@@ -198,6 +199,7 @@ def assert_same_runs(got: Run, wanted: Run, tolerance: float = TOLERANCE) -> Non
 
 
 def assert_close(what: str, got: Tensor, wanted: Tensor, bound: float) -> None:
+    """Assert that the largest error is at most `bound`. NaN equals NaN."""
     error = (got - wanted).abs().where(~(wanted.isnan() & got.isnan()), 0)
     worst = float(error.max())
     assert worst <= bound, f"{what}: {worst:.3g} apart, {bound:.3g} allowed"
@@ -207,6 +209,7 @@ KL = {"beta": 0.04}
 
 
 def lora(**options: Any) -> Any:
+    """Return a LoRA config of the attention, or skip the test if PEFT is missing."""
     peft = pytest.importorskip("peft")
     return peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM", **options)
 
@@ -230,6 +233,7 @@ B, T, P = 4, 5, 3
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
+    """Make a batch by hand, as `_generate_and_score_completions` would."""
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.arange(T) < torch.tensor([5, 3, 1, 4])[:, None]).long()
     return {
@@ -247,6 +251,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
 def loss_and_gradients(
     trainer: Any, inputs: dict[str, Any], model: Any = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the trainer's loss and the gradients of its parameters."""
     loss = trainer._compute_loss(trainer.model if model is None else model, inputs)
     trainer.model.zero_grad()
     loss.backward()
@@ -256,6 +261,7 @@ def loss_and_gradients(
 
 
 def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Assert that all gradients agree to 1e-5."""
     assert got.keys() == wanted.keys()
     largest = max(float(grad.abs().max()) for grad in wanted.values())
     for name, grad in wanted.items():

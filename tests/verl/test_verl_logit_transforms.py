@@ -102,6 +102,7 @@ def fused(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def patch(model: nn.Module, backend: str, function: Callable[..., None] | None = None) -> None:
+    """Patch the model's forward as verl does, or with `function`."""
     function = function or monkey_patch.patch_forward_with_backends
     function(model, use_fused_kernels=True, fused_kernels_backend=backend)
 
@@ -194,13 +195,17 @@ class Scaling(nn.Linear):
 
 
 def llama(cls: type[hf.LlamaForCausalLM] = hf.LlamaForCausalLM, **options: Any) -> Any:
+    """Make a small Llama of a class of its own, or a subclass."""
     torch.manual_seed(0)
     return type("Tiny", (cls,), {})(hf.LlamaConfig(**SIZES, **options))
 
 
 @BACKENDS
 def test_logits_that_the_config_does_not_describe(backend: str) -> None:
-    """The error comes before the first step, because the model's forward runs once on made-up products."""
+    """The patch refuses a model whose logits differ from what its config describes.
+
+    The model's forward runs once on made-up products, so the error comes before the first step.
+    """
     for model in (llama(Masking), llama(logit_scale=0.5), llama(final_logit_softcapping=5.0)):
         stock = type(model).forward
         with pytest.raises(ValueError, match=r"would be wrong for Tiny.*use_fused_kernels=False"):
@@ -209,7 +214,7 @@ def test_logits_that_the_config_does_not_describe(backend: str) -> None:
 
 
 def test_a_forward_that_cannot_be_checked(caplog: pytest.LogCaptureFixture) -> None:
-    """The config's names are applied, with one warning."""
+    """If the forward cannot be checked, the config is applied, with one warning."""
     backends.warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="grpo_kernels")
     model, ids = llama(Unusual, dim_model_base=8), ids_of_tokens()
@@ -296,6 +301,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def batch_of(ids: Tensor, **options: Any) -> Any:
+    """Make one of verl's batches without padding."""
     rows = [row[: len(row) - i] for i, row in enumerate(ids)]
     fields = {"input_ids": jagged(rows), "position_ids": jagged([torch.arange(len(x)) for x in rows])}
     return tensordict_utils.get_tensordict(
@@ -310,7 +316,10 @@ def batch_of(ids: Tensor, **options: Any) -> Any:
     ids=["torch-packed", "torch-padded", "triton-packed"],
 )
 def test_entropy_on_demand(backend: str, packed: bool, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's `calculate_entropy` decides what `linear_logps` computes; other callers get both."""
+    """The engine's `calculate_entropy` decides whether `linear_logps` computes entropies.
+
+    Other callers get both.
+    """
     module = sys.modules["grpo_kernels.integrations.verl_logps"]
     asked, linear_logps = [], module.linear_logps
 

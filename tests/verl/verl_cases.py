@@ -100,6 +100,7 @@ KLS: dict[str, KL | None] = {
 
 
 def straight_through(kl: KL) -> KL:
+    """Return the KL with the straight-through gradient, which verl marks with a `+`."""
     return KL(kl.kind, kl.beta, straight_through=True, clamp=kl.clamp, output_clamp=kl.output_clamp)
 
 
@@ -174,6 +175,8 @@ def random_batch(seed: int, *, per_token: bool = False) -> Batch:
 
 
 class Result(NamedTuple):
+    """A loss, its gradient and its metrics."""
+
     loss: Tensor
     grad: Tensor  # with respect to the logits
     metrics: dict[str, Any]
@@ -235,6 +238,7 @@ def ours(spec: LossSpec, batch: Batch, *, weights: bool = False, **options: Any)
 def loss_of(
     logits: Tensor, spec: LossSpec, batch: Batch, *, weights: bool = False, **options: Any
 ) -> LossOutput:
+    """Compute our loss of some logits."""
     return grpo_loss(
         logits,
         batch.ids,
@@ -264,6 +268,7 @@ def error(one: Tensor, other: Tensor) -> float:
 
 
 def assert_same(one: Result, other: Result, tolerance: float = 1e-11) -> None:
+    """Assert that loss and gradient agree, row by row."""
     assert bool(one.loss.isfinite()) and bool(one.grad.isfinite().all())
     assert bool((one.grad != 0).any())
     assert error(one.loss, other.loss) < tolerance, (one.loss, other.loss)
@@ -276,4 +281,5 @@ def assert_same(one: Result, other: Result, tolerance: float = 1e-11) -> None:
 
 
 def differ(one: Result, other: Result) -> bool:
+    """Whether both losses and gradients clearly differ."""
     return error(one.loss, other.loss) > 1e-4 and error(one.grad, other.grad) > 1e-4
