@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import trl_trainer
 from distributed.launch import run_workers, session_folder
 from trl_runs import (
     TINY,
@@ -36,6 +35,7 @@ pytest.importorskip("trl", minversion="1.16")
 
 import transformers
 import trl
+from distributed import trl_trainer
 
 from grpo_kernels.integrations import trl_head
 from grpo_kernels.integrations.trl import FusedGRPOTrainer

@@ -320,7 +320,7 @@ def assert_same_by_logits(
     got = ours(grpo_loss, (logits,), settings, batch, **options)
     (got_grad,) = torch.autograd.grad(got.loss, logits)
     what = f"{settings}, {options}"
-    assert float(wanted_grad.abs().max()) > 1e-3, f"{what}: there is nothing to compare"
+    assert float(wanted_grad.abs().max()) > 1e-3, f"{what}: the gradient is too small to compare"
     assert_same(f"{what}: loss", got.loss, wanted, tolerance, scale=wanted_grad.abs().sum())
     assert got.logps.dtype == torch.float64
     assert_same(f"{what}: logps", got.logps, batch.logps * batch.mask, tolerance)

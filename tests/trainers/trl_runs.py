@@ -192,7 +192,7 @@ def assert_same_runs(got: Run, wanted: Run, tolerance: float = TOLERANCE) -> Non
         size = theirs.nan_to_num().abs().max().clamp(min=0.1 if "loss" in key else 0)
         assert_close(key, got.column(key), theirs, tolerance * float(size))
     movement = max(float((p - wanted.before[name]).abs().max()) for name, p in wanted.after.items())
-    assert movement > 0.01, "nothing was learned that could be compared"
+    assert movement > 0.01, "the parameters hardly moved"
     for name, p in wanted.after.items():
         rounding = torch.finfo(p.dtype).eps * float(p.abs().max())
         assert_close(name, got.after[name], p, tolerance * movement + rounding)

@@ -40,7 +40,9 @@ def test_fused_linear_for_ppo(shape: tuple[int, ...], calls: list[Any]) -> None:
         # A few fp32 roundings of 6e-8 in sums of about a hundred terms.
         assert max(found.errors(exact)) < 1e-6 and max(expected.errors(exact)) < 1e-6
     assert len(calls) == 3
-    assert bool((found.dhidden.flatten(0, -2)[:2] == 0).all()), "a row without an upstream gradient has none"
+    assert bool((found.dhidden.flatten(0, -2)[:2] == 0).all()), (
+        "a row without an upstream gradient has a gradient"
+    )
 
 
 @pytest.mark.parametrize("shape", [(37,), (3, 13), (37, 1)], ids=str)

@@ -75,8 +75,8 @@ def test_metrics() -> None:
         for key in ("actor/pg_clipfrac", "actor/pg_clipfrac_lower")[: fractions.get(twin, 0)]:
             # verl computes the mean in fp32 and divides by the number of tokens + 1e-8.
             assert found[key] == pytest.approx(expected[key], abs=1e-6)
-            assert 0 < found[key] < 1, "the batch tells nothing of the clip"
-        assert not found.keys() & of_verl_alone.get(twin, set()), "a constant 0 is no metric"
+            assert 0 < found[key] < 1, "all tokens are clipped, or none"
+        assert not found.keys() & of_verl_alone.get(twin, set()), "a constant 0 is reported as a metric"
 
 
 def test_ranks_without_global_counts() -> None:
