@@ -1,8 +1,7 @@
-"""FusedGRPOTrainer on two ranks under DDP and FSDP2, each with a batch of its own, against TRL's trainer
-without a wrapper, whose gradients are averaged by hand.
+"""FusedGRPOTrainer on two ranks under DDP and FSDP2 has the gradients of TRL's trainer, averaged over ranks.
 
-FSDP2 gathers parameters when it sees a module's forward, and again when it sees a gradient of its outputs: a
-loss that is made beside them would meet shards.
+Each rank has its own batch, and TRL's trainer has no wrapper. FSDP2 gathers parameters in a module's forward,
+and again when a gradient reaches its outputs. A loss that is computed outside the forward would find shards.
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ from grpo_kernels.integrations.trl import FusedGRPOTrainer
 cases = Cases()
 
 V, B, T, P = 23, 4, 6, 3
-# The same sums of fp32 in another order.
+# The same fp32 sums in another order.
 TOLERANCE = 1e-5
 
 
 def trainer(trainer_class: Any, tied: bool, **config: Any) -> Any:
+    """Make a trainer of a small Llama."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -81,7 +81,7 @@ def trainer(trainer_class: Any, tied: bool, **config: Any) -> Any:
 
 
 def batch() -> dict[str, Tensor]:
-    """Of this rank alone."""
+    """Return this rank's batch."""
     generator = torch.Generator().manual_seed(5 + dist.get_rank())
     lengths = torch.randint(1, T + 1, (B, 1), generator=generator)
     mask = (torch.arange(T) < lengths).long()
@@ -98,7 +98,7 @@ def batch() -> dict[str, Tensor]:
 
 @functools.cache
 def averaged_gradients(tied: bool, **config: Any) -> dict[str, Tensor]:
-    """Of TRL's trainer, over the ranks."""
+    """Return the gradients of TRL's trainer, averaged over ranks."""
     stock = trainer(trl.GRPOTrainer, tied, **config)
     stock._compute_loss(stock.model, batch()).backward()
     for p in stock.model.parameters():
@@ -108,6 +108,7 @@ def averaged_gradients(tied: bool, **config: Any) -> dict[str, Tensor]:
 
 @cases.add(wrapper=["ddp", "fsdp2"], tied=[False, True], quantile=[1.0, 0.5])
 def same_gradients(wrapper: str, tied: bool, quantile: float) -> None:
+    """The wrapped model's gradients are TRL's, and TRL's loss did not replace ours."""
     config = {"loss_type": "dapo", "top_entropy_quantile": quantile}
     fused = trainer(FusedGRPOTrainer, tied, **config)
     model = fused.model

@@ -1,4 +1,4 @@
-"""`global_normalizer` is what verl's `agg_loss` divides by: micro-batch by micro-batch, in fp64."""
+"""`global_normalizer` is the number that verl's `agg_loss` divides by, for each micro-batch, in fp64."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from grpo_kernels import LossSpec
 from grpo_kernels.normalizers import global_normalizer
 from grpo_kernels.policy_loss import policy_loss
 
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+pytest.importorskip("verl.trainer.ppo.core_algos")
+
+from verl.trainer.ppo import core_algos
 
 RANKS, MAX_TOKENS = 4, 11
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-sum")
 
 
 def token_losses(logps: Tensor, *unused: Tensor | None) -> Tensor:
+    """A surrogate that is the log-probability itself."""
     return logps
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_of_several_ranks(mode: str) -> None:
-    """verl is told the tokens of all ranks, and the sequences, those without a token among them."""
+    """The losses of all micro-batches equal verl's.
+
+    verl gets the number of tokens on all ranks, and the number of sequences, including those without a token.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = [torch.randint(8, (n,), generator=generator) for n in (3, 1, 2, 4)]
     lengths[0][0] = 0
     masks = [torch.arange(7) < x[:, None] for x in lengths]
     spec = LossSpec(token_losses, aggregation=mode, max_tokens=MAX_TOKENS)
-    normalizer = global_normalizer(masks, aggregation=mode) / RANKS  # here all ranks are one process
+    normalizer = global_normalizer(masks, aggregation=mode) / RANKS  # the test has one process
     for mask in masks:
         losses = torch.randn(mask.shape, generator=generator, dtype=torch.float64)
         got = policy_loss(

@@ -1,4 +1,4 @@
-"""Models whose logits are not `hidden @ weight.T`, under verl's `use_fused_kernels`; and entropies on demand.
+"""Models whose logits are not `hidden @ weight.T`, under verl's `use_fused_kernels`; entropies on demand.
 
 Run by `make test-verl` in verl's environment. Results are compared with the models' own logits. verl's fused
 forwards leave out their scale, softcap and bias.
@@ -17,16 +17,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from grpo_kernels import backend as backends
+from grpo_kernels import log
 
 pytest.importorskip("verl.trainer.ppo.core_algos")
 
 import transformers as hf
-from test_verl_integration import VERLS_PATCH, integration, jagged  # noqa: F401
 from verl.models.transformers import monkey_patch
 from verl.utils import tensordict_utils
 from verl.utils.experimental import torch_functional
 from verl.utils.kernel import linear_cross_entropy as cross_entropy_module
+from verl_imported import VERLS_PATCH, jagged
+
+pytestmark = pytest.mark.usefixtures("integration")
 
 V, T, TEMPERATURE = 83, 21, 0.8
 SIZES = {
@@ -43,7 +45,7 @@ SIZES = {
     "eos_token_id": 2,
     "attn_implementation": "eager",
 }
-# With numbers that matter at the size of these logits.
+# The options change logits of this size.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -100,12 +102,13 @@ def fused(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
 
 
 def patch(model: nn.Module, backend: str, function: Callable[..., None] | None = None) -> None:
+    """Patch the model's forward as verl does, or with `function`."""
     function = function or monkey_patch.patch_forward_with_backends
     function(model, use_fused_kernels=True, fused_kernels_backend=backend)
 
 
 def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest error in the L2 norm, relative to the norm of its kind."""
+    """Return the largest error in the L2 norm, relative to the norm of its kind."""
     assert found.keys() == expected.keys()
     # Gradients are relative to the largest one, because a single gradient may be zero except for rounding.
     grads = [x.norm() for name, x in expected.items() if name not in ("log_probs", "entropy")]
@@ -121,13 +124,13 @@ def test_models(name: str, backend: str) -> None:
     model, ids = tiny(name), ids_of_tokens()
     expected = own(model, ids)
     patch(model, backend)
-    # In fp32, logits are sums of 32 products, and of a size of about 10 with these weights.
+    # With these weights, logits are fp32 sums of 32 products and have a size of about 10.
     assert worst(fused(model, ids), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_transforms_matter(name: str) -> None:
-    """verl's own patch does not tell us the model. Then only plain heads are right; errors in nats."""
+    """verl's own patch does not pass us the model. Then only plain heads are right."""
     model, ids = tiny(name), ids_of_tokens()
     expected = own(model, ids)["log_probs"]
     patch(model, "torch", VERLS_PATCH)
@@ -135,8 +138,11 @@ def test_the_transforms_matter(name: str) -> None:
     assert error < 1e-4 if name in PLAIN else error > 1
 
 
-def test_each_model_has_its_own() -> None:
-    """verl patches the class, which other models share: one with another config, a copy, one on "meta"."""
+def test_each_model_keeps_its_transform() -> None:
+    """Each model keeps its own transform, although verl patches the class, which models share.
+
+    The models are one with another config, a copy, and one on "meta".
+    """
     first, ids = tiny("granite"), ids_of_tokens()
     second = copy.deepcopy(first)
     second.config.logits_scaling = 0.5
@@ -154,6 +160,7 @@ def test_each_model_has_its_own() -> None:
 
 
 def stop(*args: Any) -> None:
+    """Raise an error, as a hook."""
     raise RuntimeError("stop")
 
 
@@ -174,25 +181,31 @@ class Masking(hf.LlamaForCausalLM):
 
 
 class Unusual(hf.LlamaForCausalLM):
-    """Its forward needs what the check does not have."""
+    """Its forward needs an argument that the check does not pass."""
 
     def forward(self, input_ids: Tensor, adapter: str, **options: Any) -> Any:
         return super().forward(input_ids, **options)
 
 
 class Scaling(nn.Linear):
+    """A head that is more than linear."""
+
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 
 def llama(cls: type[hf.LlamaForCausalLM] = hf.LlamaForCausalLM, **options: Any) -> Any:
+    """Make a small Llama of a class of its own, or a subclass."""
     torch.manual_seed(0)
     return type("Tiny", (cls,), {})(hf.LlamaConfig(**SIZES, **options))
 
 
 @BACKENDS
-def test_logits_that_the_config_does_not_tell(backend: str) -> None:
-    """The error comes before the first step, because the model's forward runs once on made-up products."""
+def test_logits_that_the_config_does_not_describe(backend: str) -> None:
+    """The patch refuses a model whose logits differ from what its config describes.
+
+    The model's forward runs once on made-up products, so the error comes before the first step.
+    """
     for model in (llama(Masking), llama(logit_scale=0.5), llama(final_logit_softcapping=5.0)):
         stock = type(model).forward
         with pytest.raises(ValueError, match=r"would be wrong for Tiny.*use_fused_kernels=False"):
@@ -201,8 +214,8 @@ def test_logits_that_the_config_does_not_tell(backend: str) -> None:
 
 
 def test_a_forward_that_cannot_be_checked(caplog: pytest.LogCaptureFixture) -> None:
-    """The config's names are applied, with one warning."""
-    backends.warn_once.cache_clear()
+    """If the forward cannot be checked, the config is applied, with one warning."""
+    log.warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="grpo_kernels")
     model, ids = llama(Unusual, dim_model_base=8), ids_of_tokens()
     log_p = torch.log_softmax(model(ids, "none").logits * 8 / 32 / TEMPERATURE, -1)
@@ -216,6 +229,7 @@ def test_a_forward_that_cannot_be_checked(caplog: pytest.LogCaptureFixture) -> N
 
 @BACKENDS
 def test_a_head_that_is_more_than_linear(backend: str) -> None:
+    """A head with its own forward, or with an adapter, is refused."""
     from peft import LoraConfig, get_peft_model
 
     ids = ids_of_tokens()
@@ -230,7 +244,7 @@ def test_a_head_that_is_more_than_linear(backend: str) -> None:
 
 
 def test_a_head_that_peft_saves() -> None:
-    """`modules_to_save=["lm_head"]` is a linear layer in a wrapper."""
+    """`modules_to_save=["lm_head"]` is a linear layer in a wrapper, and is right."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
@@ -242,8 +256,11 @@ def test_a_head_that_peft_saves() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "phi"])
-def test_liger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its kernel takes neither scale, softcap nor bias. Without Liger, the backend is verl's "torch"."""
+def test_liger_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend "liger" is right if Liger is missing, and refused for all but plain heads otherwise.
+
+    Liger's kernel takes neither scale, softcap nor bias. Without Liger, verl uses its backend "torch".
+    """
     ids = ids_of_tokens()
     expected = own(tiny(name), ids)
     model = tiny(name)
@@ -284,6 +301,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def batch_of(ids: Tensor, **options: Any) -> Any:
+    """Make one of verl's batches without padding."""
     rows = [row[: len(row) - i] for i, row in enumerate(ids)]
     fields = {"input_ids": jagged(rows), "position_ids": jagged([torch.arange(len(x)) for x in rows])}
     return tensordict_utils.get_tensordict(
@@ -291,14 +309,17 @@ def batch_of(ids: Tensor, **options: Any) -> Any:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.* engine is not available")  # of those that need other packages
+@pytest.mark.filterwarnings("ignore:.* engine is not available")  # engines that need other packages
 @pytest.mark.parametrize(
-    "backend, packed",  # verl takes the flat output of "triton" in a packed batch only
+    "backend, packed",  # verl accepts the flat output of "triton" only in a packed batch
     [("torch", True), ("torch", False), ("triton", True)],
     ids=["torch-packed", "torch-padded", "triton-packed"],
 )
 def test_entropy_on_demand(backend: str, packed: bool, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's `calculate_entropy` decides what `linear_logps` computes; other callers get both."""
+    """The engine's `calculate_entropy` decides whether `linear_logps` computes entropies.
+
+    Other callers get both.
+    """
     module = sys.modules["grpo_kernels.integrations.verl.logps"]
     asked, linear_logps = [], module.linear_logps
 
@@ -332,7 +353,7 @@ class Group:
 
 @pytest.mark.filterwarnings("ignore:.* engine is not available")
 def test_megatron() -> None:
-    """Its forward does not tell us the model. Its engine does, from the second batch on at the latest."""
+    """Megatron's forward does not pass us the model. Its engine does, from the second batch at the latest."""
     from verl.workers.engine import BaseEngine
 
     class Engine(BaseEngine):

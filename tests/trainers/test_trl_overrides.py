@@ -1,18 +1,19 @@
-# ruff: noqa: F811 - fixtures are imported
-"""Subclasses and mixins that override methods of TRL's trainer get our loss or TRL's, and no other one."""
+"""Subclasses and mixins that override TRL's scoring get our loss or TRL's, and no other one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trl_trainers import (
+from torch import Tensor, nn
+from trl_runs import (
     KL,
+    TRAINER_MARKS,
     B,
+    Folders,
     LogRatioTrainer,
     T,
     V,
@@ -20,27 +21,19 @@ from test_trl_trainers import (
     assert_same_gradients,
     assert_same_runs,
     batch,
-    folders,  # noqa: F401
     grpo,
     loss_and_gradients,
     messages,
     new_trainer,
-    one_message_per_test,  # noqa: F401
-    sharded,  # noqa: F401
 )
-from torch import Tensor, nn
 
-trl = pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("trl", minversion="1.16")
 
+import trl
 
-from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
-]
-
-Folders = Callable[[str], str]
+pytestmark = TRAINER_MARKS
 
 
 class OneByOne:
@@ -76,7 +69,7 @@ class FromLogits:
 
 
 class FromLogitsByPosition:
-    """Arguments of the model by position."""
+    """Passes the arguments of the model by position."""
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, keep: int, **_: Any
@@ -111,7 +104,7 @@ class Sorted:
 
 
 class Rescaled:
-    """Returns other log-probabilities than those of our loss."""
+    """Returns log-probabilities that differ from those of our loss."""
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         logps, entropy, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
@@ -179,7 +172,7 @@ def test_scores_overridden(
 
 
 def test_controller_moves_once(folders: Folders, tmp_path: Path) -> None:
-    """A micro-batch that is computed again updates TRL's entropy controller once, and is logged once."""
+    """A micro-batch that is computed twice updates TRL's entropy controller once and is logged once."""
     config = {"entropy_coef": 0.05, "use_adaptive_entropy": True, "entropy_target": 2.9}
     found = []
     for parent in (trl.GRPOTrainer, FusedGRPOTrainer):
@@ -197,7 +190,7 @@ def test_scores_overridden_under_zero3(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The log-probabilities are TRL's, too, because the backward of ours would find the head sharded."""
+    """The log-probabilities are TRL's as well, because our backward would find the head sharded."""
     trainer = new_trainer(type("Z", (OneByOne, FusedGRPOTrainer), {}), folders("llama"), tmp_path)
     for step in (1, 2):
         trainer._compute_loss(trainer.model, batch()).backward()
@@ -207,7 +200,7 @@ def test_scores_overridden_under_zero3(
 
 
 @pytest.mark.parametrize("flags, again", [((False, True), False), ((True, False), True)])
-def test_another_rank_calls_the_model_otherwise(
+def test_another_rank_calls_the_model_differently(
     flags: tuple[bool, bool],
     again: bool,
     folders: Folders,
@@ -240,7 +233,7 @@ class Logged:
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         assert model.config.vocab_size == V
         with torch.no_grad():
-            # Passes of other models, or without gradients, are not part of the loss.
+            # Calls of other models and calls without gradients are not part of the loss.
             for other in (model, self.ref_model):  # type: ignore[attr-defined]
                 super()._get_per_token_logps_and_entropies(  # type: ignore[misc]
                     other, *args, **{**kwargs, "compute_entropy": False}
@@ -255,6 +248,7 @@ def test_harmless_override_stays_fused(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """An override that only reads keeps the fused loss, without a warning."""
     stock = type("Stock", (Logged, trl.GRPOTrainer), {})
     bases = (Logged, FusedGRPOTrainer) if place == "below" else (FusedGRPOTrainer, stock)
     trainer = new_trainer(type("Fused", bases, {}), folders("llama"), tmp_path, beta=0.04)
@@ -268,7 +262,7 @@ def test_harmless_override_stays_fused(
 
 @pytest.mark.parametrize("name", [name for name in OVERRIDES if name != "rescaled"])
 def test_scores_overridden_with_own_spec(name: str, folders: Folders, tmp_path: Path) -> None:
-    """TRL's loss would not be the loss of `loss_spec()`."""
+    """With a custom spec, an override raises, because TRL's loss cannot replace that of the spec."""
     mixin, why = OVERRIDES[name]
     trainer = new_trainer(type("Own", (mixin, LogRatioTrainer), {}), folders("llama"), tmp_path, beta=0.04)
     with pytest.raises(ValueError, match=why.replace("8", str(B)) + ".*TRL's loss cannot replace it"):
@@ -277,7 +271,10 @@ def test_scores_overridden_with_own_spec(name: str, folders: Folders, tmp_path: 
 
 @pytest.mark.parametrize("rows", [B // 2, 2 * B])
 def test_wrapper_splits_the_batch(rows: int, folders: Folders, tmp_path: Path) -> None:
-    """The trainer does not see a split inside the model. With these long prompts the shapes would fit."""
+    """A model that splits the batch inside its forward has TRL's loss.
+
+    The trainer does not see the split. With these long prompts the shapes would fit.
+    """
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     inputs = batch()
     prompts = torch.randint(2, V, (B, 3 * T), generator=torch.Generator().manual_seed(2))
@@ -308,7 +305,7 @@ def test_wrapper_splits_the_batch(rows: int, folders: Folders, tmp_path: Path) -
 
 
 def test_compiled_model(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """torch.compile traces the forward, which counts its calls."""
+    """A model under torch.compile keeps the fused loss. Its trace counts the calls of the forward."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     wanted = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
     compiled = torch.compile(trainer.model, backend="eager")
@@ -317,139 +314,3 @@ def test_compiled_model(folders: Folders, tmp_path: Path, caplog: pytest.LogCapt
         assert_close("loss", got[0], wanted[0], 1e-6)
         assert_same_gradients(got[1], wanted[1])
     assert messages(caplog, logging.WARNING) == []
-
-
-# --- Terms of one's own -------------------------------------------------------------------------------------
-
-
-class KeepsScores:
-    """A term of what the scores of the loss were: log-probabilities (0) or entropies (1)."""
-
-    which = 0
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        self.scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
-        return self.scores
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
-        return loss + 0.1 * self.scores[self.which].square().mean()
-
-
-class ScoresAgain:
-    """The same term, of another call."""
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
-        ids, mask = (
-            torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")
-        )
-        logps, _, _ = self._get_per_token_logps_and_entropies(model, ids, mask, T)  # type: ignore[attr-defined]
-        return loss + 0.1 * logps.square().mean()
-
-
-@pytest.mark.parametrize("old", [True, False], ids=["old", "on-policy"])
-@pytest.mark.parametrize("which", [0, 1], ids=["logps", "entropy"])
-def test_term_of_the_scores_of_our_loss(which: int, old: bool, folders: Folders, tmp_path: Path) -> None:
-    """Its gradient would end at the scores, and the term would be lost without a word."""
-    cls = type("Keeps", (KeepsScores, FusedGRPOTrainer), {"which": which})
-    trainer = new_trainer(cls, folders("llama"), tmp_path)
-    inputs = batch()
-    if not old:
-        del inputs["old_per_token_logps"]
-    for _ in range(10):  # after those whose gradients are compared, too
-        loss = trainer._compute_loss(trainer.model, inputs)
-        with pytest.raises(RuntimeError, match=r"does not reach the model.*another call"):
-            loss.backward()
-    # Where the loss is TRL's, the term has its gradient.
-    loss_and_gradients(new_trainer(cls, folders("llama"), tmp_path, top_entropy_quantile=0.5), inputs)
-
-
-def test_term_of_other_scores(folders: Folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What the message advises."""
-    got, wanted = (
-        loss_and_gradients(new_trainer(type("A", (mixin, parent), {}), folders("llama"), tmp_path), batch())
-        for mixin, parent in ((ScoresAgain, FusedGRPOTrainer), (KeepsScores, trl.GRPOTrainer))
-    )
-    assert_close("loss", got[0], wanted[0], 1e-6)
-    assert_same_gradients(got[1], wanted[1])
-    assert messages(caplog, logging.WARNING) == []
-
-
-# --- Other classes in the method resolution order -----------------------------------------------------------
-
-
-class SmallTerm(trl.GRPOTrainer):
-    """Adds a term that is too small to compare, and that does not depend on log-probabilities."""
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        norm = sum(p.square().sum() for p in model.parameters())
-        return super()._compute_loss(model, inputs) + 1e-6 * norm
-
-
-def test_another_class_adds_to_the_loss(
-    folders: Folders,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    wanted = loss_and_gradients(new_trainer(SmallTerm, folders("llama"), tmp_path), batch())
-    without = loss_and_gradients(new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path), batch())
-    with pytest.raises(AssertionError):
-        assert_same_gradients(wanted[1], without[1])
-
-    below = type("Below", (SmallTerm, FusedGRPOTrainer), {})
-    above = type("Above", (FusedGRPOTrainer, SmallTerm), {})
-    for cls, warnings in ((below, 0), (above, 1)):
-        caplog.clear()
-        got = loss_and_gradients(new_trainer(cls, folders("llama"), tmp_path), batch())
-        assert_close("loss", got[0], wanted[0], 1e-6)
-        assert_same_gradients(got[1], wanted[1])
-        found = messages(caplog, logging.WARNING)
-        assert len(found) == warnings and all("SmallTerm._compute_loss" in text for text in found)
-    with pytest.raises(ValueError, match=r"SmallTerm\._compute_loss"):
-        new_trainer(type("Own", (LogRatioTrainer, SmallTerm), {}), folders("llama"), tmp_path, beta=0.04)
-
-
-def test_class_that_trl_does_not_reach(
-    folders: Folders,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """TRL's method does not call `super()`, so a class after GRPOTrainer adds nothing, as in TRL."""
-    behind = type("Behind", (), {"_compute_loss": None})
-    new_trainer(type("Fused", (FusedGRPOTrainer, behind), {}), folders("llama"), tmp_path)
-    assert messages(caplog, logging.WARNING) == []
-
-
-def test_compute_loss_around_ours(folders: Folders, tmp_path: Path) -> None:
-    """Overrides of methods that call `_compute_loss` keep working in every class."""
-
-    class Doubled(trl.GRPOTrainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            return 2 * super().compute_loss(*args, **kwargs)
-
-    trainer = new_trainer(type("Fused", (FusedGRPOTrainer, Doubled), {}), folders("llama"), tmp_path)
-    stock = new_trainer(trl.GRPOTrainer, folders("llama"), tmp_path)
-    wanted = 2 * stock.compute_loss(stock.model, batch())
-    assert_close("loss", trainer.compute_loss(trainer.model, batch()), wanted, 1e-6)
-
-
-def test_other_weights_of_vespo(
-    folders: Folders,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    class Weights:
-        @staticmethod
-        def get_gamma_weights(*args: Any, **kwargs: Any) -> Tensor:
-            return trl.GRPOTrainer.get_gamma_weights(*args, **kwargs) * 1.0001
-
-    got, wanted = (
-        loss_and_gradients(
-            new_trainer(type("W", (Weights, c), {}), folders("llama"), tmp_path, loss_type="vespo"), batch()
-        )
-        for c in (FusedGRPOTrainer, trl.GRPOTrainer)
-    )
-    assert_close("loss", got[0], wanted[0], 1e-6)
-    assert_same_gradients(got[1], wanted[1])
-    assert any("because get_gamma_weights is overridden" in text for text in messages(caplog, logging.INFO))

@@ -1,5 +1,4 @@
-# ruff: noqa: F811 - fixtures are imported
-"""What users do with a trainer: losses and heads of their own, several GPUs in one process, logging."""
+"""Uses of a trainer: custom losses and heads, several GPUs in one process, logging."""
 
 from __future__ import annotations
 
@@ -11,36 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl_trainers import (
+from torch import Tensor, nn
+from trl_runs import (
     KL,
+    TRAINER_MARKS,
+    Folders,
     batch,
-    folders,  # noqa: F401
     lora,
     messages,
     new_trainer,
-    one_message_per_test,  # noqa: F401
 )
-from torch import Tensor, nn
 
-trl = pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("trl", minversion="1.16")
 
-import transformers  # noqa: E402
+import transformers
+import trl
 
-from grpo_kernels import KL as KLTerm  # noqa: E402
-from grpo_kernels import LossSpec  # noqa: E402
-from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps  # noqa: E402
-from grpo_kernels.integrations.trl import head as trl_head  # noqa: E402
-from grpo_kernels.surrogates import DRO  # noqa: E402
+from grpo_kernels import KL as KLTerm
+from grpo_kernels import LossSpec
+from grpo_kernels.integrations.trl import head as trl_head
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps
+from grpo_kernels.surrogates import DRO
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
-]
-
-Folders = Callable[[str], str]
+pytestmark = TRAINER_MARKS
 
 
 def test_data_parallel(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nn.DataParallel is refused with a message that names `accelerate launch`."""
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     names = r"nn\.DataParallel.*accelerate launch"
     with pytest.raises(ValueError, match=names):
@@ -52,10 +48,11 @@ def test_data_parallel(folders: Folders, tmp_path: Path, monkeypatch: pytest.Mon
         new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
 
 
-# --- What is known when a trainer is made -------------------------------------------------------------------
+# --- Checks in the constructor ------------------------------------------------------------------------------
 
 
 def own(spec: Any) -> type[FusedGRPOTrainer]:
+    """Return a trainer class with a custom spec."""
     return type("Own", (FusedGRPOTrainer,), {"loss_spec": lambda self: spec})
 
 
@@ -78,11 +75,13 @@ def test_own_spec_is_checked_in_the_constructor(
     folders: Folders,
     tmp_path: Path,
 ) -> None:
+    """The constructor refuses a spec that the trainer's options cannot serve."""
     with pytest.raises(ValueError, match=why):
         new_trainer(own(spec), folders("llama"), tmp_path, **config)
 
 
 def test_own_spec_of_another_type(folders: Folders, tmp_path: Path) -> None:
+    """`loss_spec()` must return a LossSpec."""
     with pytest.raises(TypeError, match=r"loss_spec\(\) must return a LossSpec, got 'log_ratio'"):
         new_trainer(own("log_ratio"), folders("llama"), tmp_path, **KL)
 
@@ -114,11 +113,14 @@ def test_own_spec_that_reads_a_later_attribute(folders: Folders, tmp_path: Path)
 
 
 class ScaledHead(nn.Linear):
+    """A head that is more than linear."""
+
     def forward(self, hidden: Tensor) -> Tensor:
         return 2 * super().forward(hidden)
 
 
 def with_head(change: Callable[[Any], None], path: str, tmp_path: Path, **config: Any) -> Any:
+    """Make a trainer of a model that `change` has changed."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     change(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -153,6 +155,7 @@ def test_head_with_its_own_forward(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """One warning says that the fused loss does not run the head's own forward or hooks."""
     change, text = IGNORED[name]
     trainer = with_head(change, folders("llama"), tmp_path)
     trainer._compute_loss(trainer.model, batch())
@@ -198,11 +201,12 @@ def test_head_that_only_multiplies(
 # --- Logging ------------------------------------------------------------------------------------------------
 
 
-def test_every_trainer_says_which_path_it_takes(
+def test_every_trainer_logs_its_path(
     folders: Folders,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Each trainer logs once how it computes the loss."""
     for config, text in (({}, "in the model's forward"), ({"top_entropy_quantile": 0.5}, "linear_logps")):
         for _ in range(2):
             caplog.clear()
@@ -213,12 +217,15 @@ def test_every_trainer_says_which_path_it_takes(
             assert text in path
 
 
-def test_path_is_said_when_it_can_be_seen(
+def test_path_is_logged_once_logging_is_on(
     folders: Folders,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Logging may be configured after the first steps."""
+    """The path is logged at the first step at which INFO is enabled.
+
+    Logging may be configured after the first steps.
+    """
     trainer = new_trainer(FusedGRPOTrainer, folders("llama"), tmp_path)
     caplog.set_level(logging.WARNING, logger="grpo_kernels")
     trainer._compute_loss(trainer.model, batch())
@@ -227,12 +234,13 @@ def test_path_is_said_when_it_can_be_seen(
     assert any("in the model's forward" in text for text in messages(caplog, logging.INFO))
 
 
-def test_fuse_trl_logps_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_fuse_trl_logps_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """`fuse_trl_logps` logs each call, and again when a head runs."""
     for calls in (1, 2):
         fuse_trl_logps()
         found = [text for text in messages(caplog, logging.INFO) if text.startswith("fuse_trl_logps")]
         assert len(found) == calls and "linear_logps" in found[0]
     assert trl_head.utils._ChunkedLogProbFunction is trl_head.FusedUnlessSharded
-    # It is named again when a head runs, because logging may be configured only then.
+    # It logs again when a head runs, because logging may be configured only then.
     trl_head.FusedUnlessSharded.apply(torch.randn(3, 4), torch.randn(5, 4), None, torch.arange(3), 1.0, 2)
     assert messages(caplog, logging.INFO)[-1].startswith("fuse_trl_logps: one pass")

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures are imported
 """Copies of a trainer's model compute with their own parameters, and train them."""
 
 from __future__ import annotations
@@ -7,36 +6,30 @@ import copy
 import functools
 import io
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trl_trainers import (
+from torch import Tensor
+from trl_runs import (
+    TRAINER_MARKS,
+    Folders,
     T,
     assert_same_gradients,
     batch,
-    folders,  # noqa: F401
     lora,
     loss_and_gradients,
     new_trainer,
-    one_message_per_test,  # noqa: F401
 )
-from torch import Tensor
 
-trl = pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("trl", minversion="1.16")
 
-import transformers  # noqa: E402
+import transformers
 
-from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore::{kind}")
-    for kind in ("FutureWarning", "UserWarning", "RuntimeWarning")
-]
-
-Folders = Callable[[str], str]
+pytestmark = TRAINER_MARKS
 
 
 def sequences(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,6 +46,7 @@ def shifted(model: Any, amount: float = 0.05) -> None:
 
 
 def scores(trainer: Any, model: Any) -> Tensor:
+    """Return the log-probabilities that the trainer computes with `model`."""
     ids = sequences(batch())
     with torch.no_grad():
         return trainer._get_per_token_logps_and_entropies(model, *ids.values(), T)[0]
@@ -74,6 +68,7 @@ COPIES = {"deepcopy": deep_copy, "AveragedModel": averaged, "copy of a copy": co
 
 
 def trained_by(kind: str, path: str, tmp_path: Path) -> Any:
+    """Make a trainer whose model has been wrapped or prepared in one of several ways."""
     if kind == "PEFT":
         from peft import get_peft_model
 
@@ -116,6 +111,7 @@ def test_copy_has_its_own_forward(how: str, kind: str, folders: Folders, tmp_pat
 
 @pytest.mark.parametrize("kind", ["plain", "PEFT", "second trainer"])
 def test_copy_trains_itself(kind: str, folders: Folders, tmp_path: Path) -> None:
+    """A copy's loss has gradients of the copy's parameters, and none of the original's."""
     trainer = trained_by(kind, folders("llama"), tmp_path)
     _, wanted = loss_and_gradients(trainer, batch())
     trainer.model.zero_grad()
