@@ -77,8 +77,8 @@ def sharded(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """
     from trl.trainer import utils
 
-    from grpo_kernels.integrations.trl import trainer as fused_trl
     from grpo_kernels.integrations.trl import head as trl_head
+    from grpo_kernels.integrations.trl import trainer as fused_trl
 
     for module in (trl_head, fused_trl):
         monkeypatch.setattr(module, "zero3_enabled", lambda: True)

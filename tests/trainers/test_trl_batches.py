@@ -37,9 +37,8 @@ import transformers
 import trl
 from distributed import trl_trainer
 
-from grpo_kernels.integrations.trl import forward_loss
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, forward_loss
 from grpo_kernels.integrations.trl import head as trl_head
-from grpo_kernels.integrations.trl import FusedGRPOTrainer
 from grpo_kernels.logps import linear_token_stats
 
 pytestmark = TRAINER_MARKS

@@ -29,8 +29,8 @@ pytest.importorskip("trl", minversion="1.16")
 import trl
 from datasets import Dataset
 
-from grpo_kernels.integrations.trl import head as trl_head
 from grpo_kernels.integrations.trl import fuse_trl_logps
+from grpo_kernels.integrations.trl import head as trl_head
 
 pytestmark = TRAINER_MARKS
 

@@ -29,10 +29,9 @@ pytest.importorskip("trl", minversion="1.16")
 
 import trl
 
-from grpo_kernels.integrations.trl import trainer as fused_trl
-from grpo_kernels.integrations.trl import forward_loss
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, forward_loss
 from grpo_kernels.integrations.trl import settings as trl_settings
-from grpo_kernels.integrations.trl import FusedGRPOTrainer
+from grpo_kernels.integrations.trl import trainer as fused_trl
 
 pytestmark = TRAINER_MARKS
 
