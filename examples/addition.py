@@ -1,9 +1,9 @@
-"""A small transformer learns addition from a verifiable reward, through TRL's GRPOTrainer with our loss.
+"""Train a small transformer on addition with a verifiable reward, TRL's GRPOTrainer and a fused loss.
 
     python examples/addition.py --help
 
-The model is made from its config. A short supervised warm-up on 600 sums leaves it right about half of the
-time; reinforcement on 8,400 others does the rest. 1,000 sums are seen by neither: they measure.
+The model starts from random weights. A short supervised warm-up on 600 sums brings it to about 50 % accuracy.
+Reinforcement learning on 8,400 other sums does the rest. Neither sees the 1,000 sums that measure accuracy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL refuses several GPUs in one process
-# Threads that wait sleep, they do not spin: on two cores that are shared, spinning costs a factor of ten.
+# Waiting threads sleep instead of spinning. On two shared cores spinning is ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
@@ -40,8 +40,8 @@ COMPARED_STEPS = 20
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Trains a small transformer on integer addition with TRL's GRPOTrainer and a loss of "
-        "grpo_kernels, and again with the same loss in eager PyTorch; prints accuracy, agreement, time and "
-        "memory, and draws reward and KL. Runs on a GPU where there is one, else on the CPU (some three "
+        "grpo_kernels, then again with the same loss in eager PyTorch. Prints accuracy, agreement, time and "
+        "memory, and draws reward and KL. Runs on a GPU if there is one, else on the CPU (about three "
         "minutes on two cores). Downloads nothing.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -50,12 +50,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=("log_ratio", "importance_ratio", "grpo"),
         default="log_ratio",
         help="log_ratio: -A (log p - log p_ref); importance_ratio: -A p / p_old; grpo: the clipped ratio, "
-        "compared with TRL's own loss as well",
+        "also compared with TRL's own loss",
     )
-    parser.add_argument("--steps", type=positive, default=300, help="optimizer steps of reinforcement")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the samples")
+    parser.add_argument("--steps", type=positive, default=300, help="optimizer steps after the warm-up")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the weights and the samples")
     parser.add_argument(
-        "--output", type=Path, default=Path("demo_output/addition.png"), help="where the figure goes"
+        "--output", type=Path, default=Path("demo_output/addition.png"), help="path of the figure"
     )
     return parser.parse_args()
 
@@ -68,7 +68,7 @@ def positive(text: str) -> int:
 
 
 def silence_libraries() -> None:
-    """Leaves the screen to the progress bars and the tables."""
+    """Silence the libraries, so that only progress bars and tables are printed."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -96,7 +96,7 @@ def main() -> None:
             bar.update()
 
         warm_up(model, tokenizer, labelled, probe=unlabelled[:256], on_step=show_probe)
-        bar.total = bar.n  # it ends when it is good enough
+        bar.total = bar.n  # the warm-up stops at its target accuracy
     before = accuracy(model, tokenizer, held_out)
 
     def train(name: str, loss_fn: LossFunction | None, stop_after: int) -> Run:
@@ -105,7 +105,7 @@ def main() -> None:
         with tqdm(total=stop_after, desc=name, unit="step") as bar:
 
             def show_reward(logs: Logs) -> None:
-                if "reward" in logs:  # there is a new one only where new samples were drawn
+                if "reward" in logs:  # only in steps that draw new samples
                     bar.set_postfix(reward=f"{logs['reward']:.2f}", refresh=False)
                 bar.update()
 

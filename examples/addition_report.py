@@ -1,4 +1,4 @@
-"""What the demo shows at its end: three tables and a figure."""
+"""The three tables and the figure that the demo shows at its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
 def show(
     console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = ""
 ) -> None:
-    """A plain table: the first column to the left, numbers to the right, `note` below."""
+    """Print a plain table with the first column left-aligned, the others right-aligned, and `note` below."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
@@ -52,10 +52,10 @@ def show_accuracy(console: Console, before: float, runs: dict[str, Run], *, n_su
 
 
 def show_steps(console: Console, ours: list[Logs], name: str, theirs: list[Logs]) -> None:
-    """Loss and gradient norm of two runs from one seed, step by step."""
+    """Compare loss and gradient norm of two runs with the same seed, step by step."""
     keys = ("loss", "grad_norm")
-    # A loss is a mean of terms of either sign: where they cancel, only their rounding is left to compare. So
-    # differences are taken relative to at least the usual size of the loss (absolute, if all are zero).
+    # A loss is a mean of terms of either sign. If they cancel, only their rounding errors would be compared.
+    # Differences are therefore relative to at least the mean size of the loss (absolute if all are zero).
     usual = {key: mean(abs(logs[key]) for logs in theirs) or 1.0 for key in keys}
     rows, largest = [], dict.fromkeys(keys, 0.0)
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
@@ -76,7 +76,7 @@ def show_steps(console: Console, ours: list[Logs], name: str, theirs: list[Logs]
 
 
 def show_cost(console: Console, loss: str, device_name: str) -> None:
-    """At the size of a real model: the demo's own vocabulary of 14 costs nothing in any loss."""
+    """Measure each loss at the vocabulary of a real model. With the demo's 14 tokens every loss is cheap."""
     tokens, vocab = (1024, 128_256) if torch.cuda.is_available() else (1024, 32_000)
     rows = []
     for kind in tqdm(KINDS, desc="time and memory", unit="loss"):
@@ -87,13 +87,13 @@ def show_cost(console: Console, loss: str, device_name: str) -> None:
         f"Loss forward and backward on {device_name}: {tokens:,} tokens, vocabulary {vocab:,}, fp32",
         ("loss", "time", "peak memory"),
         rows,
-        "Memory beyond the two logits tensors. All but the last also give the exact KL to the reference.",
+        "Memory beyond the two logits tensors. All but the last also compute the exact KL to the reference.",
     )
 
 
 def draw(path: Path, title: str, before: float, runs: dict[str, Run]) -> None:
-    """Reward and exact KL over the steps, one line per run."""
-    # A broad pale line below a thin dark one: where they agree, both are seen.
+    """Draw reward and exact KL over the steps, one line per run."""
+    # A broad pale line under a thin dark one: both are visible even if they agree.
     styles = ({"color": "#56B4E9", "lw": 4.5, "alpha": 0.7}, {"color": "#D55E00", "lw": 1.2})
     figure, (rewards, kls) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     for (name, run), style in zip(runs.items(), styles, strict=True):

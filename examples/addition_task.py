@@ -1,4 +1,4 @@
-"""Integer addition with a verifiable reward: sums, tokenizer, model, warm-up, evaluation."""
+"""The demo's task, integer addition with a verifiable reward: sums, tokenizer, model, warm-up, evaluation."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def prompt_of(a: int, b: int) -> str:
 
 
 def answer_of(a: int, b: int) -> str:
-    """Least significant digit first: every digit then depends only on two operand digits and one carry."""
+    """The answer with its last digit first: each digit depends only on two operand digits and a carry."""
     return str(a + b)[::-1]
 
 
 def split_sums(seed: int) -> tuple[list[Sum], list[Sum], list[Sum]]:
-    """All sums, shuffled and split: 1,000 held out, 600 for the warm-up, the rest for reinforcement."""
+    """Shuffle all sums and split them: 1,000 held out, 600 for the warm-up, the rest for GRPO."""
     sums = [(a, b) for a in range(OPERANDS) for b in range(OPERANDS)]
     random.Random(seed).shuffle(sums)
     return sums[:1000], sums[1000:1600], sums[1600:]
 
 
 def exact_match(completions: list[str], answer: list[str], **_: object) -> list[float]:
-    """The reward: 1 where the completion is the sum, digit for digit, and 0 elsewhere."""
+    """The reward: 1 if the completion equals the answer, else 0."""
     return [float(completion == expected) for completion, expected in zip(completions, answer, strict=True)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, built on the spot."""
+    """A tokenizer with one token per character."""
     tokens = [PAD, EOS, *"0123456789+="]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -50,7 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 190 thousand parameters with random weights."""
+    """A Llama with 190 thousand parameters and random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -76,7 +76,7 @@ def labelled_batch(tokenizer: PreTrainedTokenizerFast, sums: list[Sum]) -> tuple
 
 @torch.no_grad()
 def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sums: list[Sum]) -> float:
-    """Share of sums that greedy decoding answers exactly."""
+    """The share of sums that greedy decoding answers exactly."""
     was_training = model.training
     model.eval()
     prompt_ids = tokenizer([prompt_of(*s) for s in sums], return_tensors="pt")["input_ids"].to(model.device)
@@ -103,7 +103,7 @@ def warm_up(
     batch_size: int = 64,
     probe_every: int = 10,
 ) -> None:
-    """Supervised training on `sums`, stopped as soon as greedy accuracy on `probe` reaches the target."""
+    """Train on `sums` with labels until greedy accuracy on `probe` reaches the target."""
     input_ids, labels = (x.to(model.device) for x in labelled_batch(tokenizer, sums))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()

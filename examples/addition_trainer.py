@@ -20,15 +20,15 @@ LossFunction = Callable[..., LossOutput]
 
 
 class SwappedLossTrainer(GRPOTrainer):
-    """GRPOTrainer whose loss is `loss_fn`: sampling, rewards, advantages and optimizer stay TRL's own.
+    """GRPOTrainer with the loss `loss_fn`. Sampling, rewards, advantages and optimizer are TRL's own.
 
-    The reference is a frozen copy of the policy as it is handed in.
+    The reference is a frozen copy of `model` as passed to the constructor.
     """
 
     def __init__(
         self, model: LlamaForCausalLM, *, loss_fn: LossFunction, spec: LossSpec, **kwargs: Any
     ) -> None:
-        # Copied first: TRL then binds a new forward to this very model, and a later copy would still call it.
+        # Copied before TRL binds a new forward to the model: a later copy would call that forward.
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         super().__init__(model, **kwargs)
         self.reference = reference
@@ -42,7 +42,7 @@ class SwappedLossTrainer(GRPOTrainer):
             "attention_mask": torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
             "use_cache": False,
         }
-        # The logits at one position predict the token at the next. A slice is a view: nothing is copied.
+        # The logits at a position predict the next token. The slice is a view, so nothing is copied.
         predicting = slice(-completion_ids.shape[1] - 1, -1)
         logits = model(**sequences).logits[:, predicting]
         with torch.no_grad():
@@ -63,7 +63,7 @@ class SwappedLossTrainer(GRPOTrainer):
 
 
 class Recorder(TrainerCallback):
-    """Keeps what TRL logs at every step, and ends the run after `stop_after` steps."""
+    """Record what TRL logs at every step, and end the run after `stop_after` steps."""
 
     def __init__(self, on_step: Callable[[dict[str, float]], None], stop_after: int) -> None:
         self.history: list[dict[str, float]] = []
@@ -74,7 +74,7 @@ class Recorder(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.stop_after
 
     def on_log(self, args, state, control, logs, **_):
-        if "loss" in logs:  # the summary after the last step has none
+        if "loss" in logs:  # the summary after the last step has no loss
             self.history.append(dict(logs))
             self.on_step(logs)
 
@@ -91,10 +91,10 @@ def reinforce(
     on_step: Callable[[dict[str, float]], None],
     stop_after: int | None = None,
 ) -> list[dict[str, float]]:
-    """Trains `policy` in place for `steps` steps and returns TRL's log, one entry per step.
+    """Train `policy` in place for `steps` steps and return TRL's log, one entry per step.
 
-    `loss_fn=None` is stock TRL with its own "grpo" loss. `stop_after` ends the run early, on the learning
-    rates of the full one.
+    `loss_fn=None` trains with stock TRL and its own "grpo" loss. `stop_after` ends the run early, with the
+    learning rates of the full run.
     """
     dataset = Dataset.from_list([{"prompt": prompt_of(*s), "answer": answer_of(*s)} for s in sums])
     with tempfile.TemporaryDirectory() as output_dir:
@@ -107,7 +107,7 @@ def reinforce(
             warmup_steps=10,
             per_device_train_batch_size=256,
             num_generations=4,
-            # Two optimizer steps per batch of samples: in the second the ratio leaves 1, and clipping acts.
+            # Two optimizer steps per batch of samples: in the second, ratios differ from 1 and are clipped.
             steps_per_generation=2,
             max_completion_length=MAX_ANSWER_TOKENS,
             loss_type="grpo",
@@ -132,6 +132,6 @@ def reinforce(
             trainer = GRPOTrainer(policy, **common)
         else:
             trainer = SwappedLossTrainer(policy, loss_fn=loss_fn, spec=spec, **common)
-        trainer.remove_callback(PrinterCallback)  # the progress bar shows what it would print
+        trainer.remove_callback(PrinterCallback)  # replaced by the progress bar
         trainer.train()
     return recorder.history

@@ -1,8 +1,8 @@
-"""Time and peak memory of one loss, forward and backward, in a process of its own.
+"""Measure time and peak memory of one loss, forward and backward, in a new process.
 
     python examples/loss_cost.py fused log_ratio 1024 32000
 
-A fresh process, because memory that an earlier run left in the allocator would hide what this one takes.
+The process is new because memory that an earlier run left in the allocator would hide what this run needs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ REPEATS = 5
 def bare_loss(
     logits: Tensor, completion_ids: Tensor, advantages: Tensor, *, spec: LossSpec, ref_logits: Tensor
 ) -> tuple[Tensor]:
-    """The least that eager PyTorch can do: two log_softmax, and neither exact KL nor any other metric.
+    """The least that eager PyTorch has to compute: two log_softmax, without exact KL or any other metric.
 
-    On-policy every loss of the demo has this gradient, so `spec` changes nothing here.
+    On-policy every loss of the demo has this gradient, so `spec` is ignored.
     """
 
     def logps(x: Tensor) -> Tensor:
@@ -52,18 +52,18 @@ KINDS: dict[str, tuple[Callable, dict]] = {
 
 class Cost(NamedTuple):
     latency_ms: float  # median
-    peak_mib: float  # above the inputs; the gradient of the logits is part of it
+    peak_mib: float  # above the inputs; includes the gradient of the logits
 
 
 def measure_cost(kind: str, loss: str, tokens: int, vocab: int) -> Cost:
-    """`cost_of`, in a new process."""
+    """Run `cost_of` in a new process."""
     command = [sys.executable, __file__, kind, loss, str(tokens), str(vocab)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return Cost(**json.loads(output))
 
 
 def cost_of(kind: str, loss: str, tokens: int, vocab: int) -> Cost:
-    """Of one sequence of fp32 logits, on-policy; `kind` is one of KINDS."""
+    """Measure one on-policy sequence of fp32 logits. `kind` is a key of KINDS."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     source = torch.randn(1, tokens, vocab, device=device, requires_grad=True)
@@ -82,7 +82,7 @@ def cost_of(kind: str, loss: str, tokens: int, vocab: int) -> Cost:
             torch.cuda.synchronize()
 
     def new_logits(length: int = tokens) -> Tensor:
-        """Logits as a model computes them: unlike a leaf, these may be overwritten."""
+        """Logits that are not a leaf, as from a model, so that a loss may overwrite them."""
         return source[:, :length].clone()
 
     step(new_logits(1))  # compiles kernels, loads libraries

@@ -1,11 +1,11 @@
-"""GRPO in plain PyTorch: a whole training loop around `linear_grpo_loss`, to be copied into one's own.
+"""GRPO in plain PyTorch: a whole training loop around `linear_grpo_loss`, to copy into your own code.
 
     python examples/plain_torch.py
     torchrun --nproc_per_node=2 examples/plain_torch.py     # data parallel: the same losses, up to rounding
 
-Given a digit, the model is to count on from it to nine and to stop: "6" -> "7 8 9 <end>". It starts from
-random weights and learns from the reward alone, in less than a minute on one core. Needs torch and
-transformers; downloads nothing; runs on GPUs where there are some.
+Task: given a digit, count up to nine and stop: "6" -> "7 8 9 <end>". The model starts from random weights and
+learns from the reward alone, in less than a minute on one core. The script needs torch and transformers,
+downloads nothing, and uses GPUs if there are any.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from grpo_kernels import KL, LossOutput, LossSpec, global_normalizer, group_adva
 
 END, PAD, VOCAB = 10, 11, 12  # the digits are their own ids
 PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 1, 12
-GROUP_SIZE = 8  # completions of a prompt
-PROMPTS = 8  # of a micro-batch
-MICRO_BATCHES = 4  # of a batch of samples, shared out among the processes
+GROUP_SIZE = 8  # completions per prompt
+PROMPTS = 8  # per micro-batch
+MICRO_BATCHES = 4  # per batch of samples, divided among the processes
 UPDATES = 2  # optimizer steps per batch of samples
 TEMPERATURE = 1.0
 SPEC = LossSpec.preset("dapo", kl=KL("k3", beta=0.005))
@@ -37,13 +37,13 @@ SPEC = LossSpec.preset("dapo", kl=KL("k3", beta=0.005))
 
 @dataclass
 class Samples:
-    """A micro-batch: `B` completions of `T` tokens at most, `GROUP_SIZE` in a row for each prompt."""
+    """A micro-batch of `B` completions of at most `T` tokens: `GROUP_SIZE` consecutive ones per prompt."""
 
     input_ids: Tensor  # [B, PROMPT_TOKENS + T]
-    completion_mask: Tensor  # [B, T]: up to the end token, and with it
+    completion_mask: Tensor  # [B, T]: up to and including the end token
     rewards: Tensor  # [B]
-    ref_hidden: Tensor  # [B, T, H]: of the reference: H / V of what its logits would take
-    old_logps: Tensor | None = None  # [B, T]: of the policy that drew the samples
+    ref_hidden: Tensor  # [B, T, H], of the reference: takes H / V of the memory of its logits
+    old_logps: Tensor | None = None  # [B, T], of the policy that drew the samples
 
     @property
     def completion_ids(self) -> Tensor:
@@ -51,21 +51,21 @@ class Samples:
 
 
 def hidden_states(model: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
-    """`[B, T, H]`: what the head would be applied to, at the positions that predict the completion.
+    """The input of the head, `[B, T, H]`, at the positions that predict the completion.
 
-    All prompts have the same length here. Prompts of several lengths are padded on the left: then pass
-    `attention_mask` and `position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)` as well.
+    All prompts have the same length here. If they differ, pad them on the left and also pass `attention_mask`
+    and `position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0)`.
     """
     return model.model(input_ids, use_cache=False).last_hidden_state[:, PROMPT_TOKENS - 1 : -1]
 
 
 class Policy(nn.Module):
-    """Model and loss in one forward: DDP and FSDP act where the module that they wrap is called."""
+    """Model and loss in one forward, because DDP and FSDP act when the module that they wrap is called."""
 
     def __init__(self, model: LlamaForCausalLM, reference: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
-        self.ref_lm_head_weight = reference.lm_head.weight.detach()  # a constant, no parameter of this module
+        self.ref_lm_head_weight = reference.lm_head.weight.detach()  # a constant, not a parameter here
 
     def forward(self, samples: Samples, normalizer: Tensor) -> LossOutput:
         return linear_grpo_loss(
@@ -84,7 +84,7 @@ class Policy(nn.Module):
 
 
 def reward(prompt: list[int], completion: list[int]) -> float:
-    """The share of the answer that is there before the first mistake; 1 for all of it and the end."""
+    """The share of the answer before the first mistake. It is 1 for the whole answer with the end token."""
     answer = [*range(prompt[0] + 1, 10), END]
     right = takewhile(lambda pair: pair[0] == pair[1], zip(answer, completion, strict=False))
     return len(list(right)) / len(answer)
@@ -92,7 +92,7 @@ def reward(prompt: list[int], completion: list[int]) -> float:
 
 @torch.no_grad()
 def draw(model: LlamaForCausalLM, reference: LlamaForCausalLM, seed: int) -> Samples:
-    """Completions of random prompts, and their rewards."""
+    """Sample completions of random prompts and compute their rewards."""
     torch.manual_seed(seed)
     prompts = torch.randint(10, (PROMPTS, PROMPT_TOKENS)).to(model.device)
     input_ids = model.generate(
@@ -102,7 +102,7 @@ def draw(model: LlamaForCausalLM, reference: LlamaForCausalLM, seed: int) -> Sam
         max_new_tokens=MAX_COMPLETION_TOKENS,
         do_sample=True,
         temperature=TEMPERATURE,
-        top_k=0,  # the loss takes the probabilities of the whole vocabulary
+        top_k=0,  # the loss uses probabilities over the whole vocabulary
     )
     completion_ids = input_ids[:, PROMPT_TOKENS:]
     is_end = completion_ids == END
@@ -115,7 +115,7 @@ def draw(model: LlamaForCausalLM, reference: LlamaForCausalLM, seed: int) -> Sam
 def update(
     policy: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[Samples], normalizer: Tensor
 ) -> list[LossOutput]:
-    """One optimizer step over all micro-batches."""
+    """Take one optimizer step over all micro-batches."""
     optimizer.zero_grad()
     outputs = []
     for samples in micro_batches:
@@ -123,7 +123,7 @@ def update(
         with policy.no_sync() if accumulates else contextlib.nullcontext():
             out = policy(samples, normalizer)
             out.loss.backward()
-        if samples.old_logps is None:  # the first update finds the policy that drew the samples
+        if samples.old_logps is None:  # the first update runs the policy that drew the samples
             samples.old_logps = out.logps
         outputs.append(out)
     nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -151,10 +151,10 @@ def train(steps: int, device: torch.device, rank: int, ranks: int) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.0)
 
     for step in range(steps):
-        # Seeds go by micro-batch and not by process: how many processes there are makes no difference.
+        # One seed per micro-batch, not per process: the number of processes makes no difference.
         mine = range(rank, MICRO_BATCHES, ranks)
         micro_batches = [draw(model, reference, seed=step * MICRO_BATCHES + i) for i in mine]
-        # One denominator for all micro-batches of all processes: their losses add up to that of the batch.
+        # All micro-batches of all processes share a denominator, so their losses add up to the batch's loss.
         masks = [samples.completion_mask for samples in micro_batches]
         normalizer = global_normalizer(masks, aggregation=SPEC.aggregation)
         for _ in range(UPDATES):
@@ -188,12 +188,12 @@ def main() -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)  # the model is too small for more
     if MICRO_BATCHES % ranks:
-        raise SystemExit(f"{MICRO_BATCHES} micro-batches cannot be shared out evenly among {ranks} processes")
+        raise SystemExit(f"{MICRO_BATCHES} micro-batches cannot be divided evenly among {ranks} processes")
     if ranks > 1:
         dist.init_process_group()
     train(steps, device, rank, ranks)
     if ranks > 1:
-        # gloo's threads still hold tensors of the last collective; a process that ends first would abort.
+        # gloo's threads still hold tensors of the last collective: a process that exits first would abort.
         dist.barrier()
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
-"""What keeps a policy near its reference? The demo's task under five losses, three seeds each.
+"""What keeps a policy near its reference? Train the demo's task with five losses and three seeds each.
 
     make study
 
-Reward, entropy and the exact KL to the reference over training. Writes docs/study.png and docs/study.md.
+Writes docs/study.png (reward, entropy and exact KL to the reference over training) and docs/study.md.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # single-threaded processes side by side: the model is tiny
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the model is tiny: run single-threaded processes in parallel
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
@@ -49,7 +49,7 @@ CURVES = {
     "kl_exact": "Exact KL to the reference, nats per token",
 }
 COLOURS = ("#D55E00", "#CC79A7", "#000000", "#56B4E9", "#009E73")
-LAST = 20  # steps that the table takes means over
+LAST = 20  # the table has means over this many steps
 
 
 class Result(NamedTuple):
@@ -64,7 +64,7 @@ class Result(NamedTuple):
 
 
 def run(job: tuple[str, int, int]) -> Result:
-    """One training in this process."""
+    """Run one training in this process."""
     loss, seed, steps = job
     torch.set_num_threads(1)
     silence_libraries()
@@ -88,7 +88,7 @@ def run(job: tuple[str, int, int]) -> Result:
 
 
 def draw(path: Path, results: Sequence[Result]) -> None:
-    """A panel per curve: the mean of the seeds, and a line for each of them."""
+    """Draw one panel per curve, with the mean over the seeds and a thin line for each seed."""
     figure, panels = plt.subplots(1, len(CURVES), figsize=(14, 4.4), layout="constrained")
     for axes, (key, title) in zip(panels, CURVES.items(), strict=True):
         for colour, loss in zip(COLOURS, LOSSES, strict=True):
@@ -111,9 +111,10 @@ def table(results: Sequence[Result], steps: int) -> str:
     lines = [
         "# Five losses on the demo's task",
         "",
-        f"`make study`: {steps} optimizer steps of the demo (examples/addition.py), {len(SEEDS)} seeds.",
-        "Held-out accuracy in greedy decoding; sampled reward, entropy and exact KL: means of the",
-        f"last {LAST} steps. The mean of the seeds, and their range.",
+        f"`make study` trains the demo (examples/addition.py) for {steps} optimizer steps, "
+        f"with {len(SEEDS)} seeds.",
+        "Each cell is the mean over the seeds, with their range. Accuracy: greedy decoding of held-out sums.",
+        f"Reward, entropy and exact KL: sampled, means of the last {LAST} steps.",
         f"torch {torch.__version__.split('+')[0]}, on a CPU.",
         "",
         "![Reward, entropy and exact KL to the reference over training](study.png)",
@@ -135,12 +136,12 @@ def table(results: Sequence[Result], steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=positive, default=200, help="optimizer steps of each run")
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="where figure and table go")
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--steps", type=positive, default=200, help="optimizer steps per run")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of figure and table")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="parallel runs")
     arguments = parser.parse_args()
     jobs = [(loss, seed, arguments.steps) for seed in SEEDS for loss in LOSSES]
-    # A fork after PyTorch has started its threads may hang.
+    # A process forked after PyTorch has started its threads may hang.
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         results = list(tqdm(pool.imap(run, jobs), total=len(jobs), unit="run"))
     arguments.output.mkdir(parents=True, exist_ok=True)
