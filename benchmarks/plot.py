@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from . import record
-from .record import Row
+from .tables import record
+from .tables.record import Row
 
 DOCS = record.ROOT / "docs"
 COLOURS = {

@@ -1,0 +1,1 @@
+"""The experiments of docs/tuning.md: `python -m benchmarks.experiments --help`."""

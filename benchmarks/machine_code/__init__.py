@@ -1,0 +1,1 @@
+"""The kernels' machine code, without a GPU: `python -m benchmarks.compiled --help`."""

@@ -1,0 +1,1 @@
+"""CSVs of results, and the Markdown tables made from them."""

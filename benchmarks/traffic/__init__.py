@@ -1,0 +1,1 @@
+"""Bytes and operations, counted without a GPU: `python -m benchmarks.traffic --help`."""

@@ -1,0 +1,1 @@
+"""What is computed, and by whom: workloads, batches and providers."""
