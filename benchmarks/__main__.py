@@ -1,6 +1,6 @@
-"""Every provider on the same work: checked against fp64, then timed, one CSV row at a time.
+"""Checks every provider against fp64, then measures its time and memory, and writes a CSV.
 
-python -m benchmarks                                         # all of it, on the GPU if there is one
+python -m benchmarks                    # the whole plan, on the GPU if there is one
 python -m benchmarks --form linear --shape T=8192,V=151936,H=4096 --provider grpo_kernels --provider trl
 """
 
@@ -23,20 +23,30 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     names = sorted({name for form in PROVIDERS.values() for name in form})
-    parser.add_argument("--form", action="append", choices=tuple(PROVIDERS), help="default: both, by turns")
-    parser.add_argument("--provider", action="append", choices=names, help="may be given more than once")
+    parser.add_argument("--form", action="append", choices=tuple(PROVIDERS), help="default: both, in turn")
+    parser.add_argument("--provider", action="append", choices=names, help="can be repeated; default: all")
     parser.add_argument(
-        "--shape", action="append", type=shape, metavar="T=8192,V=151936,H=4096", help="instead of the plan"
+        "--shape",
+        action="append",
+        type=shape,
+        metavar="T=8192,V=151936,H=4096",
+        help="measure this shape instead of the plan; can be repeated",
     )
-    parser.add_argument("--loss", choices=tuple(LOSSES), default="grpo", help="of --shape")
-    parser.add_argument("--masked", type=float, default=0.0, help="of --shape: fraction of the tokens")
-    parser.add_argument("--inactive", type=float, default=0.0, help="of --shape: fraction without advantage")
-    parser.add_argument("--frozen-head", action="store_true", help="of --shape")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of --shape; default: bf16, on a CPU fp32")
-    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run?")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start nothing new after this time")
+    parser.add_argument("--loss", choices=tuple(LOSSES), default="grpo", help="with --shape; default: grpo")
+    parser.add_argument("--masked", type=float, default=0.0, help="with --shape: fraction of masked tokens")
     parser.add_argument(
-        "--output", type=Path, help="default: benchmarks/results/<device>.csv, of a part <device>-partial.csv"
+        "--inactive", type=float, default=0.0, help="with --shape: fraction of sequences whose advantage is 0"
+    )
+    parser.add_argument("--frozen-head", action="store_true", help="with --shape: no gradient of the head")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="with --shape; default: bf16 on a GPU, fp32 on a CPU"
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no measurement after this time")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="default: benchmarks/results/<device>.csv, or <device>-partial.csv for a part of the plan",
     )
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -69,12 +79,13 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
 
 
 def output(args: argparse.Namespace) -> Path:
-    """The published results are those of everything; a part does not replace them."""
+    """The default path. A part of the plan goes to another file and keeps the published results."""
     part = args.form or args.provider or args.shape or args.quick
     return record.RESULTS / f"{record.short_name(args.device)}{'-partial' if part else ''}.csv"
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[Workload, Provider]]:
+    """What to measure, in order."""
     return [
         (work, provider)
         for work in workloads(args)

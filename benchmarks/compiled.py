@@ -1,10 +1,11 @@
-"""The table of machine code: every kernel variant of this package and, where installed, the peers' kernels.
+"""Compiles every kernel of this package, and those of installed peers, and counts their instructions.
 
-    python -m benchmarks.compiled            # --quick: only what the comparison with the peers needs
+    python -m benchmarks.compiled            # --quick: only kernels that the peers also have
 
-compiles for GPUs that are not here, writes benchmarks/results/compiled.csv and prints tables of it. What is
-counted is said at `machine_code.Pass`; kernels around matrix products have no passes over a row. Peers run as
-called by their providers, at V = 151936 and temperature 1, both of which are constants in the peers' kernels.
+No GPU is needed. The results go to benchmarks/results/compiled.csv and are printed as tables. The docstring
+of `machine_code.figures.Pass` explains the counts. Kernels that contain matrix products have no pass over a
+row. The peers' kernels are called as in work/providers.py, with V = 151936 and temperature 1: both are
+constants in their machine code.
 """
 
 from __future__ import annotations
@@ -30,10 +31,20 @@ from .tables import record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled")
-    parser.add_argument("--quick", action="store_true", help="only what the comparison with the peers needs")
-    parser.add_argument("--targets", nargs="+", choices=tuple(TARGETS), default=COMPARED)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/compiled.csv; --quick: none")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="only the kernels that the peers also have")
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        choices=tuple(TARGETS),
+        default=COMPARED,
+        help=f"default: {' '.join(COMPARED)}",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/compiled.csv, or no file with --quick"
+    )
     args = parser.parse_args()
     started = time.monotonic()
     peers = [name for name in (PEERS_OF_JOBS if args.quick else PEERS) if installed(name)]

@@ -1,10 +1,9 @@
-"""The tables of docs/benchmarks.md and docs/tuning.md, from the CSVs and from nothing else.
+"""Writes the tables of docs/benchmarks.md and docs/tuning.md from the CSVs in benchmarks/results/.
 
     python -m benchmarks.report
 
-replaces what stands between `<!-- cpu.csv -->` and `<!-- end -->` by the table of benchmarks/results/cpu.csv,
-and so for every other CSV that is named in this way; `<!-- predictions -->` stands for what experiments are
-expected to show.
+The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the table of benchmarks/results/cpu.csv,
+and the same for any other CSV. `<!-- predictions -->` begins the table of what the experiments should show.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The experiments of docs/tuning.md: `python -m benchmarks.experiments --help`."""
+"""The experiments of docs/tuning.md. The command is `python -m benchmarks.experiments`."""

@@ -1,11 +1,11 @@
-"""The experiments of docs/tuning.md: variants of this package side by side, each beside what was predicted.
+"""Runs the experiments of docs/tuning.md: compares variants of this package, and predictions with results.
 
-    python -m benchmarks.experiments                    # on a GPU; --only 4 --only 6: some of them
-    python -m benchmarks.experiments --predict          # the predictions alone, as a table, without a GPU
+    python -m benchmarks.experiments                    # on a GPU; --only 4 --only 6 selects two experiments
+    python -m benchmarks.experiments --predict          # prints a table of the predictions; needs no GPU
 
-A variant is checked against fp64 like every provider before it is timed. Predictions count bytes over the
-copy rate, operations over the rate of a matrix product, and 2 us for each launch around the passes over the
-vocabulary, all in sequence.
+Like every provider, a variant is compared with fp64 before it is timed. A prediction is the sum of bytes
+divided by the copy rate, FLOPs divided by the rate of a matrix product, and 2 us for each launch other than
+the passes over the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def arguments() -> argparse.Namespace:
         prog="python -m benchmarks.experiments", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--only", action="append", choices=tuple(EXPERIMENTS), help="may be given more than once"
+        "--only", action="append", choices=tuple(EXPERIMENTS), help="can be repeated; default: all"
     )
     parser.add_argument("--predict", action="store_true", help="print the predictions and run nothing")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start nothing new after this time")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no measurement after this time")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-experiments.csv")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The predicted time of a variant, from what it has to do."""
+"""Predicts the time of a variant from the bytes, FLOPs and launches that it needs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import NamedTuple
 from ..speed.measure import Floors
 from ..work.workload import Workload
 
-# Of an H200, until a run has measured its own.
+# Rates assumed for an H200. A run measures its own.
 NOMINAL = Floors(4.3e12, 790e12)
 MULTIPROCESSORS, L2_BYTES = 132, 60e6
-L2_SHARE = 0.75  # a guess: what streams through the cache beside the rows takes the rest
+L2_SHARE = 0.75  # of the cache for rows that will be read again; a guess
 LAUNCH_MS = 2e-3
 
 
 class Cost(NamedTuple):
-    """What a variant has to do, in the units of its workload."""
+    """Bytes, FLOPs and launches of a variant, relative to the sizes of its workload."""
 
     bytes: float = 0.0  # per element of T V
-    products: float = 0.0  # operations per T V H
+    products: float = 0.0  # FLOPs per T V H
     head_bytes: float = 0.0  # per element of the head's weight, V H
     launches: int = 29
 
     def ms(self, work: Workload, floors: Floors) -> float:
+        """The predicted time in milliseconds, if nothing overlaps."""
         elements = work.T * work.V
         moved = self.bytes * elements + self.head_bytes * work.V * work.H
         seconds = moved / floors.bytes_per_s + self.products * elements * work.H / floors.flop_per_s
@@ -34,8 +35,10 @@ class Cost(NamedTuple):
 def linear(
     *, products: float | None = None, chunk: int = 8192, logits: int = 4
 ) -> Callable[[Workload], Cost]:
-    """Logits of `logits` bytes are read twice and their gradient written, the last two for rows that learn;
-    the weight's gradient is summed in fp32, chunk by chunk, and rounded at the end.
+    """The cost of the linear form with `logits` bytes per logit.
+
+    Logits of all rows are read once. For rows with a gradient, they are read again and the gradient is
+    written. The weight's gradient is accumulated in fp32 over chunks, and rounded at the end.
     """
 
     def cost(work: Workload) -> Cost:
@@ -48,17 +51,21 @@ def linear(
 
 
 def where_they_stand(work: Workload) -> Cost:
-    """All products; and zeros are written for rows without a gradient."""
+    """The cost without reordering: products for all rows, and zeros written for rows without a gradient."""
     cost = linear(products=6)(work)
     return cost._replace(bytes=cost.bytes + 2 * (1 - work.learning))
 
 
 def logits(bytes_per_element: float, launches: int = 29) -> Callable[[Workload], Cost]:
+    """The cost of the logits form, in bytes per element."""
     return lambda work: Cost(bytes_per_element, launches=launches)
 
 
 def read_twice(resident: int) -> Callable[[Workload], Cost]:
-    """Rows of so many blocks per multiprocessor: the second read is free if all of them fit the L2 cache."""
+    """The cost of one kernel that reads rows twice, with `resident` blocks per multiprocessor.
+
+    The second read is free if the rows of all resident blocks fit into the L2 cache.
+    """
 
     def cost(work: Workload) -> Cost:
         at_work = MULTIPROCESSORS * resident * work.V * work.dtype.itemsize

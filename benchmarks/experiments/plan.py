@@ -32,7 +32,7 @@ LINEAR = Workload("linear", "grpo", 8192, 151936, 4096)
 LOGITS = Workload("logits", "grpo_kl", 8192, 151936)
 VOCABULARIES = tuple(replace(LOGITS, V=V) for V in (151936, 128256, 32000))
 CHUNKS = (1024, 2048, 4096, 8192, 16384)
-# A thread loads 8 columns of bf16 at a time; 128 of each row spill.
+# A thread loads 8 columns of bf16 at a time. With 128 columns per thread, registers spill.
 BLOCKS = tuple((b, w) for b in (1024, 2048, 4096, 8192) for w in (2, 4, 8) if 8 <= b // (32 * w) < 128)
 EXPERIMENTS = {
     "1": Experiment(

@@ -1,4 +1,4 @@
-"""Runs the variants of experiments as providers."""
+"""Runs experiments: each variant is a provider, and its rows contain the predicted time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from .variants import Variant
 
 
 class Experiments(Run):
+    """A run whose providers are variants."""
+
     def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
         assert isinstance(provider, Variant)
         _, config = super().describe(work, provider)

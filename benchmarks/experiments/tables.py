@@ -1,4 +1,4 @@
-"""Tables of what was predicted, and of what was measured."""
+"""Markdown tables of predictions and results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .plan import EXPERIMENTS
 
 
 def predictions() -> str:
-    """A table, at the rates that `NOMINAL` assumes; what is expected to be equal, in one line."""
+    """The predictions for the rates in `NOMINAL`. Variants with equal predictions share a line."""
     lines, before = [], ""
     for experiment in EXPERIMENTS.values():
         for work in experiment.works:
@@ -30,7 +30,7 @@ def predictions() -> str:
 
 
 def table(path: Path) -> str:
-    """Prediction and outcome, from the CSV alone."""
+    """Predictions and results of a run, from its CSV."""
     steps: dict[tuple[str, str], dict[str, record.Row]] = {}
     for row in record.read(path):
         if row.kernel_name.startswith("experiment"):

@@ -1,1 +1,1 @@
-"""The kernels' machine code, without a GPU: `python -m benchmarks.compiled --help`."""
+"""Compiles kernels without a GPU and reads their code. The command is `python -m benchmarks.compiled`."""

@@ -1,6 +1,6 @@
-"""Calls that together make every kernel of this package with each of its options. See `cases`.
+"""Calls that together compile every kernel of this package, with each of its options.
 
-Tensors are on "meta": for `no_gpu.launches_for`, within which launches compile and nothing runs.
+The tensors are on the meta device. The calls are made inside `no_gpu.launches_for`, where nothing runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from grpo_kernels import (
 )
 from grpo_kernels.logps import linear_token_statistics
 
-# 16-bit factors into fp32 sums, as on a GPU.
+# Matrix products of 16-bit operands accumulate in fp32, as on a GPU.
 mixed_products = mock.patch.object(heads, "multiplies_mixed", lambda device: True)
 
 
@@ -44,7 +44,7 @@ def loss(
     per_token: bool = False,
     **options: Any,
 ) -> None:
-    """Forward and backward of a loss on tensors without storage. `reference`: "none", "logits" or "logps"."""
+    """Forward and backward of a loss from logits. `reference` is "none", "logits" or "logps"."""
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -68,7 +68,7 @@ def loss(
 
 @mixed_products
 def linear(spec: LossSpec, *, reference: bool = False, **options: Any) -> None:
-    """From hidden states in bf16, as on a GPU: fp32 logits, whose gradient is held in bf16 beside them."""
+    """Forward and backward from bf16 hidden states, with fp32 logits and their bf16 gradient."""
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -90,7 +90,7 @@ def linear(spec: LossSpec, *, reference: bool = False, **options: Any) -> None:
 
 @mixed_products
 def token_statistics(**options: Any) -> None:
-    """Of each token, without a loss."""
+    """Log-probability, entropy and top-1 flag of each token, without a loss."""
     hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (4096, 151936))
     ids = torch.empty(4096, dtype=torch.int64, device="meta")
     given = {"entropy": True, "top1": True, "chunk_tokens": 2048, "compact": False, "backend": "triton"}
@@ -102,7 +102,7 @@ def own_surrogate(logps: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 def cases() -> dict[str, Callable[[], None]]:
-    """Name: a call. Together they make every kernel with each of its options."""
+    """Calls by name. Together they compile every kernel with each of its options."""
     ppo = LossSpec(PPOClip())
     both = LossSpec(PPOClip(), KL("exact"), entropy_coef=0.01)
     found: dict[str, Callable[[], None]] = {}
@@ -127,7 +127,7 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"{where} temperatures"] = partial(call, ppo, per_token=True)
         found[f"{where} padded vocabulary"] = partial(call, ppo, vocab_size=151643)
 
-    # What only the fused kernel knows of.
+    # Options that only the fused kernel has.
     fused: dict[str, tuple[LossSpec, dict[str, Any]]] = {
         "PPOClip on-policy": (ppo, {}),
         "Reinforce": (LossSpec(Reinforce()), {}),

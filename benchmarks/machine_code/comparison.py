@@ -1,4 +1,4 @@
-"""The table of machine code: rows of its CSV, and Markdown from these rows."""
+"""Rows of compiled.csv, and the Markdown tables made from them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ COMPARED = ("sm_80", "sm_90", "sm_100")
 
 
 class Job(NamedTuple):
+    """Something that kernels of several providers do."""
+
     what: str
-    of: str  # the pass
-    kernels: dict[str, str]  # of each provider, with its variant, but without the shape of its blocks
+    of: str  # a pass: "statistics" or "gradient"
+    kernels: dict[str, str]  # by provider: kernel and variant, without block sizes
 
 
 JOBS = (
@@ -58,10 +60,11 @@ JOBS = (
 )
 CASES_OF_JOBS = ("bfloat16 policy only", "bfloat16 entropy", "linear, one pass", "linear, token statistics")
 PEERS_OF_JOBS = ("liger", "trl", "trl, chunked head")
-Row = dict[str, str]  # of the CSV: one for each pass of a kernel, or for a kernel without
+Row = dict[str, str]  # of the CSV: one for each pass of a kernel, or one for a kernel without passes
 
 
 def rows_of(figures: Figures) -> Iterator[Row]:
+    """The rows of a kernel in the CSV."""
     known = {
         "provider": provider_of(figures.package),
         "version": importlib.metadata.version(figures.package),
@@ -80,13 +83,13 @@ def rows_of(figures: Figures) -> Iterator[Row]:
 
 
 def provider_of(package: str) -> str:
-    """By the name that it has in all results."""
+    """The name that the package has in all results."""
     names = {p.package.replace("-", "_"): p.name for f in PROVIDERS.values() for p in f.values() if p.package}
     return names.get(package, package)
 
 
 def tables(path: Path) -> str:
-    """Of the CSV, for docs/benchmarks.md."""
+    """The tables of docs/benchmarks.md."""
     rows = record.read_table(path)
     versions = dict.fromkeys(f"{r['provider']} {r['version']}" for r in rows if r["provider"] != OURS)
     where = f"torch {rows[0]['torch']}, Triton {rows[0]['triton']}, commit {rows[0]['commit']}"
@@ -95,7 +98,7 @@ def tables(path: Path) -> str:
 
 
 def comparison(rows: Sequence[Row]) -> str:
-    """Instructions per element of the kernels that do the same."""
+    """A table of instructions per element. It groups kernels that do the same."""
     targets = tuple(dict.fromkeys(row["target"] for row in rows))
     lines = []
     for job in JOBS:
@@ -111,12 +114,13 @@ def comparison(rows: Sequence[Row]) -> str:
 
 
 def unshaped(row: Row) -> str:
+    """Kernel and variant without block sizes."""
     words = (word for word in row["variant"].split() if not word.startswith(("block", "group")))
     return " ".join([row["kernel"], *words])
 
 
 def every_variant(rows: Sequence[Row]) -> str:
-    """Instructions per element in columns of their own; where targets differ, a value for each of them."""
+    """A table with a line for each variant. A cell has several values if the targets differ."""
     used = ("registers", "spills", "shared_bytes", "threads")
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -134,6 +138,6 @@ def every_variant(rows: Sequence[Row]) -> str:
 
 
 def across(rows: Sequence[Row], column: str, digits: str = "g") -> str:
-    """The value on all targets, or those of each."""
+    """The value of a column, or one value per target if they differ."""
     values = [f"{float(row[column]):{digits}}" for row in rows]
     return " / ".join(values if len(set(values)) > 1 else values[:1])

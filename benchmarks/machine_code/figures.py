@@ -1,4 +1,4 @@
-"""What compiled kernels cost: a name for each variant, its resources, what its passes issue per element."""
+"""Figures of compiled kernels: a name for each variant, its resources, and instructions per element."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ OURS = "grpo_kernels"
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over the row: its main loop, per element that it reads.
+    """A pass over the row. Counts are per element that the main loop reads.
 
-    Predicated instructions, and what some turns only run, count as if every turn ran them. A kernel without a
-    loop takes one block of the row per program, and all that such a program runs counts.
+    Predicated and conditional instructions count as if every iteration executed them. If a kernel has no
+    loop, each program handles one block of the row, and all of its instructions count.
     """
 
-    name: str  # "statistics", or "gradient" where it stores to the row
-    elements: int  # that a thread reads in a turn
+    name: str  # "statistics", or "gradient" if it stores to the row
+    elements: int  # read by a thread in an iteration
     instructions: float
     exponentials: float
-    narrowest_bits: int | None  # of the loop's accesses to global memory; None where there is no loop
+    narrowest_bits: int | None  # of the loop's global memory accesses; None if there is no loop
     calls: int
 
 
@@ -47,11 +47,11 @@ PASSES = {
     "dlogits": GRADIENT,
     "fused_loss": STATISTICS + GRADIENT,
     "scale_rows": GRADIENT,
-    # Liger's
+    # Liger
     "grpo_loss.selective_log_softmax": STATISTICS,
     "grpo_loss.grpo_loss_fwd": STATISTICS,
     "grpo_loss.grpo_loss_bwd": GRADIENT,
-    # TRL's
+    # TRL
     "logprob_entropy.forward": STATISTICS,
     "logprob_entropy.backward": GRADIENT,
     "chunked_logprob.forward": STATISTICS,
@@ -61,21 +61,21 @@ BLOCK_PER_PROGRAM = ("logprob_entropy.backward", "chunked_logprob.backward")
 
 
 def compiled(call: Callable[[], None], target: str, *, read: bool = True) -> list[Figures]:
-    """The kernels that `call` launches. `read=False`: without their passes."""
+    """The figures of the kernels that `call` launches. With `read=False`, they have no passes."""
     with launches_for(TARGETS[target]) as kernels:
         call()
     return [figures(kernel, target, read=read) for kernel in dict.fromkeys(kernels)]
 
 
 def compile_all(calls: Iterable[Callable[[], None]], targets: Iterable[str]) -> list[Figures]:
-    """On all cores; each kernel once, those of this package first."""
+    """The figures of all distinct kernels, compiled on all cores. Those of this package come first."""
     found: dict[tuple[str, ...], Figures] = {}
-    # A compiler's threads do not survive a fork.
+    # The compiler's threads would not survive a fork.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for result in [pool.submit(compiled, call, target) for call in calls for target in targets]:
             for one in result.result():
                 same = found.setdefault((one.package, one.kernel, one.variant, one.target), one)
-                assert same == one, f"two kernels have one name: {same}, {one}"
+                assert same == one, f"two kernels have the same name: {same}, {one}"
     order = [*TARGETS]
     return sorted(
         found.values(),
@@ -94,18 +94,18 @@ def package(kernel: Any) -> str:
 
 
 def kernel_name(kernel: Any) -> str:
-    """A peer's with its module, because some peers call several kernels the same."""
+    """The kernel's name. For peers it includes the module, because some have several kernels of one name."""
     name = kernel.src.fn.__name__.strip("_").removesuffix("_kernel")
     return name if package(kernel) == OURS else f"{kernel.src.fn.__module__.split('.')[-1]}.{name}"
 
 
 def constants(kernel: Any) -> dict[str, Any]:
-    """Arguments that are part of the machine code, None and False among them."""
+    """The arguments that are constants in the machine code, including None and False."""
     return {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
 
 
 def given(kernel: Any, name: str) -> bool:
-    """Whether this argument was other than None or False."""
+    """Whether this argument is neither None nor False."""
     return bool(constants(kernel).get(name, name in kernel.src.signature))
 
 
@@ -120,7 +120,7 @@ FLAGS = ("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED", "RATIO")
 
 
 def variant(kernel: Any) -> str:
-    """What tells this binary from the kernel's others, in a few words."""
+    """A short text that distinguishes this binary from the others of its kernel."""
     names, fixed = kernel.src.fn.arg_names, constants(kernel)
     element = element_type(kernel)
     words = [] if element is None else [element]
@@ -144,13 +144,13 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def element_type(kernel: Any) -> str | None:
-    """Of the rows; None: the kernel runs over tokens."""
+    """The dtype of the rows; None if the kernel runs over tokens."""
     found = next((kernel.src.signature[name] for name in ROWS if name in kernel.src.signature), None)
     return None if found is None else found.lstrip("*")
 
 
 def read_passes(kernel: Any, threads: int) -> tuple[Pass, ...]:
-    """fp64, whose exponential is a function, is not for speed."""
+    """The passes of a kernel. There are none for fp64, whose exponential is a function call."""
     name, element = kernel_name(kernel), element_type(kernel)
     if "cubin" not in kernel.asm or name not in PASSES or element not in ITEMSIZE:
         return ()

@@ -1,9 +1,8 @@
-"""Compiling the kernels for GPUs that are not here.
+"""Compiles kernels for a GPU that the machine does not have.
 
-`launches_for(target)` stands a driver without a device before Triton, so that the package's own launchers run
-up to the point where the machine code would start: what binds, specialises and compiles the arguments is the
-very code that does it on a GPU. Tensors may live on the CPU, or on "meta", for which the package
-otherwise launches nothing.
+`launches_for(target)` gives Triton a driver without a device. The package's launchers then run as on a GPU:
+Triton binds and specializes the arguments and compiles the kernel, and only the launch itself does nothing.
+Tensors may be on the CPU or on the meta device, for which the package otherwise launches nothing.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-MAX_THREADS = 1024  # of a block, on every one of them
+MAX_THREADS = 1024  # of a block, on each of the targets
 _device_ids = itertools.count(1000)
 
 
 class NoDevice:
-    """What Triton asks of a driver during a launch, answered without a GPU.
+    """A driver for Triton that needs no GPU.
 
-    Each instance is a device of its own, so that Triton's caches per device start empty.
+    Each instance has its own device id, so Triton's caches, which are per device, start empty.
     """
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target
         self._device = next(_device_ids)
-        # No limit but the number of threads is set here: the rest is read from the binary.
+        # The only limit is the number of threads. `resources` reads the others from the binary.
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 1 << 30, "multiprocessor_count": 132},
             load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, MAX_THREADS),
@@ -63,8 +62,9 @@ class NoDevice:
 
 @contextlib.contextmanager
 def no_device(target: GPUTarget) -> Iterator[None]:
+    """Inside, Triton and the package see a GPU of the kind `target`."""
     launches = mock.patch.object(backend, "has_data", lambda x: True)
-    before = dict(vars(driver))  # asked for its active driver, it would look for a GPU
+    before = dict(vars(driver))  # a copy, because reading the active driver would look for a GPU
     driver.set_active(NoDevice(target))
     try:
         with launches:
@@ -75,7 +75,7 @@ def no_device(target: GPUTarget) -> Iterator[None]:
 
 @contextlib.contextmanager
 def launches_for(target: GPUTarget) -> Iterator[list[Any]]:
-    """Within: a Triton launch compiles for `target` and adds its CompiledKernel to the list; nothing runs."""
+    """Inside, a Triton launch compiles for `target` and appends the CompiledKernel to the list."""
     kernels: list[Any] = []
     run = JITFunction.run
 
@@ -93,15 +93,15 @@ def launches_for(target: GPUTarget) -> Iterator[list[Any]]:
 
 @contextlib.contextmanager
 def variants_for(target: GPUTarget) -> Iterator[dict[str, set[str]]]:
-    """Within: a Triton launch neither compiles nor runs; kept are the keys by which it would find its binary.
+    """Inside, a Triton launch neither compiles nor runs. It adds its cache key to the set of its kernel.
 
-    As many keys of a kernel as there are, so many times it would have been compiled.
+    The number of a kernel's keys is the number of times that it would be compiled.
     """
     variants: dict[str, set[str]] = defaultdict(set)
     do_compile = JITFunction._do_compile
 
     def recording(self: JITFunction, key: str, *args: Any) -> None:
-        variants[self.__name__].add(key)  # nothing is compiled or cached, and the next launch asks again
+        variants[self.__name__].add(key)  # nothing is cached, so the next launch comes here too
 
     JITFunction._do_compile = recording
     try:

@@ -1,4 +1,4 @@
-"""The peers whose kernels are compiled, and how they are called."""
+"""Calls the kernels of peers, so that they are compiled."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..work.workload import Workload
 
 
 class Peer(NamedTuple):
-    """A provider whose kernels are wanted, and what it is called with."""
+    """A provider whose kernels are compiled, and what it is called with."""
 
     provider: Provider
     work: Workload
-    device: str  # "cpu" where masks or sorts look at values
+    device: str  # "cpu" if masks or sorts need values
 
 
 FROM_LOGITS = Workload("logits", "grpo", 4096, 151936)
@@ -30,7 +30,7 @@ PEERS = {
     "trl, chunked head": Peer(PROVIDERS["linear"]["trl"], FROM_HIDDEN, "cpu"),
     "cut-cross-entropy": Peer(PROVIDERS["linear"]["cut-cross-entropy"], FROM_HIDDEN, "cpu"),
 }
-# Where TRL asks for the device, and takes PyTorch for others than a GPU.
+# The functions in which TRL decides between Triton, on a GPU, and PyTorch.
 GATES = ("trl.trainer.utils._supports_trl_loss_kernel", "trl.kernels.chunked_logprob._use_triton")
 
 
@@ -39,7 +39,7 @@ def installed(peer: str) -> bool:
 
 
 def call_peer(name: str) -> None:
-    """Forward and backward."""
+    """Runs forward and backward of a peer."""
     provider, work, device = PEERS[name]
     batch = empty_batch(work, device)
     inputs = provider.inputs(batch)

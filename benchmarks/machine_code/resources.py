@@ -1,4 +1,4 @@
-"""The resources that a compiled kernel takes."""
+"""Registers, spills, shared memory and threads of a compiled kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .sass import cuobjdump
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes, on any of the targets."""
+    """The resources of a compiled kernel, for NVIDIA and AMD."""
 
     registers: int  # per thread
-    spills: int  # 32-bit words of a thread in local memory, for want of registers or as an array
+    spills: int  # 32-bit words per thread in local memory
     shared_bytes: int  # per block
     threads: int
 
@@ -30,5 +30,5 @@ def resources(kernel: Any) -> Resources:
     return Resources(int(said["vgpr_count"]), spills, kernel.metadata.shared, threads)
 
 
-# Where ptxas spills it does so to the stack.
+# ptxas spills to the stack.
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")

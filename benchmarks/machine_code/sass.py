@@ -1,4 +1,4 @@
-"""Reads the machine code of NVIDIA GPUs: instructions, loops, and the widths of their accesses."""
+"""Reads machine code of NVIDIA GPUs (SASS): instructions, loops, and the widths of memory accesses."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes; None for anything else.
+        """The address that a branch goes to; None for other instructions.
 
-        A call is a branch, too: for sm_80 some loops are left by one. A subroutine never branches back.
+        A call counts as a branch, because on sm_80 some loops end with one. A subroutine never branches back.
         """
         addresses = re.findall(r"0x([0-9a-f]+)", self.operands)
         if self.opcode.split(".")[0] not in ("BRA", "CALL") or not addresses:
@@ -39,7 +39,7 @@ class Instruction:
 
     @property
     def leaves(self) -> bool:
-        """Control never falls through to the next instruction."""
+        """Whether the next instruction is never reached from this one."""
         kind = self.opcode.split(".")[0]
         if self.predicate is not None or kind not in ("BRA", "EXIT", "RET"):
             return False
@@ -47,7 +47,7 @@ class Instruction:
 
     @property
     def bits(self) -> int:
-        """Width of an access to global memory: 128 for LDG.E.128, 32 for LDG.E, 16 for LDG.E.U16."""
+        """Width of a global memory access: 128 for LDG.E.128, 32 for LDG.E, 16 for LDG.E.U16; else 0."""
         match = _GLOBAL.match(self.opcode)
         if match is None:
             return 0
@@ -60,18 +60,18 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A natural loop: the blocks from which its head is reached again without leaving it."""
+    """A natural loop: the blocks from which control can return to the loop's head."""
 
     head: int
-    instructions: tuple[Instruction, ...]  # all of them
-    every_time: tuple[Instruction, ...]  # those that each turn passes, whichever branches it takes
+    instructions: tuple[Instruction, ...]  # of the whole loop
+    every_time: tuple[Instruction, ...]  # those that every iteration executes
 
     def count(self, opcode: str) -> int:
         return sum(i.opcode.startswith(opcode) for i in self.instructions)
 
     @property
     def loaded_bytes(self) -> int:
-        """By one thread in one turn. Loads inside conditions do not count."""
+        """Bytes that a thread loads in an iteration. Conditional loads do not count."""
         return sum(i.loaded_bits for i in self.every_time) // 8
 
     @property
@@ -80,7 +80,7 @@ class Loop:
 
     @property
     def narrowest_bits(self) -> int:
-        """Of the accesses to global memory."""
+        """Width of the narrowest global memory access."""
         return min((i.bits for i in self.instructions if i.bits), default=0)
 
     def contains(self, other: Loop) -> bool:
@@ -88,16 +88,16 @@ class Loop:
 
 
 class Sass:
-    """The machine code of a kernel for an NVIDIA GPU, disassembled with the tools in Triton's own wheel."""
+    """The instructions of a kernel for an NVIDIA GPU. Triton's wheel contains the disassembler."""
 
     def __init__(self, cubin: bytes) -> None:
         found = cuobjdump("-sass", cubin, _INSTRUCTION, every=True)
         self.instructions = [Instruction(int(address, 16), *rest) for address, *rest in found]
 
     def main_loop(self, *, stores: bool) -> Loop | None:
-        """The innermost loop over a row that also stores (a gradient pass) or does not (statistics).
+        """The innermost loop over a row that stores (gradient) or does not store (statistics).
 
-        Of several the one that loads most per turn: an unrolled loop rather than its remainder.
+        If there are several, the one that loads most per iteration: an unrolled loop, not its remainder.
         """
         loading = [loop for loop in self.loops if loop.loaded_bytes]
         innermost = [a for a in loading if not any(a.contains(b) for b in loading)]
@@ -105,9 +105,9 @@ class Sass:
         return max(wanted, key=lambda loop: loop.loaded_bytes, default=None)
 
     def way_through(self) -> list[Instruction]:
-        """Of a kernel without a loop: the blocks before and after the widest load.
+        """The instructions on the paths through the widest load, in a kernel without a loop.
 
-        Not among them is where a program ends that has nothing to load, the row being masked.
+        The path of a masked row, which loads nothing, is not included.
         """
         blocks, successors = self._blocks()
         widest = max(range(len(blocks)), key=lambda b: max(i.loaded_bits for i in blocks[b]))
@@ -136,7 +136,7 @@ class Sass:
         return loops
 
     def _blocks(self) -> tuple[list[list[Instruction]], list[list[int]]]:
-        """Basic blocks, and for each the blocks that may follow it."""
+        """The basic blocks, and for each the indices of its possible successors."""
         starts = {self.instructions[0].address}
         for here, after in itertools.pairwise(self.instructions):
             if here.target is not None:
@@ -160,7 +160,7 @@ class Sass:
 
 
 def _dominators(successors: list[list[int]]) -> list[set[int]]:
-    """For each block those that every path from the entry to it passes, itself among them."""
+    """For each block, the blocks on every path from the entry to it, including itself."""
     everything = set(range(len(successors)))
     before: list[list[int]] = [[] for _ in successors]
     for block, following in enumerate(successors):
@@ -179,6 +179,7 @@ def _dominators(successors: list[list[int]]) -> list[set[int]]:
 
 
 def _reachable(start: int, successors: list[list[int]]) -> set[int]:
+    """The blocks that can be reached from `start`, including itself."""
     found: set[int] = set()
     todo = [start]
     while todo:
@@ -190,7 +191,7 @@ def _reachable(start: int, successors: list[list[int]]) -> set[int]:
 
 
 def _reaching(tail: int, head: int, successors: list[list[int]]) -> set[int]:
-    """The blocks from which `tail` is reached without passing `head`, and both of these."""
+    """`head`, `tail`, and the blocks from which `tail` is reached without passing `head`."""
     body, todo = {head}, [tail]
     while todo:
         block = todo.pop()
@@ -201,8 +202,8 @@ def _reaching(tail: int, head: int, successors: list[list[int]]) -> set[int]:
 
 
 def cuobjdump(option: str, cubin: bytes, pattern: re.Pattern[str], *, every: bool = False) -> list[Any]:
-    """What the groups of `pattern` match in the tool's output: once, or in every line."""
-    # The wheel's own tool, not one on PATH: it must know every architecture that the wheel's compiler writes.
+    """The groups of the first match of `pattern` in the output of cuobjdump, or of every match."""
+    # The tool in Triton's wheel knows every architecture that its compiler supports; one on PATH may not.
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -210,5 +211,5 @@ def cuobjdump(option: str, cubin: bytes, pattern: re.Pattern[str], *, every: boo
         said = subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
     found = [match.groups() for match in pattern.finditer(said)]
     if not found:
-        raise ValueError(f"cuobjdump {option} says nothing of this kind:\n{said[:2000]}")
+        raise ValueError(f"cuobjdump {option} has no match in its output:\n{said[:2000]}")
     return found if every else list(found[0])

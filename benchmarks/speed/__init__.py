@@ -1,1 +1,1 @@
-"""Time and memory of every provider: `python -m benchmarks --help`."""
+"""Measures time and memory of every provider. The command is `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""Time and memory of one provider on one batch; and the machine's own limits."""
+"""Measures time and memory of a provider on a batch, and the machine's bandwidth and FLOP rate."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..work.providers import Provider
 from ..work.workload import Floor
 
 CPU_ROUNDS = 7
-GPU_MS = 150  # of repetitions of each part
+GPU_MS = 150  # spent on the repetitions of each part
 COPY_BYTES = {"cuda": 4 * 2**30, "cpu": 512 * 2**20}
 
 
 class Timing(NamedTuple):
-    """ms"""
+    """Milliseconds."""
 
     median: float
     low: float  # 20th percentile
-    high: float  # 80th
+    high: float  # 80th percentile
 
 
 class Subject:
-    """A step, of which each part can be run by itself."""
+    """A step of a provider, whose forward and backward can run separately."""
 
     def __init__(self, provider: Provider, batch: Batch) -> None:
         self.provider, self.batch = provider, batch
@@ -38,7 +38,7 @@ class Subject:
         self.gradients: tuple[Tensor, ...] = ()
 
     def prepare(self) -> None:
-        """As before the step: what it overwrites is made anew, what it made is given back."""
+        """Restores the state before a step: frees its results and copies overwritten inputs again."""
         self.loss, self.gradients, self.inputs = None, (), ()
         self.inputs = self.provider.inputs(self.batch)
 
@@ -60,7 +60,7 @@ class Subject:
 
 
 def timings(subject: Subject, device: torch.device) -> dict[str, Timing]:
-    """Of forward, backward and both; on a GPU of the parts only where a step is short."""
+    """Times forward, backward and the full step. On a GPU, a long step is timed only as a whole."""
     if device.type == "cuda":
         full = on_gpu(subject.step, subject.prepare)
         if full.median > GPU_MS:
@@ -80,7 +80,7 @@ def timings(subject: Subject, device: torch.device) -> dict[str, Timing]:
         subject.backward()
         end = time.perf_counter()
         seconds.append((end - start, middle - start, end - middle))
-    measured = torch.tensor(seconds[1:], dtype=torch.float64).t()  # the first call warms up
+    measured = torch.tensor(seconds[1:], dtype=torch.float64).t()  # the first round is a warm-up
     return {name: quantiles(x) for name, x in zip(("full", "forward", "backward"), measured, strict=True)}
 
 
@@ -89,7 +89,7 @@ def quantiles(seconds: Tensor) -> Timing:
 
 
 class BeforeEach:
-    """`do_bench` sets `grad` of what it is given to None before each timed call: the hook it has."""
+    """Calls `prepare` before each timed call of `do_bench`, which then sets `grad` of this object to None."""
 
     def __init__(self, prepare: Callable[[], None]) -> None:
         object.__setattr__(self, "prepare", prepare)
@@ -99,7 +99,10 @@ class BeforeEach:
 
 
 def on_gpu(call: Callable[[], None], prepare: Callable[[], None]) -> Timing:
-    """With a cold L2 cache, which `do_bench` overwrites before each call; `GPU_MS` long, or 5 times."""
+    """Times `call` with a cold L2 cache, for `GPU_MS` milliseconds or 5 times, whichever is longer.
+
+    `do_bench` clears the cache before each call.
+    """
     from triton.testing import do_bench
 
     ready = False
@@ -111,7 +114,7 @@ def on_gpu(call: Callable[[], None], prepare: Callable[[], None]) -> Timing:
 
     def prepared_call() -> None:
         nonlocal ready
-        if not ready:  # where `do_bench` warms up and estimates, it has no hook
+        if not ready:  # `do_bench` calls no hook while it warms up and estimates
             prepare()
         ready = False
         call()
@@ -127,15 +130,15 @@ def on_gpu(call: Callable[[], None], prepare: Callable[[], None]) -> Timing:
 
 
 def memory(subject: Subject, device: torch.device) -> float:
-    """MiB at the peak of a step, above batch and inputs."""
+    """Peak memory of a step in MiB, without batch and inputs."""
     subject.prepare()
     return peak_memory(subject.step, device) / 2**20
 
 
 class Floors(NamedTuple):
-    """What the machine was seen to reach, on random data."""
+    """Rates that the machine reached on random data."""
 
-    bytes_per_s: float  # read and written by a copy
+    bytes_per_s: float  # of a copy, reads and writes added
     flop_per_s: float  # of a matrix product
 
     def ms(self, floor: Floor) -> float:
@@ -143,7 +146,7 @@ class Floors(NamedTuple):
 
 
 def floors(device: torch.device, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Floors:
-    """`shapes`: of products `[M, K] @ [K, N]`, of which the fastest counts."""
+    """Measures the rates. `shapes` lists products `[M, K] @ [K, N]`; the fastest one counts."""
     return Floors(copy_rate(device), max(product_rate(*shape, dtype, device) for shape in shapes))
 
 
@@ -160,7 +163,7 @@ def product_rate(M: int, K: int, N: int, dtype: torch.dtype, device: torch.devic
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median."""
+    """Median time of a call."""
     if device.type == "cuda":
         from triton.testing import do_bench
 

@@ -1,4 +1,4 @@
-"""Which workloads, in which order: the most informative first, for a run may end at its time limit."""
+"""The workloads and their order. The most informative come first, because a run can end at its time limit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDLE = ({"inactive": 0.5}, {"masked": 0.5})
 
 
 def plan(forms: list[str], device: torch.device, *, quick: bool) -> list[Workload]:
-    """Of each form by turns."""
+    """The workloads of a run. The forms take turns."""
     if quick:
         small = smoke(device)
     elif device.type == "cuda":
@@ -30,6 +30,7 @@ def plan(forms: list[str], device: torch.device, *, quick: bool) -> list[Workloa
 
 
 def full(form: str) -> Iterator[Workload]:
+    """All workloads of a form, for a GPU."""
     H = HIDDEN[0] if form == "linear" else 0
     first = Workload(form, "grpo_kl" if form == "logits" else "grpo", TOKENS[0], VOCABULARIES[0], H)
     other = replace(first, loss="grpo" if form == "logits" else "grpo_kl")
@@ -58,7 +59,7 @@ def full(form: str) -> Iterator[Workload]:
 
 
 def on_cpu() -> list[Workload]:
-    """In fp32, as CPUs compute."""
+    """Sizes for a CPU, in fp32."""
     logits = Workload("logits", "grpo", 2048, 32000, dtype=torch.float32)
     linear = Workload("linear", "grpo", 4096, 32000, 512, dtype=torch.float32)
     works = [replace(base, **idle) for idle in ({}, *IDLE) for base in (logits, linear)]
@@ -67,7 +68,7 @@ def on_cpu() -> list[Workload]:
 
 
 def smoke(device: torch.device) -> list[Workload]:
-    """Seconds each: does everything run?"""
+    """Small sizes that take seconds each, to see that everything runs."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     T, V, H = (2048, 32000, 1024) if device.type == "cuda" else (256, 8000, 128)
     bases = Workload("logits", "grpo", T, V, dtype=dtype), Workload("linear", "grpo", T, V, H, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Checks and times providers on workloads, and writes a CSV row as soon as it is known."""
+"""Runs providers on workloads and writes each result to the CSV at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..work.providers import Provider
 from ..work.workload import Workload
 from . import gate, measure
 
-GRACE = 40  # seconds after the limit
+GRACE = 40  # seconds from the time limit until a run counts as hung
 QUANTILES = ("y_value_50", "y_value_20", "y_value_80")
 
 
@@ -31,16 +31,16 @@ def first_line(error: Exception) -> str:
 
 
 class Outcome(NamedTuple):
-    """Of one provider on one workload."""
+    """The result of one provider on one workload."""
 
-    status: str  # "ok", or what kept it from being timed
+    status: str  # "ok", or why there is no timing
     error: float | None = None
     timings: Mapping[str, measure.Timing] = MappingProxyType({})
     memory_mib: float | None = None
 
 
 class Run:
-    """What is common to all rows of a CSV."""
+    """Checks, times and records each pair of workload and provider."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Run:
         self.works = list(dict.fromkeys(work for work, _ in self.todo))
         self.limit = limit
         self.started = time.monotonic()
-        self.broken: str | None = None  # why nothing more can run
+        self.broken: str | None = None  # why nothing can run any more
         self.output = output
         self.table = record.Table(output)
         products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
@@ -63,10 +63,11 @@ class Run:
         self.floors = measure.floors(self.device, shapes, self.works[0].dtype)
 
     def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
-        """The name of its rows, and what they were run with."""
+        """The name of a pair's rows, and its configuration."""
         return f"{work.form} {work.loss}", asdict(work) | {"dtype": str(work.dtype)[6:]}
 
     def __call__(self) -> None:
+        """Measures the machine's rates, then every pair."""
         self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
         self.write_rate("matrix product", self.floors.flop_per_s / 1e12, "TFLOP/s")
         watchdog = threading.Timer((self.limit or threading.TIMEOUT_MAX - GRACE) + GRACE, self.give_up)
@@ -94,7 +95,7 @@ class Run:
         print(f"\n{self.output}")
 
     def give_up(self) -> None:
-        """Something hangs, and would take the rest of the table with it."""
+        """Ends a run that hangs, after a row for each pair that is left."""
         (work, provider), *rest = self.todo
         self.write(work, provider, Outcome(f"failed: it had not ended {GRACE} s after the limit"))
         for work, provider in rest:
@@ -102,13 +103,14 @@ class Run:
         os._exit(1)
 
     def make_batch(self, work: Workload) -> Batch | Outcome:
-        torch.compiler.reset()  # or after some sizes compiled code falls back to eager without a word
+        torch.compiler.reset()  # after several sizes, Dynamo would silently fall back to eager
         try:
             return make_batch(work, self.device)
         except RuntimeError as error:
             return Outcome(f"failed: no batch: {first_line(error)}")
 
     def reason_against(self, provider: Provider, work: Workload) -> str | None:
+        """The status of a pair that cannot run, or None."""
         if self.broken is not None:
             return f"not run: {self.broken}"
         if self.limit is not None and time.monotonic() - self.started > self.limit:
@@ -124,11 +126,12 @@ class Run:
             subject = measure.Subject(provider, batch)
             mib = measure.memory(subject, self.device)
             return Outcome("ok", verdict.error, measure.timings(subject, self.device), mib)
-        # Whatever a peer dies of belongs into the table, and the others go on.
+        # Any error of a provider is a result; the others continue.
         except Exception as error:
             return Outcome(f"failed: {type(error).__name__}: {first_line(error)}")
 
     def clean(self, provider: Provider) -> None:
+        """Frees memory, and detects whether the provider broke the GPU's context."""
         gc.collect()
         if self.device.type == "cuda":
             try:
@@ -138,7 +141,7 @@ class Run:
                 self.broken = f"{provider.name} has broken the GPU's context ({first_line(error)})"
 
     def write(self, work: Workload, provider: Provider, outcome: Outcome) -> None:
-        """A row for each part of the step and one for its memory, or one that says why there are none."""
+        """Writes a row for each timed part and one for memory, or one row with the status."""
         floor_ms = self.floors.ms(work.floor)
         name, config = self.describe(work, provider)
         common = {

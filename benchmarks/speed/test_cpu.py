@@ -1,10 +1,10 @@
-"""The losses on a CPU, in fp32: forward and backward, each provider held to fp64 before it is timed.
+"""Times the losses on a CPU in fp32, forward and backward. Each provider is first compared with fp64.
 
     make bench
 
-From logits 2048 tokens x 32,000 words; from hidden states 4096 tokens x 512 dimensions x 32,000 words. Memory
-is the largest growth of the process during one step. `python -m benchmarks` takes more workloads and parts of
-the step, and writes a CSV.
+From logits: 2048 tokens and 32,000 vocabulary entries. From hidden states: 4096 tokens, 512 dimensions and
+32,000 vocabulary entries. Memory is the largest growth of the process during one step. `python -m benchmarks`
+measures more workloads, also forward and backward separately, and writes a CSV.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""CSVs of results, and the Markdown tables made from them."""
+"""Reads and writes the CSVs of results, and formats Markdown tables."""

@@ -1,4 +1,4 @@
-"""Results: one CSV, a row as soon as it is known, each with machine, versions and commit."""
+"""The CSVs of results. Each row of a run names the machine, the versions and the commit."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """Columns as in Liger's benchmark data, and from `pct_of_floor` on those of ours."""
+    """One row of a run. The columns before `pct_of_floor` are those of Liger's benchmark data."""
 
-    kernel_name: str  # form and loss
+    kernel_name: str  # form and loss: "logits grpo"
     kernel_provider: str
     kernel_operation_mode: str  # forward, backward or full
     metric_name: str  # speed or memory
@@ -32,18 +32,18 @@ class Row:
     x_name: str
     x_label: str
     x_value: int
-    y_value_50: float | None  # median; None where `status` is not "ok"
-    y_value_20: float | None
-    y_value_80: float | None
+    y_value_50: float | None  # median; None unless `status` is "ok"
+    y_value_20: float | None  # 20th percentile
+    y_value_80: float | None  # 80th percentile
     extra_benchmark_config_str: str  # JSON: the workload
-    gpu_name: str  # or the CPU's
+    gpu_name: str  # or the name of the CPU
     timestamp: str
-    pct_of_floor: float | None  # 100: as fast as the floor; of full steps
-    floor: str  # its formula
-    rate: float | None  # bytes or operations of the floor, over the time
+    pct_of_floor: float | None  # speed of a full step, in percent of the floor's
+    floor: str  # formula of the floor
+    rate: float | None  # bytes or FLOPs of the floor, divided by the time
     rate_unit: str
-    max_rel_err: float | None  # of the worst row of a gradient, against fp64
-    status: str  # ok, wrong, failed, skipped, not run: and why
+    max_rel_err: float | None  # error of the worst row of a gradient, relative to fp64
+    status: str  # ok, wrong, failed, skipped or not run, with the reason
     provider_version: str
     torch: str
     triton: str
@@ -51,7 +51,7 @@ class Row:
 
 
 def row(device: torch.device, **values: object) -> Row:
-    """A row with the machine, the time and the versions; what is not in `values` stays empty."""
+    """A row of `values`, with the machine, the time and the versions. Other columns stay empty."""
     empty = {f.name: None if "None" in str(f.type) else "" for f in fields(Row)}
     here = {"gpu_name": device_name(device), "timestamp": timestamp()}
     axis = {"x_name": "T", "x_label": "tokens", "x_value": 0}
@@ -59,7 +59,7 @@ def row(device: torch.device, **values: object) -> Row:
 
 
 class Table:
-    """A CSV that is written row by row."""
+    """A CSV that is flushed after each row, so an aborted run keeps its results."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout; a "+" says that there were changes. Without git, $COMMIT."""
+    """The commit of the checkout, with a "+" if files have changed; $COMMIT if there is no git."""
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -129,20 +129,20 @@ def commit() -> str:
 
 
 def short_name(device: torch.device) -> str:
-    """For a file: "nvidia-h200", or "cpu"."""
+    """A name for files: "nvidia-h200" or "cpu"."""
     if device.type != "cuda":
         return device.type
     return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
 
 
 def is_run(path: Path) -> bool:
-    """Whether the CSV has these columns: other tables lie beside the runs."""
+    """Whether the CSV is that of a run. The results folder also has other tables."""
     with path.open(encoding="utf-8") as file:
         return next(csv.reader(file), []) == [f.name for f in fields(Row)]
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """A CSV of other columns than a run's."""
+    """Writes a CSV whose columns are the keys of the first row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The Markdown table of a run, from its CSV alone."""
+"""The Markdown tables of a run, made from its CSV."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDLE = {"masked": "masked", "inactive": "without advantage"}
 
 
 def run_table(path: Path) -> str:
-    """One for each form."""
+    """One table for each form."""
     rows = list(record.read(path))
     first = rows[0]
     where = f"{first.gpu_name}; torch {first.torch}, Triton {first.triton}, commit {first.commit}"
@@ -26,7 +26,7 @@ def run_table(path: Path) -> str:
 
 
 def form_table(form: str, rows: Sequence[Row]) -> str:
-    """A line for each provider and workload; those of which there is nothing to time are summed up below."""
+    """One line for each workload and provider. The notes below say why others have no timing."""
     sizes = dict.fromkeys(map(sizes_of, rows))
     steps: dict[tuple[str, str], dict[str, Row]] = {}
     reasons, works = [], {}

@@ -1,1 +1,1 @@
-"""Bytes and operations, counted without a GPU: `python -m benchmarks.traffic --help`."""
+"""Counts bytes and FLOPs without a GPU. The command is `python -m benchmarks.traffic`."""

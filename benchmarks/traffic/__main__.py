@@ -1,13 +1,14 @@
-"""Bytes that kernels move and operations of matrix products: counted, for which no GPU is needed.
+"""Counts the bytes that kernels read and write, and the FLOPs of matrix products, without a GPU.
 
     python -m benchmarks.traffic
 
-runs the providers on the same small batches, their kernels in Triton's interpreter, writes
-benchmarks/results/traffic.csv and operations.csv and prints tables of them. Bytes are per element of the
-logits, `E = T * V`: bf16 logits read once are 2. Every load and store of a kernel counts, whatever a cache
-would serve; loads of what the same launch has read before are also shown by themselves. What PyTorch moves
-around the kernels is not seen: the matrix products of the linear form, TRL's loss of `[B, L]`, the zeros of
-the position that Liger adds.
+All providers run on the same small batches, and their kernels run in Triton's interpreter. The results go to
+traffic.csv and operations.csv in benchmarks/results/ and are printed as tables. Bytes are per element of the
+logits, `E = T * V`, so reading bf16 logits once counts as 2. Every load and store of a kernel counts, even if
+a cache would serve it. Loads of elements that the same launch has read before are also listed separately.
+
+PyTorch's own traffic is not counted: the matrix products of the linear form, TRL's loss on `[B, L]`, and the
+zeros of the position that Liger adds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import warnings
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # heeded when Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
 
 from ..tables import record
 from .addresses import quick_interpreter
@@ -30,11 +31,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.splitlines()[0])
     parser.parse_args()
     started = time.monotonic()
-    # The interpreter runs on NumPy, which warns of infinities.
+    # The interpreter uses NumPy, which warns about infinities.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     with quick_interpreter():
         found = [one for form in BASES for one in measurements(form)]
-    # What logits are held in changes no product.
+    # The dtype of logits does not change the number of FLOPs.
     of_products = (one for one in found if one.batch.work.form == "linear")
     products = [one for one in of_products if one.provider.name != "grpo_kernels bf16 logits"]
     for name, rows, table in (

@@ -1,6 +1,6 @@
-"""Every address that a kernel reads or writes, seen in Triton's interpreter.
+"""Records every address that a kernel reads or writes in Triton's interpreter.
 
-Compiled kernels run the same loads and stores. Needs TRITON_INTERPRET=1 before Triton is imported.
+Compiled kernels execute the same loads and stores. TRITON_INTERPRET=1 must be set before Triton is imported.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 class Traffic:
-    """Counts reads and writes of every element of every storage that a kernel is given.
+    """Counts reads and writes of each element of every storage that a kernel gets.
 
-    And "rereads": the reads after the first one of the same launch, which a cache may serve.
+    "Rereads" are the reads of an element after the first one of the same launch. A cache may serve them.
     """
 
     def __init__(self) -> None:
-        self.storages: dict[int, Tensor] = {}  # by address, and kept alive, so that no address is used again
-        self.current: set[int] = set()  # addresses of those that the running kernel was given
-        self.elements: dict[int, Tensor] = {}  # of these: which elements are in a tensor that it was given
+        self.storages: dict[int, Tensor] = {}  # by address; kept alive, so no address is reused
+        self.current: set[int] = set()  # addresses of the storages that the running kernel got
+        self.elements: dict[int, Tensor] = {}  # by address: whether each element is in a tensor that it got
         self.counts: dict[str, dict[int, Tensor]] = {}
         self.reset()
 
@@ -35,7 +35,7 @@ class Traffic:
 
     @contextlib.contextmanager
     def launch(self, arguments: Any) -> Iterator[None]:
-        """Within: the kernel that is given these arguments runs."""
+        """Is active while the kernel runs with these arguments."""
         self.current.clear()
         self.elements.clear()
         self.given(arguments)
@@ -47,6 +47,7 @@ class Traffic:
             self.counts["rereads"][start] = earlier + (reads - 1).clamp(min=0)
 
     def given(self, arguments: Any) -> None:
+        """Notes the storages and elements of a kernel's tensor arguments."""
         for x in arguments:
             if isinstance(x, tuple):
                 self.given(x)
@@ -59,7 +60,8 @@ class Traffic:
                 given.as_strided(sizes, x.stride(), x.storage_offset()).fill_(True)
 
     def record(self, kind: str, pointers: Any, mask: Any) -> None:
-        # In NumPy: an operator of PyTorch takes longer than what it does for one block.
+        """Counts an access. Fails if it is outside of the tensors that the kernel got."""
+        # In NumPy, because PyTorch's overhead per call is larger than the work for one block.
         addresses = pointers.data[mask.data].astype("int64").ravel()
         for start in self.current:
             storage = self.storages[start]
@@ -68,8 +70,8 @@ class Traffic:
             if here.any():
                 elements, between = np.divmod(offsets[here], storage.element_size())
                 assert not between.any(), "an address between two elements"
-                beside = elements[~self.elements[start].numpy()[elements]]
-                assert not len(beside), f"{len(beside)} {kind} beside the elements of a tensor"
+                outside = elements[~self.elements[start].numpy()[elements]]
+                assert not len(outside), f"{len(outside)} {kind} beside the elements of a tensor"
                 if start not in self.counts[kind]:
                     self.counts[kind][start] = torch.zeros(storage.numel(), dtype=torch.long)
                 np.add.at(self.counts[kind][start].numpy(), elements, 1)
@@ -94,14 +96,14 @@ class Traffic:
         return self.of("writes", x)
 
     def stays_within(self, x: Tensor) -> bool:
-        """Whether of the storage of `x`, of which it is a view, no other element was touched."""
+        """Whether every access to the storage of `x`, which is a view, was to an element of `x`."""
         totals = {kind: counts.get(x.untyped_storage().data_ptr()) for kind, counts in self.counts.items()}
         return all(total is None or total.sum() == self.of(kind, x).sum() for kind, total in totals.items())
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[Traffic]:
-    """Within: what every kernel launched reads and writes is counted."""
+    """Inside, the reads and writes of every launched kernel are counted."""
     seen = Traffic()
     launch = GridExecutor.__call__
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
@@ -128,8 +130,10 @@ def recording() -> Iterator[Traffic]:
 
 @contextlib.contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter patches `triton.language` anew at every call of a device function, which takes
-    longer than all of a kernel's arithmetic. Once per launch and module has the same effect."""
+    """Makes Triton's interpreter faster: it patches `triton.language` once per launch and module.
+
+    Otherwise it does so at every call of a device function, which takes longer than the kernel's arithmetic.
+    """
     patch, launch = interpreter._patch_lang, GridExecutor.__call__
     patched: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""Counts the bytes that kernels move and the operations of matrix products."""
+"""Counts the bytes that a provider's kernels move and the FLOPs of its matrix products."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ..work.providers import PROVIDERS, Provider
 from ..work.workload import Workload
 from .addresses import Traffic, recording
 
-# Rows so long that what is per token counts for little, and end within a block of every kernel. None of them
-# is clipped: those without a gradient are masked or have no advantage.
+# Rows are so long that bytes per token hardly count, and they end inside a block of every kernel. No token is
+# clipped: those without a gradient are masked or have no advantage.
 BASES = {
     "logits": Workload("logits", "grpo", 16, 5000),
     "linear": Workload("linear", "grpo", 16, 5000, 64),
@@ -40,7 +40,7 @@ COMPARED = {
         *(FROM_HIDDEN[name] for name in ("trl", "liger", "eager")),
     ],
 }
-# Which the counter of operations leaves out.
+# FlopCounterMode does not count this operator.
 IN_PLACE = {torch.ops.aten.addmm_: lambda out, a, b, **rest: 2 * a[0] * a[1] * b[1]}
 STEPS = ("forward", "backward")
 KINDS = ("reads", "rereads", "writes")
@@ -49,14 +49,14 @@ Moved = dict[tuple[str, str], float]  # bytes per element of T * V, by tensor an
 
 class Step(NamedTuple):
     moved: Moved
-    products: float  # operations per T * V * H
+    products: float  # FLOPs per T * V * H
 
 
 class Measurement(NamedTuple):
     batch: Batch
     provider: Provider
     steps: dict[str, Step]  # forward and backward
-    note: str = ""  # why there are none
+    note: str = ""  # why there are no steps
 
 
 def measurements(form: str) -> Iterator[Measurement]:
@@ -91,14 +91,14 @@ def volume(work: Workload) -> int:
 
 
 def moved(seen: Traffic, batch: Batch) -> Moved:
-    """What the kernels move, by tensor and kind."""
+    """Bytes that the kernels have moved, by tensor and kind."""
     found: Counter[tuple[str, str]] = Counter()
     for (address, storage), kind in itertools.product(seen.storages.items(), KINDS):
         tensor = "logits"
         if storage.numel() < batch.work.V:
             tensor = "per token"
         elif kind == "writes":
-            tensor = "gradient"  # of the logits, and maybe in their place
+            tensor = "gradient"  # of the logits; possibly in place
         elif batch.ref_logits is not None and address == batch.ref_logits.untyped_storage().data_ptr():
             tensor = "reference"
         accesses = int(seen.of(kind, storage).sum())
@@ -108,17 +108,17 @@ def moved(seen: Traffic, batch: Batch) -> Moved:
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Within: what asks for a tensor's device, to choose how to compute, takes it for a GPU."""
+    """Inside, code that chooses its path by the device of a tensor sees a GPU."""
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
         patches.enter_context(mock.patch.object(heads, "multiplies_mixed", lambda device: True))
         if importlib.util.find_spec("trl") is not None:
             patches.enter_context(mock.patch("trl.kernels.chunked_logprob._use_triton", lambda device: True))
-        # Liger compiles its loss of `[B, L]`, in which there is no kernel and no product.
+        # Liger compiles its loss on `[B, L]`, which contains no kernel and no matrix product.
         patches.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 def learning(batch: Batch) -> float:
-    """The fraction of the tokens with a gradient."""
+    """The fraction of the tokens that have a gradient."""
     return float((batch.truth.dlogps != 0).float().mean())

@@ -1,4 +1,4 @@
-"""Rows of traffic.csv and operations.csv, and Markdown tables from these rows."""
+"""Rows of traffic.csv and operations.csv, and the Markdown tables made from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from ..tables import markdown, record
 from .counts import KINDS, STEPS, Measurement, learning, volume
 
-# In the linear form a chunk of "logits" is the policy's or the reference's.
+# In the linear form, "logits" are those of a chunk, of the policy or the reference.
 TENSORS = {
     "logits": ("logits", "reference", "gradient", "per token"),
     "linear": ("logits", "gradient", "per token"),

@@ -1,19 +1,20 @@
-"""Training steps of a real model, in TRL's GRPOTrainer and in a plain loop, by stock losses and by ours.
+"""Times training steps of a model in TRL's GRPOTrainer and in a plain loop, with several losses.
 
     python -m benchmarks.training_step           # the shape of Qwen2.5-0.5B, 8 sequences of 512 + 3584 tokens
-    python -m benchmarks.training_step --tiny    # does everything run? needs no GPU
+    python -m benchmarks.training_step --tiny    # a small model, to see that everything runs; needs no GPU
 
-Weights and tokens are random; bf16 (on a CPU fp32), SDPA, gradient checkpointing, AdamW. A step is forward,
-backward, clipping of the gradients and optimizer, on samples at hand; of grpo_kl also the reference's
-forward. The first step's loss and gradients are compared with those under a head that is multiplied out in
-fp32. The floor is the step whose loss is a mean of hidden states, in the same trainer or loop: what a step
-takes beyond it is the loss's, a trainer's metrics included.
+Weights and tokens are random. The model runs in bf16 (fp32 on a CPU) with SDPA, gradient checkpointing and
+AdamW. A step consists of forward, backward, gradient clipping and optimizer, for grpo_kl also the forward of
+the reference. Nothing is generated. Loss and gradients of the first step are compared with those of a head in
+fp32. The floor is the step whose loss is a mean of hidden states, in the same trainer or loop. The time above
+the floor is that of the loss, including a trainer's metrics.
 
-Memory is the most that PyTorch had allocated, model and optimizer included (on a CPU: by how much the process
-grew). Who runs out of it with 8 sequences in a micro-batch is tried again with half as many.
+Memory is the peak that PyTorch allocated, including model and optimizer. On a CPU it is the growth of the
+process. If 8 sequences in a micro-batch run out of memory, half as many are tried.
 
-TRL 1.16 has no eager loss left: its stock is a chunked head, in Triton on a GPU. Its `use_liger_kernel` swaps
-layers and not the loss, and would do so for all that run after it; Liger's loss is here in the plain loop.
+TRL 1.16 has no eager loss: its own loss ("stock") is a chunked head, which uses Triton on a GPU. Its option
+`use_liger_kernel` replaces layers, not the loss, and would affect all later models of the process. Liger's
+loss is measured in the plain loop.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ def arguments() -> argparse.Namespace:
         prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--model", choices=("0.5B", "1.5B"), default="0.5B", help="default: 0.5B")
-    parser.add_argument(
-        "--loss", action="append", choices=("grpo", "grpo_kl"), help="default: both, by turns"
-    )
-    parser.add_argument("--way", action="append", choices=tuple(WAYS), help="may be given more than once")
+    parser.add_argument("--loss", action="append", choices=("grpo", "grpo_kl"), help="default: both")
+    parser.add_argument("--way", action="append", choices=tuple(WAYS), help="can be repeated; default: all")
     parser.add_argument("--inactive", type=float, default=0.0, help="fraction of sequences without advantage")
     parser.add_argument(
-        "--steps", type=int, default=5, help=f"timed, after {WARM_UP} that are not; default: 5"
+        "--steps", type=int, default=5, help=f"timed steps, after {WARM_UP} warm-up steps; default: 5"
     )
-    parser.add_argument("--tiny", action="store_true", help="a small model: does everything run?")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to see that everything runs")
     parser.add_argument(
-        "--limit", type=float, default=270, metavar="SECONDS", help="start nothing new after; default: 270"
+        "--limit",
+        type=float,
+        default=270,
+        metavar="SECONDS",
+        help="start nothing after this time; default: 270",
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/training-step-<device>.csv")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +67,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def ways(args: argparse.Namespace) -> list[Way]:
-    """Those wanted, and the floors that they are compared with."""
+    """The chosen ways, and the floors to compare them with."""
     wanted = [WAYS[name] for name in args.way or WAYS]
     hosts = {way.host for way in wanted}
     return [way for way in WAYS.values() if way in wanted or (way.what == FLOOR and way.host in hosts)]

@@ -1,4 +1,4 @@
-"""One case of the benchmark: a model's shape, a loss and sizes; and the models themselves."""
+"""The cases that are measured, each with a loss, a shape of the model and sizes; and their models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..work.workload import SEQUENCES, Workload
 
-WARM_UP = 2  # steps; the first compiles, the second is the first with an optimizer's state
+WARM_UP = 2  # steps; the first one compiles, the second one is the first with optimizer state
 LEARNING_RATE = 1e-6
 POLICY, REFERENCE = 0, 1  # seeds
 MODELS: dict[str, dict[str, int]] = {
@@ -44,13 +44,15 @@ MODELS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Case:
-    model: str  # of MODELS
+    """A loss, a shape of the model, and the sizes of the step."""
+
+    model: str  # a key of MODELS
     loss: str
     device: torch.device
     prompt: int  # tokens of each sequence
     completion: int
-    inactive: float  # fraction of the sequences without advantage
-    steps: int  # that are timed
+    inactive: float  # fraction of the sequences whose advantage is 0
+    steps: int  # timed steps
 
     @property
     def work(self) -> Workload:
@@ -72,12 +74,12 @@ def make_model(case: Case, seed: int) -> Any:
 
 
 def make_models(case: Case) -> tuple[Any, Any]:
-    """Policy and, where the loss has one, reference."""
+    """The policy, and the reference if the loss has one."""
     policy = make_model(case, POLICY).train()
     policy.gradient_checkpointing_enable({"use_reentrant": False})
     return policy, make_model(case, REFERENCE).eval().requires_grad_(False) if case.work.reference else None
 
 
 def hidden_of(model: Any, ids: Tensor, completion: int) -> Tensor:
-    """`[B, T, H]`: those that predict the completions' tokens."""
+    """`[B, T, H]`, the hidden states that predict the tokens of the completions."""
     return model.model(ids, use_cache=False).last_hidden_state[:, -completion - 1 : -1]

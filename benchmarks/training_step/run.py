@@ -1,4 +1,4 @@
-"""Takes every case in every way, and writes the CSV."""
+"""Measures every case in every way, and writes the CSV."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .ways import FLOOR, Way
 
 
 class Outcome(NamedTuple):
-    status: str  # "ok", what differs from the truth and by how much, or why there are no figures
+    status: str  # "ok", the errors of the first step, or why there is no timing
     timing: measure.Timing | None = None
     peak_mib: float | None = None
     loss: float | None = None  # of the first step
@@ -44,7 +44,7 @@ class Run:
         device: torch.device,
         output: Path,
         limit: float,  # seconds
-        folder: Path,  # of the reference, and for what trainers write
+        folder: Path,  # for the reference's weights and the trainers' files
     ) -> None:
         self.cases = cases
         self.ways = ways
@@ -66,7 +66,7 @@ class Run:
                 self.take(case, way, samples, truth)
 
     def take(self, case: Case, way: Way, samples: Samples, truth: Truth) -> None:
-        """With as many sequences in a micro-batch as the memory allows."""
+        """Measures with as many sequences in a micro-batch as fit into memory."""
         micro_batch = SEQUENCES
         while micro_batch:
             outcome = self.attempt(case, way, samples, truth, micro_batch)
@@ -85,7 +85,7 @@ class Run:
             meter = Meter(case, subject.model, SEQUENCES // micro_batch, compared)
             model = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
             peak = model + peak_memory(lambda: subject.train(meter), self.device)
-        # Whatever somebody dies of belongs into the table, and the others go on.
+        # Any error is a result; the other ways continue.
         except Exception as error:
             traceback.print_exc(limit=-3)
             return Outcome(f"failed: {type(error).__name__}: {first_line(error)}")
@@ -100,7 +100,7 @@ class Run:
             torch.cuda.empty_cache()
 
     def write(self, case: Case, way: Way, micro_batch: int, outcome: Outcome) -> None:
-        """Rows of speed, memory and loss, or one that says why there are none."""
+        """Writes rows of speed, memory and loss, or one row with the status."""
         work = {**asdict(case.work), "dtype": str(case.work.dtype)[6:]}
         sizes = {
             "model": case.model,

@@ -1,4 +1,4 @@
-"""The samples of a step, with its exact loss and gradients."""
+"""Draws the samples of a step, and computes its exact loss and gradients."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .case import Case, hidden_of, make_models
 
 
 class Samples(NamedTuple):
+    """The tensors of a step that a trainer gets by generating and scoring."""
+
     ids: Tensor  # [B, P + T]
     old_logps: Tensor  # [B, T]
     advantages: Tensor  # [B]
@@ -25,13 +27,15 @@ class Samples(NamedTuple):
 
 
 class Truth(NamedTuple):
+    """Loss and gradients of the first step, computed with a head in fp32."""
+
     loss: float
-    token_loss: float  # mean magnitude
-    gradients: list[Tensor]  # on the CPU, of model.parameters()
+    token_loss: float  # mean magnitude of a token's loss
+    gradients: list[Tensor]  # of model.parameters(), on the CPU
 
 
 def exact_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """`[B, T]` fp32 of products in fp32, the logits of one sequence at a time."""
+    """`[B, T]` fp32, from matrix products in fp32. Holds the logits of one sequence at a time."""
     weight = weight.float()
 
     def of_sequence(hidden: Tensor, ids: Tensor) -> Tensor:
@@ -43,9 +47,10 @@ def exact_logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def make_samples(case: Case) -> tuple[Samples, Truth]:
-    """Tokens at random, as of a policy one small step ago, and what the step is to be.
+    """Random tokens with old log-probabilities near the policy's, and the exact step.
 
-    As in `workload.make_batch`, one token in 50 has moved far, and no ratio is near a bound of the clip.
+    As in `work.batch.make_batch`, one token in 50 has a large log-ratio, and no ratio is near a bound of the
+    clip.
     """
     generator = torch.Generator().manual_seed(2)
     shape = SEQUENCES, case.completion

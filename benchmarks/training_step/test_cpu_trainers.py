@@ -1,11 +1,12 @@
-"""A micro-batch inside each trainer on a CPU: forward of the model, loss, backward; stock and with our part.
+"""Times a micro-batch in each trainer on a CPU: the model's forward, the loss and the backward, in fp32.
 
     make bench
 
-8 completions of 256 tokens by a Llama of two layers, 256 dimensions and 32,000 words, fp32. A row is held to
-the gradients of its trainer's stock row before it is timed. `extra_memory` is the largest growth of the
-process during one micro-batch, in MiB, the parameters' gradients (67) included. verl has an environment to
-itself: its rows run there, where `make test-verl` has made it.
+The model is a Llama with two layers, 256 dimensions and 32,000 vocabulary entries. The batch has 8
+completions of 256 tokens. Each trainer is timed as it is and with the functions of this package. Before
+timing, gradients are compared with those of the unchanged trainer. `extra_memory` is the largest growth of
+the process during one micro-batch in MiB, including 67 MiB of gradients. verl runs in its own environment, if
+`make test-verl` has created it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def clipped_loss(logps: Tensor, batch: Batch) -> Tensor:
 
 
 def plain(folder: Path) -> Subject:
-    """As it is written: logits, log_softmax, gather, clipped ratio, mean."""
+    """The loss in eager PyTorch: logits, log_softmax, gather, clipped ratio, mean."""
     model = make_model()
 
     def loss(batch: Batch) -> Tensor:
@@ -144,7 +145,7 @@ ROWS: dict[str, tuple[Callable[[Path], Subject], float]] = {
 
 
 def make_batch(idle: float) -> Batch:
-    """Sampled by the model, and a step old; `idle`: the share of completions without an advantage."""
+    """Random tokens, with old log-probabilities near the model's. `idle` is the share of zero advantages."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(V, (B, 1 + T), generator=generator)
     model = make_model()
@@ -168,7 +169,7 @@ def test_micro_batch(benchmark, tmp_path: Path, name: str) -> None:
     stock = gradients(ROWS[name.split(":")[0]][0](tmp_path), batch)
     found = gradients(subject, batch)
     error = max(float(relative_error(x.flatten(), y.flatten())) for x, y in zip(found, stock, strict=True))
-    assert error < 1e-4, f"{name} is wrong by {error:.2g}, and so not timed"
+    assert error < 1e-4, f"{name} is not timed: its gradients differ by {error:.2g}"
     del stock, found
 
     extra = peak_memory(lambda: gradients(subject, batch)) / 2**20

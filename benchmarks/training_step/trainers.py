@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on a model and samples made here: nothing is downloaded, generated or scored."""
+"""TRL's GRPOTrainer on given samples: it downloads, generates and scores nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..work.workload import CLIP
 
 
 def grpo_trainer(trainer_class: Any, model: Any, folder: Path, sequences: int, **settings: Any) -> Any:
-    """Clipped ratios averaged over the tokens of a micro-batch; `settings` of GRPOConfig come on top."""
+    """A trainer whose loss is a clipped ratio, averaged over tokens. `settings` go to GRPOConfig."""
     import datasets
     import trl
     from tokenizers import Tokenizer, models
 
-    # With a fingerprint: to make one, datasets 5.2 would pickle the table, which fails with pyarrow 26 under
-    # Python 3.12.
+    # The fingerprint is given because datasets 5.2 would pickle the table to compute one, and that fails with
+    # pyarrow 26 on Python 3.12.
     prompts = datasets.table.InMemoryTable.from_pylist([{"prompt": "<eos>"}] * sequences)
     vocabulary = models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")
     return trainer_class(
@@ -46,7 +46,7 @@ def grpo_inputs(
     old_logps: Tensor,  # [B, T]
     advantages: Tensor,  # [B]
 ) -> dict[str, Tensor]:
-    """What the trainer makes of prompts by generating and scoring."""
+    """The inputs of the loss, which the trainer otherwise gets by generating and scoring."""
     prompts, completions = ids.tensor_split((ids.shape[1] - old_logps.shape[1],), dim=1)
     return {
         "prompt_ids": prompts,
@@ -60,25 +60,25 @@ def grpo_inputs(
 
 
 def fused_logps() -> AbstractContextManager[None]:
-    """What `fuse_trl_logps()` does, as long as this lasts."""
+    """Applies `fuse_trl_logps()` inside the context."""
     from grpo_kernels.integrations.trl_head import FusedLogProbs, head_function
 
     return head_function(FusedLogProbs())
 
 
 class Watch(Protocol):
-    """Sees the training steps of a model."""
+    """Is called at several points of each training step."""
 
     def begin(self) -> None: ...
 
     def after_backward(self, loss: Tensor) -> None:
-        """`loss`: of one micro-batch, divided by their number."""
+        """`loss` is that of a micro-batch, divided by the number of micro-batches."""
 
     def end(self) -> None: ...
 
 
 class OnSamples:
-    """Mixed into a GRPOTrainer: every step is taken on `inputs`, those of `grpo_inputs`."""
+    """A mixin for GRPOTrainer, which takes every step on the same `inputs` (from `grpo_inputs`)."""
 
     inputs: dict[str, Tensor]
     watch: Watch
@@ -99,7 +99,7 @@ class OnSamples:
 
     @torch.no_grad()
     def of_reference(self: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """As TRL takes them when it has generated."""
+        """The reference's log-probabilities, computed as TRL does after generation."""
         logps, *_ = self._get_per_token_logps_and_entropies(
             self.ref_model,
             *(ids, mask, self.inputs["completion_ids"].shape[1]),
@@ -114,7 +114,7 @@ class OnSamples:
 
 
 class WithoutLoss(OnSamples):
-    """The rest of the step: backbones, backward, optimizer."""
+    """Replaces the loss by a mean of hidden states: backbones, backward and optimizer remain."""
 
     @torch.no_grad()
     def of_reference(self: Any, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -127,6 +127,8 @@ class WithoutLoss(OnSamples):
 
 
 class StepCallback(transformers.TrainerCallback):
+    """Tells a `Watch` when a step begins and ends."""
+
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
 

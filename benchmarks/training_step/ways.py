@@ -23,6 +23,8 @@ FLOOR = "no loss"
 
 
 class Subject(NamedTuple):
+    """A model that is ready to train."""
+
     model: Any
     train: Callable[[trainers.Watch], None]  # WARM_UP + case.steps steps
 
@@ -30,7 +32,7 @@ class Subject(NamedTuple):
 def plain_loop(
     case: Case, samples: Samples, folder: Path, micro_batch: int, *, loss: providers.Loss
 ) -> Subject:
-    """`loss`: of benchmarks.providers, from hidden states."""
+    """A loop in PyTorch. `loss` is that of a provider from hidden states."""
     model, reference = make_models(case)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -77,7 +79,7 @@ def trl_trainer(
     from grpo_kernels.integrations.trl import FusedGRPOTrainer
 
     model = make_model(case, POLICY)
-    model.config._name_or_path = str(folder)  # TRL loads the reference from where the policy came from
+    model.config._name_or_path = str(folder)  # TRL loads the reference from this path
     mixin = trainers.WithoutLoss if without_loss else trainers.OnSamples
     bases = mixin, FusedGRPOTrainer if fused_loss else GRPOTrainer
     trainer = trainers.grpo_trainer(
@@ -113,7 +115,7 @@ def mean_of_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Way:
-    """To take the step."""
+    """A trainer or loop, with one loss."""
 
     host: str  # "TRL" or "PyTorch"
     what: str
@@ -138,7 +140,8 @@ def in_trl(what: str, **how: bool) -> Way:
     return Way("TRL", what, functools.partial(trl_trainer, **how), "trl")
 
 
-# The most informative first, for a run may end at its limit; a floor before what is compared with it.
+# The most informative come first, because a run can end at its limit. A floor comes before those that are
+# compared with it.
 WAYS = {
     way.name: way
     for way in (

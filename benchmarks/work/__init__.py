@@ -1,1 +1,1 @@
-"""What is computed, and by whom: workloads, batches and providers."""
+"""Workloads, their random batches, and the providers that compute the loss."""

@@ -1,4 +1,4 @@
-"""Random batches of a workload, with the loss and its gradient in fp64."""
+"""Draws random batches for a workload, with the loss and its gradients in fp64."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .workload import BETA, CLIP, SEQUENCES, Workload
 
-CHUNK_ELEMENTS = 2**27  # of logits that are made or checked at a time
+CHUNK_ELEMENTS = 2**27  # logits that are drawn or checked at a time
 
 
 class Batch(NamedTuple):
-    """`L = T / SEQUENCES` tokens each. Of logits there is one more per sequence, as models return them."""
+    """Tensors of a batch; `L = T / SEQUENCES`. Logits have L + 1 positions, as models return them."""
 
     work: Workload
     ids: Tensor  # [B, L] int64
@@ -32,19 +32,19 @@ class Batch(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """From the very bits of the batch, in fp64."""
+    """Loss and gradients, computed in fp64 from the tensors of the batch."""
 
     loss: Tensor  # []
-    token_loss: Tensor  # [], mean magnitude of a token's loss: what an error of the loss is relative to
-    dlogps: Tensor  # [B, L], derivative of the loss by the log-probability of each token
-    dhidden: Tensor | None  # [B, L, H], rounded to fp32, as is the next
-    dweight: Tensor | None  # [V, H]
+    token_loss: Tensor  # [], mean magnitude of a token's loss; errors of the loss are relative to it
+    dlogps: Tensor  # [B, L], derivative of the loss with respect to each log-probability
+    dhidden: Tensor | None  # [B, L, H], rounded to fp32
+    dweight: Tensor | None  # [V, H], rounded to fp32
 
 
 def token_losses(
     work: Workload, logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor
 ) -> Tensor:
-    """Of each token, as trainers write it: what providers of log-probabilities are followed by."""
+    """The loss of each token, written as in trainers."""
     advantages = advantages[:, None]
     if work.loss == "cross_entropy":
         return -logps
@@ -59,15 +59,16 @@ def token_losses(
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    # Not x * mask: what a provider leaves at masked positions may be anything.
+    # Not x * mask: masked positions may hold NaN.
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
 def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0) -> Batch:
-    """A batch drawn from a peaked policy, one small step after it was sampled.
+    """A batch from a peaked policy that has taken a small step since it was sampled.
 
-    One token in 50 has moved far and, if its advantage says so, is clipped. No log-ratio is near a bound of
-    the clip, so that the rounding of a provider's log-probabilities does not decide for a branch.
+    The log-ratio is 0.05 or, for one token in 50, 1, with a random sign. The large ones are clipped if they
+    have the sign of the advantage. No log-ratio is near a bound of the clip, so the rounding of a provider's
+    log-probabilities does not select another branch.
     """
     B, L, V = SEQUENCES, work.T // SEQUENCES, work.V
     generator = torch.Generator(device).manual_seed(seed)
@@ -79,7 +80,8 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
         return torch.rand(*shape, generator=generator, device=device)
 
     logits = ref_logits = hidden = weight = ref_hidden = ref_weight = None
-    # One token of each position stands out: the log-sum-exp of the others, drawn from N(0, 2), is log V + 2.
+    # One token of each position has a high logit. The log-sum-exp of the others, which have a standard
+    # deviation of 2, is log V + 2.
     favourites = torch.randint(V, (B, L + 1), generator=generator, device=device)
     height = math.log(V) + 4 + 1.5 * normal(B, L + 1)
     if work.form == "logits":
@@ -93,7 +95,7 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
                 ref_logits[b, rows] = (z + 0.3 * normal(*z.shape)).to(work.dtype)
     else:
         weight = (2 / work.H**0.5 * normal(V, work.H)).to(work.dtype)
-        favourite = weight[favourites[:, :L]].float()  # of squared length 4
+        favourite = weight[favourites[:, :L]].float()  # its squared norm is 4
         hidden = (normal(B, L, work.H) + height[:, :L, None] / 4 * favourite).to(work.dtype)
         if work.reference:
             ref_hidden = (hidden.float() + 0.1 * normal(B, L, work.H)).to(work.dtype)
@@ -116,7 +118,7 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     advantages = normal(B)
     if work.loss == "cross_entropy":
         advantages = torch.ones(B, device=device)
-    # In pairs of a long and a short sequence, so that ragged lengths leave the fraction as it is.
+    # A long and a short sequence form a pair, so the fraction of tokens does not depend on the mask.
     pair = torch.arange(B, device=device).minimum(torch.arange(B, device=device).flip(0))
     idle = pair * work.inactive % 1 < work.inactive
     advantages = torch.where(idle, 0.0, advantages)
@@ -137,13 +139,14 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
 
 
 def exact_dlogits(batch: Batch, b: int, rows: slice, weight: Tensor | None = None) -> Tensor:
-    """`[rows, V]` fp64: dlogp (1[v = y] - p_v). `weight`: the head's, in fp64."""
+    """`[rows, V]` fp64: dlogp (1[v = y] - p_v). `weight` is the head's weight in fp64, if there is one."""
     p = torch.softmax(exact_logits(batch.logits, batch.hidden, weight, b, rows), -1)
     dlogps = batch.truth.dlogps[b, rows, None]
     return (-dlogps * p).scatter_add_(-1, batch.ids[b, rows, None], dlogps)
 
 
 def exact_linear_gradients(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden states and weight, accumulated in fp64 and rounded to fp32."""
     assert batch.hidden is not None and batch.weight is not None
     weight = batch.weight.double()
     dhidden, dweight = torch.empty_like(batch.hidden, dtype=torch.float32), torch.zeros_like(weight)
@@ -155,7 +158,7 @@ def exact_linear_gradients(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def row_chunks(sequences: int, length: int, V: int) -> Iterator[tuple[int, slice]]:
-    """A sequence's number and some of its rows, a chunk at a time."""
+    """Yields the index of a sequence and a slice of its rows, one chunk at a time."""
     step = max(1, CHUNK_ELEMENTS // V)
     for b in range(sequences):
         for start in range(0, length, step):
@@ -165,7 +168,7 @@ def row_chunks(sequences: int, length: int, V: int) -> Iterator[tuple[int, slice
 def exact_logits(
     logits: Tensor | None, hidden: Tensor | None, weight: Tensor | None, b: int, rows: slice
 ) -> Tensor:
-    """`[rows, V]` fp64, of what a batch holds: logits, or hidden states and the head's weight in fp64."""
+    """`[rows, V]` fp64, from logits if they are given, else from hidden states and the weight in fp64."""
     if logits is not None:
         return logits[b, rows].double()
     assert hidden is not None and weight is not None
@@ -173,7 +176,7 @@ def exact_logits(
 
 
 def empty_batch(work: Workload, device: str) -> Batch:
-    """Tensors of the right shapes and dtypes, whatever they hold; no row is masked."""
+    """A batch without values and without `truth`, for compiling. No row is masked."""
     B, L, V, H = SEQUENCES, work.T // SEQUENCES, work.V, work.H
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,8 +1,8 @@
-"""Who computes the loss: this package, eager PyTorch and the peers, each called as its users call it.
+"""The providers of the loss: this package, eager PyTorch and other packages ("peers").
 
-A provider takes a batch and the tensors to differentiate by, and returns the loss. Peers that give
-log-probabilities are followed by `token_losses`, in eager PyTorch. Where one cannot do a piece of work it
-says why, and that is what the results then show.
+Each is called as its users call it. A provider takes a batch and the tensors that need a gradient, and
+returns the loss. If a peer computes only log-probabilities, `token_losses` follows in eager PyTorch. If a
+provider cannot do a workload, it gives a reason, which the results show.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """`loss(batch, logits)` or `loss(batch, hidden, weight)`: 0-dim."""
+    """A loss function, `loss(batch, logits)` or `loss(batch, hidden, weight)`, and what it needs."""
 
     name: str
     loss: Loss
-    package: str | None = None  # that has to be installed
+    package: str | None = None  # must be installed
     refuses: Callable[[Workload, torch.device], str | None] = lambda work, device: None
-    padded: bool = False  # wants the logits of all L + 1 positions
-    overwrites: bool = False  # the logits, with their gradient
+    padded: bool = False  # takes the logits of all L + 1 positions
+    overwrites: bool = False  # writes the gradient over the logits
 
     def reason_against(self, work: Workload, device: torch.device) -> str | None:
-        """Why this provider cannot do that work there, or None."""
+        """Why this provider cannot do this workload on this device, or None."""
         if self.package is not None and installed_version(self.package) is None:
             return f"{self.package} is not installed"
         return self.refuses(work, device)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What is differentiated by: a batch's own tensors, or copies where they will be overwritten."""
+        """The tensors that need a gradient. Logits that will be overwritten are copied."""
         if batch.logits is not None:
             logits = (batch.logits if self.padded else batch.logits[:, :-1]).detach().requires_grad_()
             return (logits.clone() if self.overwrites else logits,)
@@ -66,6 +66,8 @@ PROVIDERS: dict[str, dict[str, Provider]] = {"logits": {}, "linear": {}}
 
 
 def provider(name: str, form: str, **how: Any) -> Callable[[Loss], Loss]:
+    """Decorates a loss function: adds it to PROVIDERS."""
+
     def add(loss: Loss) -> Loss:
         PROVIDERS[form][name] = Provider(name, loss, **how)
         return loss
@@ -74,7 +76,7 @@ def provider(name: str, form: str, **how: Any) -> Callable[[Loss], Loss]:
 
 
 def loss_of(batch: Batch, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """The rest of the loss, for providers of log-probabilities."""
+    """The loss in eager PyTorch, for providers that compute only log-probabilities."""
     losses = token_losses(batch.work, logps, batch.old_logps, ref_logps, batch.advantages)
     return masked_mean(losses, batch.mask)
 
@@ -84,7 +86,7 @@ def needs_gpu(work: Workload, device: torch.device) -> str | None:
 
 
 def interpreting() -> bool:
-    """Triton's interpreter runs the kernels on a CPU, slowly: for counting bytes."""
+    """Whether Triton's interpreter runs the kernels on the CPU, as for counting bytes."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -140,7 +142,7 @@ def refused_by_liger(work: Workload, device: torch.device) -> str | None:
     return None if interpreting() else needs_gpu(work, device)
 
 
-# In place, as is its default.
+# Liger works in place by default.
 @provider("liger", "logits", package="liger-kernel", refuses=refused_by_liger, padded=True, overwrites=True)
 def liger(batch: Batch, logits: Tensor) -> Tensor:
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
@@ -162,10 +164,10 @@ def liger(batch: Batch, logits: Tensor) -> Tensor:
     return loss
 
 
-# With the entropy, which its GRPO trainer always takes.
+# With the entropy, which TRL's GRPO trainer always computes.
 @provider("trl", "logits", package="trl")
 def trl(batch: Batch, logits: Tensor) -> Tensor:
-    if logits.is_cuda or interpreting():  # where its utilities call the kernels, too
+    if logits.is_cuda or interpreting():  # TRL's utilities call the kernels in this case
         from trl.kernels import selective_log_softmax_and_entropy as both
 
         logps_of: Callable[..., Tensor] = lambda *args, **how: both(*args, **how)[0]  # noqa: E731
@@ -205,12 +207,12 @@ def refused_without_idle_rows(work: Workload, device: torch.device) -> str | Non
 
 @provider("grpo_kernels skip_inactive", "linear", refuses=refused_without_idle_rows)
 def ours_skipping(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Without the log-probabilities of rows that have no gradient: less than the others do."""
+    """Omits the log-probabilities of rows without a gradient, so it does less than the others."""
     return ours_linear(batch, hidden, weight, skip_inactive=True)
 
 
 def refused_but_in_bf16(work: Workload, device: torch.device) -> str | None:
-    return None if work.dtype == torch.bfloat16 else "logits are held in the dtype of the factors"
+    return None if work.dtype == torch.bfloat16 else "logits have the dtype of the hidden states"
 
 
 @provider("grpo_kernels bf16 logits", "linear", refuses=refused_but_in_bf16)
@@ -219,7 +221,7 @@ def ours_in_bf16(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def from_logps(logps_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """A loss of `logps_of(hidden, weight, ids, mask)`."""
+    """Decorates `logps_of(hidden, weight, ids, mask)`: makes it a loss function."""
 
     def loss(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
         ref_logps = None
@@ -253,13 +255,13 @@ def compiled_from_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor
 provider("torch.compile", "linear")(compiled_from_hidden)
 
 
-TRL_CHUNK = 32768  # words: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of 1.16
+TRL_CHUNK = 32768  # vocabulary entries: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of TRL 1.16
 
 
 @provider("trl", "linear", package="trl")
 @from_logps
 def trl_linear(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Its chunked head. As in its forward, masked rows are left out where its Triton kernels run."""
+    """TRL's chunked head. Like TRL, this omits masked rows if the Triton kernels run."""
     from trl.kernels import chunked_logprob
 
     rows = mask if chunked_logprob._use_triton(hidden.device) else torch.ones_like(mask)
@@ -305,7 +307,7 @@ def liger_linear(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
 @provider("cut-cross-entropy", "linear", package="cut-cross-entropy", refuses=needs_gpu)
 @from_logps
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Drops gradients that it takes for negligible, as is its default."""
+    """By default, cut-cross-entropy drops gradients that it considers negligible."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(hidden, weight, ids.masked_fill(~mask, -100), reduction="none")
@@ -314,7 +316,7 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor)
 def refused_by_torch(work: Workload, device: torch.device) -> str | None:
     if not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy"
-    return None if work.loss == "cross_entropy" else "its chunks know the mean cross entropy only"
+    return None if work.loss == "cross_entropy" else "computes only the mean cross entropy"
 
 
 @provider("torch linear_cross_entropy", "linear", refuses=refused_by_torch)

@@ -1,4 +1,4 @@
-"""What is computed: losses, sizes, and the least that any provider has to do."""
+"""Workloads: a loss with its sizes, and the floor, which is the least that any provider has to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from grpo_kernels import KL, LogRatio, LossSpec, PPOClip, Reinforce
 
 CLIP = 0.2
-# Large, so that a provider which leaves the term out is seen to be wrong.
+# Large enough that a provider which omits the KL term fails the check.
 BETA = 0.5
 LOSSES = {
     "grpo": LossSpec(PPOClip(CLIP, CLIP), aggregation="token-mean"),
@@ -24,15 +24,15 @@ SEQUENCES = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch of `SEQUENCES` sequences, and the loss wanted of it."""
+    """A loss of a batch of `SEQUENCES` sequences."""
 
     form: str  # "logits" or "linear"
-    loss: str  # of LOSSES
-    T: int  # tokens of the batch, masked ones included
+    loss: str  # a key of LOSSES
+    T: int  # tokens of the batch, including masked ones
     V: int
-    H: int = 0  # of the linear form
+    H: int = 0  # 0 in the logits form
     dtype: torch.dtype = torch.bfloat16
-    masked: float = 0.0  # fraction of the tokens, by ragged lengths
+    masked: float = 0.0  # fraction of the tokens; the sequences differ in length
     inactive: float = 0.0  # fraction of the sequences whose advantage is 0
     frozen_head: bool = False
 
@@ -42,17 +42,17 @@ class Workload:
 
     @property
     def learning(self) -> float:
-        """Fraction of the tokens with a gradient. A KL term gives one to tokens without advantage."""
+        """Fraction of the tokens that have a gradient. With a KL term, that includes inactive tokens."""
         idle = 0.0 if self.loss == "grpo_kl" else self.inactive
         return (1 - self.masked) * (1 - idle)
 
     @property
     def floor(self) -> Floor:
-        """The least that any provider of loss, gradient and all unmasked log-probabilities has to do.
+        """The least that a provider of the loss, its gradient and all unmasked log-probabilities has to do.
 
-        Bytes of the logits form: read each unmasked row of policy and reference once, write the gradient of
-        every row. Operations of the linear form: the forward product of each unmasked row, two more for each
-        that learns.
+        In the logits form these are bytes: each unmasked row of policy and reference is read once, and the
+        gradient of every row is written once. In the linear form these are FLOPs: one product in the forward
+        for each unmasked row, and two in the backward for each row with a gradient.
         """
         E = self.T * self.V
         read = (1 - self.masked) * (1 + self.reference)
@@ -70,5 +70,5 @@ class Workload:
 
 class Floor(NamedTuple):
     amount: int
-    unit: str  # "B", moved to or from memory, or "FLOP", of matrix products
-    formula: str  # bytes per element of E = T * V, or operations per T * V * H
+    unit: str  # "B", read from or written to memory, or "FLOP", of matrix products
+    formula: str  # bytes per element of E = T * V, or FLOPs per T * V * H

@@ -1,1 +1,1 @@
-"""A row split over blocks, the kernel of experiment 4: `python -m benchmarks.experiments.split_rows`."""
+"""An experimental kernel that splits a row over several blocks (experiment 4 of docs/tuning.md)."""

@@ -1,4 +1,9 @@
-"""Prints what the split kernel takes on three GPUs."""
+"""Prints the resources of the split kernel on three GPUs, compiled without one.
+
+    python -m benchmarks.experiments.split_rows
+
+KiB are those of the logits that the resident blocks of a multiprocessor hold.
+"""
 
 from __future__ import annotations
 

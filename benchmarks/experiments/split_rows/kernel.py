@@ -1,23 +1,19 @@
-"""An experiment: a token-local loss and its gradient in place, every logit read once and written once.
+"""A token-local loss and its gradient in place, which read and write every logit once.
 
-    python -m benchmarks.split_rows
+This is an experiment. The package's `fused_loss` gives a row to one block, which reads it twice and relies on
+the L2 cache for the second read. Here a row is split over PARTS blocks, and each block holds its slice in
+registers from the statistics to the gradient. In bf16, that moves 6 bytes per element with reference logits
+and 4 without. Experiment 4 of docs/tuning.md compares the two.
 
-prints what the kernel takes on three GPUs, compiled without one (KiB: of logits that the blocks of a
-multiprocessor load at once); experiment 4 of docs/tuning.md times it beside the one that it may replace,
-`fused_loss` of grpo_kernels/kernels/fused.py. That one gives a row to a block, which reads it twice and hopes
-to find it in the L2 cache the second time. Here a row is split over PARTS blocks, each of which holds its
-slice in registers from the statistics to the gradient: in bf16 6 bytes per element with reference logits and
-4 without, whatever the cache does.
+The blocks of a row exchange statistics through 64-bit words in global memory. A word holds two fp32 numbers
+that are never both 0. The launcher clears all words, and each is written once. A block writes its words, and
+then polls those of all PARTS blocks until none is 0. There is no deadlock, because all blocks of the grid are
+resident (a cooperative launch) and the blocks of a row process their rows in the same order.
 
-The blocks of a row exchange their statistics through 64-bit words in global memory: two fp32 numbers each,
-never both 0, which the launcher has cleared and of which each is written once. A block writes its words, then
-reads those of all PARTS until none is 0. All blocks of a grid are resident (a cooperative launch), and the
-blocks of a row take their rows in the same order, so that every word that is waited for is on its way.
-
-No block touches a logit outside of its slice. The taken token's is read, published and overwritten by the one
-block whose slice holds it, so that nothing passes between blocks but the words, and each word stands for
-itself. That is why relaxed atomics are enough. A release would have every row wait until the gradient of the
-row before has reached memory.
+A block accesses only the logits of its slice. The block whose slice contains the taken token reads, publishes
+and overwrites its logit. So blocks exchange nothing but words, no word depends on another, and relaxed
+atomics suffice. With a release, every row would wait until the gradient of the previous row has reached
+memory.
 """
 
 from __future__ import annotations
@@ -44,12 +40,12 @@ from grpo_kernels.kernels.token_loss import token_loss
 
 TWO_INFINITIES = tl.constexpr(0xFF80FF80 - 2**32)  # -inf in bf16, twice
 HIGH_HALF = tl.constexpr(0xFFFF0000 - 2**32)
-LANES = tl.constexpr(32)  # of a warp
+LANES = tl.constexpr(32)  # threads of a warp
 
 
 @triton.jit
 def publish(word_ptr, first, second):
-    """Two fp32 scalars in one 64-bit word, of which no reader sees a half."""
+    """Writes two fp32 scalars as one 64-bit word, so that a reader sees both or none."""
     high = first.to(tl.int32, bitcast=True).to(tl.int64) << 32
     low = second.to(tl.uint32, bitcast=True).to(tl.int64)
     tl.atomic_xchg(word_ptr, high | low, sem="relaxed", scope="gpu")
@@ -67,11 +63,11 @@ def second_of(word):
 
 @triton.jit
 def poll(words_ptr, KINDS: tl.constexpr, PARTS: tl.constexpr):
-    """The words `[LANES]` of each kind, as they are now.
+    """Reads the words `[LANES]` of each kind once.
 
-    LANES is the width of a warp: each warp polls for itself, finds every word in a lane of its own, and knows
-    without a barrier whether one is missing. That warps may leave the loop at different times does no harm:
-    a word that is there does not change.
+    LANES is the width of a warp. Each warp polls separately and has each word in a different lane, so it needs
+    no barrier to know whether a word is missing. Warps may leave the loop at different times, because a word
+    does not change once it is written.
     """
     lanes = tl.arange(0, LANES)
     words = ()
@@ -92,7 +88,7 @@ def incomplete(words, KINDS: tl.constexpr):
 
 @triton.jit
 def merged(shift, total, ref_shift, ref_total, cross, k, ref_k, KINDS: tl.constexpr):
-    """Scalars of vectors of partial statistics, each relative to its own shift: see `fold_rows`."""
+    """Merges vectors of partial statistics, each relative to its own shift, into scalars."""
     whole_shift = tl.max(shift, 0)
     delta = shift_delta(shift, whole_shift, k)
     alpha = tl.exp2(delta)
@@ -109,10 +105,10 @@ def merged(shift, total, ref_shift, ref_total, cross, k, ref_k, KINDS: tl.conste
 
 @triton.jit
 def load_chunks(ptr, length, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
-    """A slice as it lies in memory; all of it is under way before the first chunk is used.
+    """Loads a slice, all chunks before the first one is used.
 
-    PAIRS: bf16 is held two in an int32. By itself it would take a register wherever control flow stands
-    between its load and its use.
+    With PAIRS, an int32 holds two bf16 numbers. Otherwise each of them would take a register if there is
+    control flow between its load and its use.
     """
     chunks = ()
     for i in tl.static_range(CHUNKS):
@@ -144,7 +140,7 @@ def load_slices(
     row, rows, T, start, length,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Target and slices of a row. Of a masked row, and of one beyond the last, no logit is read."""
+    """Loads target and slices of a row. No logit is read if the row is masked or does not exist."""
     target = tl.load(targets_ptr + row, mask=row < rows, other=MASKED)
     length = tl.multiple_of(tl.where(target == MASKED, 0, length), GROUP)
     logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
@@ -161,7 +157,7 @@ def slice_statistics(
     chunks, ref_chunks, k, ref_k, PAIRS: tl.constexpr, KINDS: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a slice, chunk by chunk: all at once, every logit would be held in fp32 as well."""
+    """Statistics of a slice, chunk by chunk, because only one chunk fits into registers in fp32."""
     zeros = tl.zeros([THREADS], tl.float32)
     shift, ref_shift = zeros + lowest_logit(tl.float32), zeros + lowest_logit(tl.float32)
     total, ref_total, cross = zeros, zeros, zeros
@@ -200,11 +196,12 @@ def split_loss_kernel(
     PAIRS: tl.constexpr, KINDS: tl.constexpr, PREFETCH: tl.constexpr, PARTS: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """PARTS neighbouring programs walk over the same rows, each with its own SLICE columns.
+    """PARTS consecutive programs process the same rows, each with its own SLICE columns.
 
-    KINDS of words: 1 with (shift, sum) of the policy, 2 with those of the reference too, 3 with `cross`,
-    which the exact KL is made of. Each has a word per part; the first two end with the taken token's logit.
-    PREFETCH: the slices of the next row are loaded before the words of this one are waited for.
+    The first of KINDS kinds of words is (shift, sum) of the policy, the second that of the reference, and the
+    third `cross`, which the exact KL needs. Each kind has one word per part. The first two kinds have another
+    word for the taken token's logit. With PREFETCH, the slices of the next row are loaded before polling for
+    the words of this one.
     """
     part = tl.program_id(0) % PARTS
     group = tl.program_id(0) // PARTS
@@ -225,12 +222,12 @@ def split_loss_kernel(
         row_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
         row_words_ptr = words_ptr + row * tl.full((), KINDS * (PARTS + 1), tl.int64)
         inside = (target >= 0) & (target < V)
-        # An id outside the vocabulary has an owner, too: its logit is NaN, and is waited for.
+        # The first block publishes the logit of an id outside the vocabulary, which is NaN.
         own = tl.where(inside, (target >= start) & (target < start + length), part == 0)
         if target != MASKED:
             _, _, k = logit_factors(scale, 1.0, temperature_ptr, temperature, row, False, tl.float32)
             _, _, ref_k = logit_factors(ref_scale, 1.0, temperature_ptr, temperature, row, False, tl.float32)
-            # Before the reductions below, whose barriers keep it ahead of every store over this slice.
+            # Must come before the reductions below: their barriers order it before the stores to this slice.
             z = tl.load(row_ptr + target, mask=own & inside, other=float("nan")).to(tl.float32)
             ref_z = z
             if KINDS > 1:
@@ -239,8 +236,8 @@ def split_loss_kernel(
             shift, total, ref_shift, ref_total, cross = slice_statistics(
                 chunks, ref_chunks, k * LOG2E, ref_k * LOG2E, PAIRS, KINDS, CHUNKS, BLOCK, THREADS, GROUP
             )
-            # Never both 0: a shift of 0 is an exponent of 0, and adds 1 to the total. Beside what may be 0
-            # by itself stands a 1.
+            # The two numbers of a word are never both 0: a maximum of 0 adds 1 to the total. Numbers that can
+            # be 0 are paired with 1.
             publish(row_words_ptr + part, shift, total)
             if KINDS > 1:
                 publish(row_words_ptr + (PARTS + 1) + part, ref_shift, ref_total)
@@ -317,7 +314,7 @@ def split_loss_kernel(
                 grad = tl.exp2(exponent(in_fp32(held[i], PAIRS), shift, k * LOG2E)) * by_p
                 tl.store(slice_ptr + columns, grad.to(slice_ptr.dtype.element_ty), mask=columns < stop)
             if own & inside:
-                # dlogp (1 - p), of which the loop has stored -dlogp p: a comparison less for each element.
+                # dlogp (1 - p). The loop has stored -dlogp p, which saves it a comparison per element.
                 tl.debug_barrier()
                 taken = -k * dlogp * expm1(logp)
                 tl.store(row_ptr + row_target, taken.to(row_ptr.dtype.element_ty))

@@ -1,4 +1,4 @@
-"""Launches the split kernel in the place of `fused_loss`, by a plan of parts, chunks and registers."""
+"""Launches the split kernel in place of `fused_loss`, and plans how to split rows."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from grpo_kernels.kernels.token_loss import loss_arguments
 
 from .kernel import LANES, split_loss_kernel
 
-SLICE_UNIT = 64  # elements; a slice of any dtype starts at a whole 128-byte line of its row
-REGISTERS = 65536  # of a multiprocessor
+SLICE_UNIT = 64  # elements; slices of any dtype start at a multiple of 128 bytes in their row
+REGISTERS = 65536  # per multiprocessor
 
 
 class Plan(NamedTuple):
-    """How rows are split over blocks."""
+    """How rows are split over blocks. The names in capitals are the kernel's constants."""
 
     PARTS: int
-    CHUNKS: int  # of a slice, each with one 16-byte load per thread
+    CHUNKS: int  # per slice; each takes one 16-byte load per thread
     BLOCK: int
     THREADS: int
     GROUP: int
     PREFETCH: bool
     num_warps: int
-    maxnreg: int  # registers per thread: so few that the whole grid is resident
-    groups: int  # of PARTS blocks each
+    maxnreg: int  # registers per thread, few enough for the whole grid to be resident
+    groups: int  # each has PARTS blocks
 
 
 def plan_for(
@@ -47,21 +47,21 @@ def plan_for(
     held_bytes: int | None = None,
     registers: int | None = None,
 ) -> Plan:
-    """For the current GPU. A thread holds up to `held_bytes` of each row, and has so many `registers`.
+    """A plan for the current GPU. A thread has `registers` registers and holds `held_bytes` of a row.
 
-    The defaults are what compiles without spills. Less is held where a row does not begin on 16 bytes (a
-    register holds one logit then), and of the next row where that is loaded beside a reference.
+    The defaults compile without spills. A thread holds less if rows are not aligned to 16 bytes, because a
+    register then holds one logit. It also holds less if the next row is loaded in addition to reference logits.
     """
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
     if target.backend != "cuda":
-        # Of a volatile load Triton's AMD backend makes a plain one, which never sees another block's word.
+        # Triton's AMD backend compiles a volatile load to a plain one, which never sees another block's word.
         raise ValueError("split_fused_loss needs an NVIDIA GPU")
     multiprocessors = driver.utils.get_device_properties(driver.get_current_device())["multiprocessor_count"]
     itemsize = logits.element_size()
     aligned = rows_aligned(logits) and vocab_size * itemsize % 16 == 0
     held = (held_bytes or (128 if aligned and not (prefetch and kinds > 1) else 64)) // itemsize
-    # A warp has a lane for each part's word, and one for the taken token's.
+    # A warp needs a lane for the word of each part, and one for that of the taken token.
     fitting = (w for w in (4, 8, 16) if triton.cdiv(vocab_size, 32 * w * held) < LANES.value)
     num_warps = next(fitting, None)
     if num_warps is None:
@@ -85,20 +85,20 @@ def plan_for(
 
 
 def slice_length(vocab_size: int, parts: int) -> int:
-    """Equal slices: a short last one would leave its multiprocessor idle."""
+    """The columns of a slice. Slices are equal, because a short one would leave its multiprocessor idle."""
     return triton.cdiv(triton.cdiv(vocab_size, parts), SLICE_UNIT) * SLICE_UNIT
 
 
 def split_fused_loss(
-    out: Tensor,  # [B, T, V]; logits itself
+    out: Tensor,  # [B, T, V]; must be logits
     logits: Tensor,  # [B, T, V] bf16 or fp32; any batch and time stride
-    targets: Tensor,  # [B * T] int64; MASKED: the row is not read and its gradient is zero
-    value: Tensor,  # the row's share of the loss; [B * T] fp32, as all that is per token
+    targets: Tensor,  # [B * T] int64; a row with MASKED is not read and its gradient is zero
+    value: Tensor,  # [B * T] fp32, like all tensors per token; the row's share of the loss
     dlogp: Tensor,
     logps: Tensor,
     entropy: None,
     ref_logps: Tensor | None,
-    kl: Tensor | None,  # where None: not computed
+    kl: Tensor | None,  # not computed if None
     kl_forward: None,
     advantages: Tensor,
     row_weights: Tensor,
@@ -116,12 +116,13 @@ def split_fused_loss(
     ref_softcap: None,
     temperature: float,
     plan: Callable[[Tensor, int, int], Plan] = plan_for,
-    **loss: Any,  # see `token_loss.loss_arguments`
+    **loss: Any,  # arguments of `token_loss.loss_arguments`
 ) -> None:
-    """In the place of `grpo_kernels.kernels.fused.fused_loss`, where that works in place.
+    """Does the same as `fused_loss` of this package when that works in place.
 
-    Raises ValueError for what it does not do: another `out`, fp16, fp64, softcap, entropy, an exact KL in
-    the loss; and for a GPU other than NVIDIA's.
+    Raises:
+        ValueError: For what is not supported: an `out` other than `logits`, fp16, fp64, softcap, entropy, an
+            exact KL in the loss, and GPUs not from NVIDIA.
     """
     kl_kind = loss["kl_kind"]
     unsupported = {
@@ -162,7 +163,7 @@ def split_fused_loss(
 
 
 def in_place_of_fused(**options: Any) -> Any:
-    """Within: `grpo_loss(inplace=True)` runs this kernel, by `plan_for(..., **options)`."""
+    """Inside, `grpo_loss(inplace=True)` launches this kernel with `plan_for(..., **options)`."""
     split = partial(split_fused_loss, plan=partial(plan_for, **options))
     return mock.patch.object(fused, "fused_loss", split)
 

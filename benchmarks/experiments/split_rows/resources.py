@@ -1,4 +1,4 @@
-"""What the split kernel takes on three GPUs, compiled without one."""
+"""Compiles the split kernel without a GPU, and tabulates its resources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORK = [Workload("logits", loss, 16384, V) for loss in ("grpo", "grpo_kl") for V
 
 
 def compiled(work: Workload, target: str, **options: Any) -> Any:
-    """The kernel for a GPU that need not be there."""
+    """The kernel that a workload launches, compiled for a target without a GPU."""
     batch = empty_batch(work, "meta")
     (leaf,) = PROVIDERS["logits"]["grpo_kernels"].inputs(batch)
     with launches_for(TARGETS[target]) as kernels, in_place_of_fused(**options):
@@ -27,6 +27,7 @@ def compiled(work: Workload, target: str, **options: Any) -> Any:
 
 
 def print_resources() -> None:
+    """Prints a line for each variant, workload and target."""
     lines = []
     targets = ("sm_80", "sm_90", "sm_100")
     for (name, options), work, target in itertools.product(VARIANTS.items(), WORK, targets):
