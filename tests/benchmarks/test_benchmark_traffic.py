@@ -1,4 +1,4 @@
-"""What benchmarks/traffic counts of this package is what docs/kernels.md promises. And it can fail."""
+"""The bytes and FLOPs that benchmarks/traffic counts for this package are those of docs/kernels.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
-    reason="addresses are seen in Triton's interpreter (TRITON_INTERPRET=1)",
+    reason="addresses are recorded in Triton's interpreter (TRITON_INTERPRET=1)",
 )
 pytest.importorskip("triton")
 
@@ -41,7 +41,7 @@ def measured(name: str, batch: Batch) -> Measurement:
 
 
 def large(one: Measurement, step: str) -> dict[tuple[str, str], float]:
-    """Of the tensors with a vocabulary, what is moved at all."""
+    """The bytes of tensors with a vocabulary, without zeros."""
     return {key: x for key, x in one.steps[step].moved.items() if x and key[0] != "per token"}
 
 
@@ -49,12 +49,12 @@ def expected(**moved: dict[str, float]) -> Any:
     return pytest.approx({(t, k): x for t, by in moved.items() for k, x in by.items() if x})
 
 
-# Of a row of bf16 logits, and of the taken token's by itself.
+# Bytes per element for reading a row of bf16 logits, and for reading the taken token's logit separately.
 ROW, TAKEN = 2, 2 / V
 
 
 def once(work: Workload) -> tuple[dict[str, float], dict[str, float]]:
-    """Each unmasked row of the policy, and of the reference, read by statistics."""
+    """Bytes for the statistics of policy and reference, which read each unmasked row once."""
     unmasked = 1 - work.masked
     row = {"reads": unmasked * (ROW + TAKEN), "rereads": unmasked * TAKEN}
     return row, {kind: x * work.reference for kind, x in row.items()}
@@ -62,7 +62,7 @@ def once(work: Workload) -> tuple[dict[str, float], dict[str, float]]:
 
 @idle
 @pytest.mark.parametrize("loss", LOSSES["logits"])
-def test_two_kernels_read_once_more_what_learns(loss: str, fractions: dict[str, float]) -> None:
+def test_two_kernels_read_rows_with_a_gradient_twice(loss: str, fractions: dict[str, float]) -> None:
     batch = batch_of("logits", loss, **fractions)
     work, one, learning = batch.work, measured("grpo_kernels", batch), counts.learning(batch)
     row, reference = once(work)
@@ -77,7 +77,7 @@ def test_two_kernels_read_once_more_what_learns(loss: str, fractions: dict[str, 
 
 @idle
 @pytest.mark.parametrize("loss", LOSSES["logits"])
-def test_in_place_the_second_read_is_of_the_same_launch(loss: str, fractions: dict[str, float]) -> None:
+def test_in_place_one_launch_reads_rows_twice(loss: str, fractions: dict[str, float]) -> None:
     batch = batch_of("logits", loss, **fractions)
     one, learning = measured("grpo_kernels inplace", batch), counts.learning(batch)
     row, reference = once(batch.work)
@@ -89,7 +89,7 @@ def test_in_place_the_second_read_is_of_the_same_launch(loss: str, fractions: di
 @idle
 @pytest.mark.parametrize("loss", LOSSES["linear"])
 def test_from_hidden_states(loss: str, fractions: dict[str, float]) -> None:
-    """fp32 chunks, read again for a bf16 gradient; one product forward, two backward."""
+    """Logits of a chunk are fp32 and are read again for a bf16 gradient. There are three products."""
     batch = batch_of("linear", loss, **fractions)
     unmasked, learning = 1 - batch.work.masked, counts.learning(batch)
     products = 2 * unmasked * (1 + batch.work.reference)
@@ -124,12 +124,12 @@ def test_the_counts_can_fail() -> None:
     }
     reads = {loss: moved["logits", "reads"] for loss, moved in forward.items()}
     assert reads[without_mask] == reads[twice] == 2 * reads[ours]
-    # Another launch reads anew.
+    # Reads of another launch are not rereads.
     assert forward[twice]["logits", "rereads"] == pytest.approx(TAKEN)
 
 
 def test_products_in_place_are_counted() -> None:
-    """As TRL's, which the counter by itself leaves out."""
+    """TRL uses `addmm_`, which FlopCounterMode itself does not count."""
 
     def loss(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
         logits = torch.zeros(16, V, dtype=hidden.dtype)
@@ -140,7 +140,7 @@ def test_products_in_place_are_counted() -> None:
 
 
 def test_every_provider_has_its_rows(tmp_path: Path) -> None:
-    """With figures, or with the reason that there are none."""
+    """A row has counts, or a reason if there are none."""
     batches = {form: batch_of(form) for form in BASES}
     absent = Provider("absent", ours, package="no-such-package")
     found = [measured("grpo_kernels", batches["logits"]), counts.measure(absent, batches["logits"])]

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: all do the same work, wrong ones are caught, nothing is dropped silently."""
+"""The benchmarks: providers agree, wrong providers are detected, and every result or failure has a row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WORKS += [replace(LINEAR, loss="cross_entropy", masked=0.5), replace(LINEAR, fro
 def test_all_providers_are_right(work: Workload, device: str) -> None:
     batch = make_batch(work, device)
     for provider in PROVIDERS[work.form].values():
-        # Compiling takes long, and shows nothing of the peers that eager does not.
+        # torch.compile takes long, and computes the same as eager.
         if provider.name != "torch.compile" and provider.reason_against(work, torch.device(device)) is None:
             verdict = gate.check(provider, batch)
             assert verdict.wrong is None, f"{provider.name}: {verdict.wrong}"
@@ -109,7 +109,7 @@ def test_floors(change: dict[str, object], formula: str) -> None:
     assert work.floor.amount == int(formula[0]) * 8192 * 151936 * (work.H or 1)
 
 
-def test_the_batch_is_what_the_workload_says() -> None:
+def test_the_batch_matches_the_workload() -> None:
     batch = make_batch(replace(LINEAR, T=256, masked=0.5, inactive=0.5))
     assert batch.mask.float().mean() == 0.5 and len(set(batch.mask.sum(-1).tolist())) == 8
     assert (batch.advantages == 0).float().mean() == 0.5
@@ -135,7 +135,7 @@ def run(monkeypatch: pytest.MonkeyPatch, output: Path, *argv: str) -> list[recor
 
 @pytest.mark.long
 def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every provider has rows: times and memory, or the reason why there are none."""
+    """Every provider has rows of times and memory, or a row with the reason if there are none."""
 
     def dies(batch: Batch, logits: Tensor) -> Tensor:
         raise RuntimeError("out of\nluck")
@@ -177,7 +177,7 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One of each form, from the CSV alone, with every provider that was timed."""
+    """The figure shows every provider that was timed, with the values of the CSV."""
     plot = pytest.importorskip("benchmarks.plot", exc_type=ImportError)
     assert plot.COLOURS.keys() == {name for form in PROVIDERS.values() for name in form}
     providers = {name: PROVIDERS["logits"][name] for name in ("grpo_kernels", "eager")}
@@ -207,7 +207,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert plot.points(rows, "linear") == []
 
 
-def test_the_limit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_limit_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = run(monkeypatch, tmp_path / "a.csv", "--quick", "--limit", "0", "--form", "linear")
     rows = [r for r in rows if r.kernel_name != "floor"]
     works = plans.plan(["linear"], torch.device("cpu"), quick=True)
@@ -217,9 +217,9 @@ def test_the_limit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 @pytest.fixture
 def fake_driver(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs do_bench's own loop without a GPU; tells when it makes the cache cold.
+    """Runs the loop of `do_bench` without a GPU, and records when it clears the cache.
 
-    A call takes 10 ms of its clock, whatever it takes of ours, and so is timed five times.
+    By the fake clock, a call takes 10 ms, so it is timed five times.
     """
     from triton import testing
 
@@ -258,7 +258,7 @@ def fake_driver(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return order
 
 
-def test_each_timed_call_is_prepared_and_finds_a_cold_cache(fake_driver: list[str]) -> None:
+def test_each_timed_call_is_prepared_and_has_a_cold_cache(fake_driver: list[str]) -> None:
     def call() -> None:
         fake_driver.append("call")
 
@@ -272,7 +272,7 @@ def test_each_timed_call_is_prepared_and_finds_a_cold_cache(fake_driver: list[st
 @pytest.mark.long
 @pytest.mark.parametrize("work", [LOGITS, replace(LINEAR, loss="grpo", inactive=0.5)], ids=str)
 def test_every_provider_can_be_timed_on_a_gpu(work: Workload, fake_driver: list[str]) -> None:
-    """A graph serves one backward, and an overwritten input one step."""
+    """Repetition works: each backward has a new graph, and each step a new copy of overwritten inputs."""
     batch = make_batch(work)
     for provider in PROVIDERS[work.form].values():
         if provider.name != "torch.compile" and provider.reason_against(work, torch.device("cpu")) is None:
@@ -282,7 +282,7 @@ def test_every_provider_can_be_timed_on_a_gpu(work: Workload, fake_driver: list[
 
 
 def test_the_gate_at_a_large_vocabulary() -> None:
-    """Most rows of the head's gradient are next to nothing there, and bf16 logits round coarsely."""
+    """The check works with tiny rows in the head's gradient and with coarsely rounded bf16 logits."""
     work = Workload("linear", "grpo_kl", 64, 151936, 64, inactive=0.5)
     batch = make_batch(work)
     for provider in (broken("", "linear"), PROVIDERS["linear"]["grpo_kernels"]):
@@ -290,7 +290,7 @@ def test_the_gate_at_a_large_vocabulary() -> None:
     assert gate.check(broken("one id", "linear"), batch).wrong is not None
 
 
-def test_what_dies_before_a_provider_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failure_without_a_batch_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_memory(*given: object) -> Batch:
         raise torch.OutOfMemoryError("there is none")
 
@@ -300,8 +300,11 @@ def test_what_dies_before_a_provider_is_said(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.long
-def test_a_provider_that_hangs_is_said(tmp_path: Path) -> None:
-    """In a process of its own, which is ended. Its timer fires once the provider hangs, not after a time."""
+def test_a_provider_that_hangs_is_reported(tmp_path: Path) -> None:
+    """A hanging provider and all later ones have rows. The fake timer fires when the provider hangs.
+
+    This needs another process, because the run ends it.
+    """
     program = f"""
 import sys, threading
 from types import SimpleNamespace
@@ -340,7 +343,7 @@ main()
 
 
 @pytest.mark.parametrize("text", ["T=100,V=50", "T=64", "T=64,V=50,K=3", "T=0,V=50", "64x50"])
-def test_shapes_that_make_no_sense(text: str) -> None:
+def test_invalid_shapes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected T=8192,V=151936"):
         shape(text)
 

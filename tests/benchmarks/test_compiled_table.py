@@ -1,4 +1,4 @@
-"""What the table of machine code says of the peers' kernels is read from the right instructions."""
+"""The table of machine code counts the right instructions of the peers' kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.machine_code.no_gpu import TARGETS, launches_for  # noqa: E402
 from benchmarks.machine_code.resources import resources  # noqa: E402
 from benchmarks.machine_code.sass import Sass  # noqa: E402
 
-# The elements that a thread has of a block of the row.
+# Elements per thread in a block of the row.
 KERNELS = {
     "liger": {
         "grpo_loss.selective_log_softmax": 2048 // 32,
@@ -35,7 +35,7 @@ KERNELS = {
 @pytest.mark.parametrize("target", comparison.COMPARED)
 @pytest.mark.parametrize("peer", KERNELS)
 def test_kernels_of_peers(peer: str, target: str) -> None:
-    """One loop over the row, a block per turn; or none, and a block per program."""
+    """A kernel has one loop over the row with a block per iteration, or no loop and a block per program."""
     if not peers.installed(peer):
         pytest.skip("not installed")
     with launches_for(TARGETS[target]) as kernels:
@@ -47,15 +47,15 @@ def test_kernels_of_peers(peer: str, target: str) -> None:
         sass = Sass(kernel.asm["cubin"])
         if p.narrowest_bits is None:
             code = sass.way_through()
-            assert max(i.loaded_bits for i in code) == 16 * p.elements  # of bf16
-            # A masked row's gradient is written elsewhere.
+            assert max(i.loaded_bits for i in code) == 16 * p.elements  # bits of bf16
+            # The gradient of a masked row is stored on another path.
             assert [i.bits for i in code if i.opcode.startswith("STG")] == [16 * p.elements]
         else:
             assert p.narrowest_bits == 128
         assert sum(loop.loaded_bytes > 0 for loop in sass.loops) == (p.narrowest_bits is not None)
-        # One for each element; and of statistics one that carries them to a new maximum.
+        # One exponential per element, and for statistics one that rescales the sum to a new maximum.
         assert p.exponentials * p.elements == p.elements + (p.name == "statistics")
-        # No fewer than it takes to widen, scale, take the maximum, exponentiate and add, or else to round.
+        # At least those for conversion, scale, maximum, exponential and sum or rounding.
         assert 5 < p.instructions < 31
 
 

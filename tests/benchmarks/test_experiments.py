@@ -1,4 +1,4 @@
-"""The experiments of docs/tuning.md: each variant computes the loss, and is the variant that it says."""
+"""The experiments of docs/tuning.md: each variant computes the loss and matches its name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = list(
     {
         (variant.experiment, variant.name, small(work)): (small(work), variant)
         for work, variant in PAIRS
-        # A row split over blocks needs a process for each block: test_split_rows.py has that.
+        # test_split_rows.py tests the split kernel, which needs a process for each block.
         if not variant.name.startswith("row split")
     }.values()
 )
@@ -46,6 +46,7 @@ SMALL = list(
 
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the losses choose the Triton backend."""
     for module in (losses, linear_losses):
         monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
 
@@ -61,7 +62,7 @@ def test_a_variant_computes_the_loss(work: Workload, variant: Variant, device: s
 
 
 @pytest.mark.long
-def test_a_run_says_what_was_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_reports_the_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 2**16})
     for name, experiment in EXPERIMENTS.items():
         works = tuple(dict.fromkeys(replace(small(work), dtype=torch.float32) for work in experiment.works))
@@ -73,7 +74,7 @@ def test_a_run_says_what_was_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path
     rows = [row for row in record.read(path) if row.kernel_name != "floor"]
     assert {row.kernel_name[:12] for row in rows} == {"experiment 3", "experiment 7"}
     assert all(record.config(row)["predicted_ms"] > 0 for row in rows)
-    # Two works of three variants, of which one has no idle rows to skip; one work of two.
+    # Two workloads with three variants and one with two. One workload has no rows to skip.
     assert [row.status == "ok" for row in rows if row.kernel_operation_mode == "full"].count(False) == 1
     lines = table(path).splitlines()
     assert len(lines) == 2 + 6 + 2 and sum("every unmasked row has a gradient" in line for line in lines) == 1
@@ -93,6 +94,7 @@ FROM_LOGITS = [(work, variant) for work, variant in PAIRS if work.form == "logit
 
 @pytest.fixture
 def no_launch_needs_memory() -> Iterator[None]:
+    """Chooses matrix products as on a GPU, for tensors on the meta device."""
     with mixed_products:
         yield
 
@@ -102,14 +104,14 @@ def no_launch_needs_memory() -> Iterator[None]:
 @pytest.mark.parametrize("work, variant", FROM_LOGITS, ids=lambda x: getattr(x, "name", str(x)))
 @pytest.mark.usefixtures("on_triton", "no_launch_needs_memory")
 def test_no_variant_spills(work: Workload, variant: Variant) -> None:
-    """For an H200; and as many blocks fit a multiprocessor as the variant's name says."""
+    """Variants do not spill on an H200, and a multiprocessor can hold the number of blocks in their name."""
     subject = measure.Subject(variant, empty_batch(work, "meta"))
     with launches_for(TARGETS["sm_90"]) as kernels, variant.changes():
         subject.prepare()
         subject.step()
     for kernel in dict.fromkeys(kernels):
         used = resources(kernel)
-        assert used.spills <= 4, kernel.src.fn.__name__  # words; 16 warps spill four
+        assert used.spills <= 4, kernel.src.fn.__name__  # with 16 warps, four 32-bit words are spilled
         if "per multiprocessor" in variant.name and kernel.src.fn.__name__ == "fused_loss_kernel":
             wanted = int(variant.name.split()[0])
             assert used.threads * wanted == 1024 and used.registers * used.threads * wanted <= 65536

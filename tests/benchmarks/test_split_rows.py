@@ -1,8 +1,8 @@
-"""benchmarks/experiments/split_rows: the blocks of a row, each in a process of its own, and its machine code.
+"""The split kernel of benchmarks/experiments/split_rows: its results, its protocol, and its machine code.
 
-Triton's interpreter runs the programs of a grid one after another, and the first would wait for ever. Its
-loads and atomics do work on raw memory, though: `at_once` runs every program in a process of its own over
-shared memory, words, polling and all.
+Triton's interpreter runs the programs of a grid one after another, so the first one would wait forever. But
+its loads and atomics work on raw memory. `at_once` therefore runs each program in its own process, with
+tensors in shared memory.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ compiles = pytest.mark.skipif(
     "TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set: nothing compiles"
 )
 
-SECONDS = 1800  # until a launch counts as hung; it takes a second or two on an idle machine
+SECONDS = 1800  # until a launch counts as hung; on an idle machine it takes a second or two
 
-# Two groups of three blocks. A slice of 64 columns is four chunks of 16.
+# Two groups of three blocks. A slice of 64 columns has four chunks of 16.
 SMALL = Plan(
     PARTS=3, CHUNKS=4, BLOCK=16, THREADS=2, GROUP=8, PREFETCH=False, num_warps=1, maxnreg=96, groups=2
 )
@@ -54,9 +54,9 @@ SMALL = Plan(
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Within: the programs of a launch of the kernel under test run at the same time.
+    """Inside, the programs of a launch of the split kernel run at the same time.
 
-    A launch that takes longer than SECONDS fails, as does one of which a program fails.
+    A launch fails if one of its programs fails, or if it takes longer than SECONDS.
     """
     launch = interpreter.GridExecutor.__call__
 
@@ -81,7 +81,7 @@ def at_once() -> Iterator[None]:
 
 
 def fork(launch: Any, program: int, programs: int) -> tuple[int, int]:
-    """Process id and program of a process that runs the one program of a grid."""
+    """Starts a process that runs one program of the grid. Returns its process id and the program."""
     pid = os.fork()
     if pid:
         return pid, program
@@ -99,7 +99,7 @@ def fork(launch: Any, program: int, programs: int) -> tuple[int, int]:
 
 
 def wait_for(running: dict[int, int]) -> None:
-    """Takes from `running` those that have ended."""
+    """Waits until all programs have ended, and removes them from `running`."""
     deadline = time.monotonic() + SECONDS
     while running:
         for pid in list(running):
@@ -114,7 +114,7 @@ def wait_for(running: dict[int, int]) -> None:
 def run(
     batch: RandomBatch, spec: LossSpec, *, reference: bool, plan: Plan | None = SMALL, **options: Any
 ) -> tuple[Any, Tensor]:
-    """Output of `grpo_loss` in place, and the gradient. `plan`: None for this package's own kernel."""
+    """Output and gradient of `grpo_loss` in place. With `plan=None`, the package's own kernel runs."""
     leaf = batch.logits.clone().requires_grad_()
     with contextlib.ExitStack() as patches:
         if plan is not None:
@@ -122,7 +122,7 @@ def run(
             patches.enter_context(mock.patch.object(fused, "fused_loss", split))
             patches.enter_context(at_once())
         out = grpo_loss(
-            leaf * 1,  # a leaf may not be overwritten
+            leaf * 1,  # a copy, because a leaf must not be overwritten
             batch.completion_ids,
             batch.advantages,
             spec=spec,
@@ -140,7 +140,7 @@ def run(
 
 
 def same(got: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> None:
-    """Both kernels do the same in fp32, in another order: some ulp apart, relative to the largest numbers."""
+    """Asserts equality up to some ulp, because the kernels do the same in fp32 in another order."""
     (out, grad), (true_out, true_grad) = got, expected
     torch.testing.assert_close(out.loss, true_out.loss, rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(out.logps, true_out.logps, rtol=1e-6, atol=2e-6, equal_nan=True)
@@ -148,7 +148,7 @@ def same(got: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> None:
         torch.testing.assert_close(out.ref_logps, true_out.ref_logps, rtol=1e-6, atol=2e-6, equal_nan=True)
     for name, metric in out.metrics.items():
         torch.testing.assert_close(metric, true_out.metrics[name], rtol=1e-5, atol=1e-6, equal_nan=True)
-    # One ulp of the logits' dtype, of which both round to the nearest.
+    # Both round to the nearest number of the logits' dtype, so they differ by one ulp at most.
     rtol = 2 * torch.finfo(grad.dtype).eps if grad.dtype != torch.float32 else 2e-5
     torch.testing.assert_close(grad, true_grad, rtol=rtol, atol=1e-9, equal_nan=True)
 
@@ -165,7 +165,7 @@ CASES = {
 @pytest.mark.parametrize("prefetch", [False, True], ids=["", "prefetch"])
 @pytest.mark.parametrize("case", CASES)
 def test_against_fp64(case: str, prefetch: bool) -> None:
-    """More rows than groups; V = 130: two full slices, and one that ends within a vector of 8."""
+    """There are more rows than groups. V = 130 has two full slices, and one that ends inside a vector of 8."""
     spec, reference = CASES[case]
     batch = make_batch(3, 5, 130, seed=1)
     out, grad = run(
@@ -190,7 +190,7 @@ def test_against_fp64(case: str, prefetch: bool) -> None:
     for name in shared:
         metric, expected = out.metrics[name].double(), truth.metrics[name].double()
         torch.testing.assert_close(metric, expected, rtol=1e-5, atol=1e-5)
-    # fp32, whose log-probabilities err by 1e-6; the gradient is theirs times the ratio.
+    # Log-probabilities in fp32 have errors of 1e-6, which the ratio multiplies in the gradient.
     assert relative_error(grad, leaf.grad).max() < 2e-5
     inactive = ~batch.completion_mask | ((batch.advantages == 0)[:, None] & (spec.kl is None))
     assert inactive.any() and not grad[inactive].any()
@@ -201,7 +201,7 @@ def test_against_fp64(case: str, prefetch: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
 def test_against_the_fused_kernel(dtype: torch.dtype, reference: bool) -> None:
-    """With weights, temperatures and scale per token, padded columns, and a last slice of 8 columns."""
+    """Options: weights and temperatures per token, a scale, padded columns, and a last slice of 8 columns."""
     batch = make_batch(2, 6, 136 + 24, dtype=dtype, seed=2)
     options = {
         "vocab_size": 136,
@@ -219,9 +219,9 @@ def test_against_the_fused_kernel(dtype: torch.dtype, reference: bool) -> None:
 
 @interpreted
 def test_hard_rows() -> None:
-    """A slice, and all but the taken token, at -inf; the taken token at -inf; an id outside; NaN; inf.
+    """Rows with -inf in a slice, in all but the taken token or in the taken token; NaN, inf, and a wrong id.
 
-    And nothing but zeros, of which no word may be one.
+    The last row has only zeros, but its words must not be 0.
     """
     batch = make_batch(1, 9, 192, masked=0, inactive=0, seed=3)
     logits, ref_logits, ids = batch.logits, batch.ref_logits, batch.completion_ids
@@ -247,7 +247,7 @@ def test_hard_rows() -> None:
 @interpreted
 @pytest.mark.parametrize("prefetch", [False, True], ids=["", "prefetch"])
 def test_masked_rows_are_not_read(prefetch: bool) -> None:
-    """The reference's by their addresses; the policy's, which are the same loads, hold NaN."""
+    """Addresses show that for the reference. The policy has NaN in its masked rows."""
     plan = SMALL._replace(PREFETCH=prefetch)
     batch = make_batch(2, 5, 192, seed=4)
     masked = ~batch.completion_mask
@@ -274,7 +274,7 @@ def test_masked_rows_are_not_read(prefetch: bool) -> None:
 @interpreted
 @pytest.mark.parametrize("slow", range(3))
 def test_any_block_may_be_late(slow: int) -> None:
-    """Each block in turn loads and stores last; the others have to wait for it, row after row."""
+    """Each block in turn is the last to write its words, and the others wait for it in every row."""
     batch = make_batch(1, 4, 192, masked=0, inactive=0, seed=5)
     expected = run(batch, K3, reference=True, plan=None)
     launch = fork
@@ -297,8 +297,8 @@ def test_any_block_may_be_late(slow: int) -> None:
 
 
 @interpreted
-def test_a_hang_is_seen() -> None:
-    """Of a block that is not there, the others wait for the words for ever."""
+def test_a_hang_is_detected() -> None:
+    """If a block is missing, the others wait forever for its words."""
     batch = make_batch(1, 2, 192, masked=0, seed=6)
     launch = fork
 
@@ -313,7 +313,7 @@ def test_a_hang_is_seen() -> None:
         run(batch, K3, reference=True)
 
 
-def test_what_is_not_supported() -> None:
+def test_unsupported_options() -> None:
     batch = make_batch(1, 2, 192, seed=7)
     cases = {
         "entropy": {"return_entropy": True},
@@ -343,7 +343,7 @@ def test_what_is_not_supported() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("loss", ["grpo", "grpo_kl"])
 def test_machine_code(loss: str, variant: str, target: str) -> None:
-    """At most 4 words spilled, logits loaded once, 16 bytes at a time, no fence, no barrier while polling."""
+    """Few spills, each logit loaded once by 16-byte loads, no fence, and no barrier while polling."""
     kernel = compiled(Workload("logits", loss, 4096, 151936), target, **VARIANTS[variant])
     used = resources(kernel)
     assert used.spills <= 4 and used.shared_bytes < 1024, used
@@ -352,7 +352,7 @@ def test_machine_code(loss: str, variant: str, target: str) -> None:
     constant = constants(kernel)
     copies = (1 + (loss == "grpo_kl")) * (1 + constant["PREFETCH"])
     assert ptx.count("ld.global.v4.b32") == copies * constant["CHUNKS"]
-    # Besides them the row's target, the taken logits, and 4 bytes each of advantage, weight and old logp.
+    # The other loads are the target, the taken logits, and 4 bytes each of advantage, weight and old logp.
     assert len(re.findall(r"ld\.global\.\w+", ptx)) - copies * constant["CHUNKS"] <= 4 + copies
     assert ptx.count("ld.volatile.global.b64") == 2 * constant["KINDS"]
     polling = [x for x in Sass(kernel.asm["cubin"]).loops if x.count("LDG.E.64.STRONG") and not x.stores]
@@ -363,7 +363,7 @@ def test_machine_code(loss: str, variant: str, target: str) -> None:
 @pytest.mark.compile
 @compiles
 def test_the_grid_is_resident() -> None:
-    """By the registers of a multiprocessor, 65536, and its 132 of them."""
+    """The 65536 registers of each of 132 multiprocessors suffice for all blocks."""
     for V, dtype in itertools.product(
         (32000, 50257, 128256, 151936, 201088), (torch.bfloat16, torch.float32)
     ):

@@ -1,6 +1,6 @@
-"""What the kernels read and write, element by element: the traffic that they promise, and nothing outside.
+"""Kernels read and write each element as often as documented, and nothing outside of their tensors.
 
-Triton's interpreter shows every address; compiled kernels run the same loads and stores.
+Triton's interpreter shows every address. Compiled kernels execute the same loads and stores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
-    reason="addresses are seen in Triton's interpreter (TRITON_INTERPRET=1)",
+    reason="addresses are recorded in Triton's interpreter (TRITON_INTERPRET=1)",
 )
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -24,8 +24,8 @@ from benchmarks.traffic.addresses import Traffic, recording  # noqa: E402
 from grpo_kernels import KL, LogRatio, LossSpec, PPOClip, Reinforce, grpo_loss, selective_logps  # noqa: E402
 from grpo_kernels.testing import make_batch  # noqa: E402
 
-BLOCK = 512  # the kernels' smallest, of fp32
-# Less than a block, one, and full ones and a tail, which comes 1024 columns at a time.
+BLOCK = 512  # the smallest block of the kernels, for fp32
+# Less than a block, one block, and several blocks with a tail, which is processed 1024 columns at a time.
 sizes = pytest.mark.parametrize("vocab", [37, BLOCK, 4096 + 1029])
 
 
@@ -35,7 +35,7 @@ def traffic() -> Iterator[Traffic]:
         yield seen
 
 
-# Of the six tokens: two with a gradient, one clipped and one without advantage, and two masked.
+# Two of six tokens have a gradient, one is clipped, one has no advantage, and two are masked.
 ACTIVE, IDLE, MASKED = [0, 4], [1, 3], [2, 5]
 UNMASKED = ACTIVE + IDLE
 SPECS = {
@@ -65,7 +65,7 @@ def arguments(spec: LossSpec, vocab: int, dtype: torch.dtype = torch.float32) ->
 
 
 def active(spec: LossSpec) -> list[int]:
-    """Entropy and exact KL give every unmasked token a gradient; LogRatio is not clipped."""
+    """The tokens with a gradient: all unmasked ones with entropy or an exact KL. LogRatio does not clip."""
     if spec.kl is not None or spec.entropy_coef:
         return UNMASKED
     return [0, 1, 4] if isinstance(spec.surrogate, LogRatio) else ACTIVE
@@ -75,8 +75,8 @@ def rows(counts: Tensor, index: list[int]) -> Tensor:
     return counts.flatten(0, -2)[index]
 
 
-def but_taken(counts: Tensor, ids: Tensor) -> Tensor:
-    """The read of the taken token's logit by itself, where there was one, taken off."""
+def without_taken(counts: Tensor, ids: Tensor) -> Tensor:
+    """Subtracts the separate read of the taken token's logit, if there was one."""
     taken = counts.gather(-1, ids[..., None])
     return counts.scatter(-1, ids[..., None], torch.where(taken > 1, taken - 1, taken))
 
@@ -84,7 +84,7 @@ def but_taken(counts: Tensor, ids: Tensor) -> Tensor:
 @sizes
 @specs
 def test_forward_and_backward(traffic: Traffic, spec: LossSpec, vocab: int) -> None:
-    """The forward reads each unmasked row once, the backward each with a gradient; all is written once."""
+    """The forward reads unmasked rows once, the backward rows with a gradient. Outputs are written once."""
     given = arguments(spec, vocab)
     logits, ref_logits, ids = (
         given["logits"].requires_grad_(),
@@ -94,7 +94,7 @@ def test_forward_and_backward(traffic: Traffic, spec: LossSpec, vocab: int) -> N
     out = grpo_loss(**given)
     for x in (logits, ref_logits):
         if x is not None:
-            assert (rows(but_taken(traffic.reads(x), ids), UNMASKED) == 1).all()
+            assert (rows(without_taken(traffic.reads(x), ids), UNMASKED) == 1).all()
             assert not rows(traffic.reads(x), MASKED).any()
             assert not traffic.writes(x).any()
     assert (traffic.writes(out.logps) == 1).all()
@@ -116,12 +116,12 @@ def test_forward_and_backward(traffic: Traffic, spec: LossSpec, vocab: int) -> N
 @specs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_in_place(traffic: Traffic, spec: LossSpec, vocab: int, dtype: torch.dtype) -> None:
-    """One launch reads the logits twice at most, the second time out of the cache, and writes them once."""
+    """One launch reads rows with a gradient twice, other unmasked rows once, and writes all rows once."""
     given = arguments(spec, vocab, dtype)
     leaf, ids = given["logits"].requires_grad_(), given["completion_ids"]
     logits = leaf.clone()
     out = grpo_loss(**{**given, "logits": logits}, inplace=True)
-    reads = but_taken(traffic.reads(logits), ids)
+    reads = without_taken(traffic.reads(logits), ids)
     computed = active(spec)
     assert (rows(reads, computed) == 2).all()
     assert (rows(reads, [row for row in UNMASKED if row not in computed]) == 1).all()
@@ -129,7 +129,7 @@ def test_in_place(traffic: Traffic, spec: LossSpec, vocab: int, dtype: torch.dty
     assert (traffic.writes(logits) == 1).all()
     assert (traffic.writes(out.logps) == 1).all()
     if "ref_logits" in given:
-        by_reference = but_taken(traffic.reads(given["ref_logits"]), ids)
+        by_reference = without_taken(traffic.reads(given["ref_logits"]), ids)
         assert (rows(by_reference, computed) == (2 if spec.kl is not None else 1)).all()
         assert not rows(by_reference, MASKED).any() and not traffic.writes(given["ref_logits"]).any()
 
@@ -150,7 +150,7 @@ def test_a_factor_costs_one_pass(traffic: Traffic) -> None:
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
 def test_tokens(traffic: Traffic, inplace: bool) -> None:
-    """What is per token is read by the loss and by its metrics, never where masked, and written once."""
+    """Loss and metrics read tensors per token at most twice, never masked tokens, and write them once."""
     given = arguments(LossSpec(PPOClip(), KL("k3")), 37)
     logits, ref_logits = given.pop("logits").requires_grad_().clone(), given.pop("ref_logits")
     given["token_weights"] = torch.ones(2, 3)
@@ -193,10 +193,10 @@ def test_views_touch_nothing_else(traffic: Traffic, view: Any, inplace: bool) ->
         inplace=inplace,
     )
     for x in (logits, ref_logits):
-        assert (but_taken(traffic.reads(x), ids) == 1 + inplace).all()
+        assert (without_taken(traffic.reads(x), ids) == 1 + inplace).all()
         assert traffic.stays_within(x)
     out.loss.backward()
-    assert (but_taken(traffic.reads(logits), ids) == 2).all()
+    assert (without_taken(traffic.reads(logits), ids) == 2).all()
     assert traffic.stays_within(logits) and traffic.stays_within(ref_logits)
 
 
@@ -205,7 +205,7 @@ def test_views_touch_nothing_else(traffic: Traffic, view: Any, inplace: bool) ->
 def test_padding_columns_are_written_and_never_read(
     traffic: Traffic, softcap: float | None, inplace: bool
 ) -> None:
-    """With zeros, even in a row whose gradient is NaN."""
+    """They are zero even in a row whose gradient is NaN."""
     given = arguments(SPECS["exact KL"], 4096 + 5)
     vocab = 4096 - 700
     given["completion_ids"] %= vocab
@@ -228,20 +228,20 @@ def test_wrong_ids_are_never_dereferenced(traffic: Traffic, wrong: int, inplace:
     given = arguments(SPECS["exact KL"], 37)
     given["completion_ids"].fill_(wrong)
     logits = given.pop("logits").requires_grad_().clone()
-    # An address outside of the tensors fails the test by itself.
+    # `recording` fails if an address is outside of the tensors.
     grpo_loss(logits, **given, inplace=inplace).loss.backward()
     assert (traffic.reads(logits) <= 2).all()
 
 
 @sizes
 def test_selective_logps(traffic: Traffic, vocab: int) -> None:
-    """A row without an upstream gradient costs its zeros."""
+    """For a row without an upstream gradient, the backward only writes zeros."""
     batch = make_batch(1, 4, vocab)
     logits, mask = batch.logits.requires_grad_(), torch.tensor([[1, 1, 1, 0]])
     logps, entropy = selective_logps(
         logits, batch.completion_ids, mask=mask, return_entropy=True, backend="triton"
     )
-    assert (rows(but_taken(traffic.reads(logits), batch.completion_ids), [0, 1, 2]) == 1).all()
+    assert (rows(without_taken(traffic.reads(logits), batch.completion_ids), [0, 1, 2]) == 1).all()
     assert not rows(traffic.reads(logits), [3]).any()
     traffic.reset()
     upstream = torch.tensor([[1.0, 0.0, 0.0, 1.0]]) * logps + torch.tensor([[0.0, 0.0, 2.0, 1.0]]) * entropy

@@ -1,4 +1,4 @@
-"""The benchmark of a training step, on a tiny model: every way has its rows, and a wrong one is seen."""
+"""The benchmark of training steps with a tiny model: every way has rows, and a wrong loss is detected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from benchmarks.work.providers import PROVIDERS
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 FLOORS = ["TRL: no loss", "PyTorch: no loss"]
-# Not those that torch.compile has to compile first.
+# Without torch.compile, which takes long.
 TIMED = [
     "TRL: stock",
     "TRL: FusedGRPOTrainer",
@@ -65,7 +65,7 @@ def like_eager(batch: Any, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def altered(name: str, change: Callable[[Tensor], Tensor]) -> Way:
-    """The eager loss, changed."""
+    """A way with the eager loss, changed by `change`."""
     loss = lambda *given: change(like_eager(*given))  # noqa: E731
     return Way("PyTorch", name, functools.partial(plain_loop, loss=loss))
 
@@ -92,7 +92,7 @@ def test_every_way(run: Callable[..., list[record.Row]], tmp_path: Path) -> None
             }
             full, first = found["full", "speed"], found["first step", "loss"]
             assert {r.status for r in found.values()} == {"ok"}
-            # fp32 on both sides: rounding. CSVs have five digits.
+            # Both are fp32, so only rounding differs. CSVs have five digits.
             assert first.max_rel_err < 1e-6 and full.max_rel_err < 1e-5
             floor_ms = floor[f"{name.split(':')[0]}: no loss, {loss}"].y_value_50
             assert full.pct_of_floor == pytest.approx(100 * floor_ms / full.y_value_50, rel=1e-3)
@@ -129,7 +129,7 @@ def test_who_runs_out_of_memory_is_tried_with_less(run: Callable[..., list[recor
     ],
     ids=["loss", "gradient", "NaN"],
 )
-def test_a_wrong_way_is_said(
+def test_a_wrong_way_is_reported(
     run: Callable[..., list[record.Row]], change: Callable[[Tensor], Tensor], status: str
 ) -> None:
     rows = run([WAYS["PyTorch: no loss"], altered("wrong", change)], "--loss", "grpo")
@@ -137,7 +137,7 @@ def test_a_wrong_way_is_said(
 
 
 @pytest.mark.long
-def test_what_cannot_be_timed_is_said(run: Callable[..., list[record.Row]]) -> None:
+def test_a_way_without_timing_is_reported(run: Callable[..., list[record.Row]]) -> None:
     floor = WAYS["PyTorch: no loss"]
     absent = replace(floor, what="absent", package="no-such")
     rows = run([floor, absent], "--loss", "grpo")
@@ -147,8 +147,8 @@ def test_what_cannot_be_timed_is_said(run: Callable[..., list[record.Row]]) -> N
 
 
 @pytest.mark.long
-def test_nothing_is_left_of_a_way(run: Callable[..., list[record.Row]]) -> None:
-    """Or the next one would find less memory."""
+def test_a_way_frees_its_model(run: Callable[..., list[record.Row]]) -> None:
+    """Otherwise, the next way would have less memory."""
     models: list[weakref.ref[Any]] = []
 
     def watched(way: Way) -> Way:
@@ -161,7 +161,7 @@ def test_nothing_is_left_of_a_way(run: Callable[..., list[record.Row]]) -> None:
         return replace(way, make=make)
 
     names = ["TRL: no loss", "TRL: FusedGRPOTrainer", "PyTorch: no loss", "PyTorch: grpo_kernels"]
-    gc.disable()  # that it was collected in time is not to be luck
+    gc.disable()  # without luck: no collection between two ways
     try:
         rows = run([watched(WAYS[name]) for name in names], "--loss", "grpo_kl")
     finally:

@@ -65,9 +65,9 @@ def second_of(word):
 def poll(words_ptr, KINDS: tl.constexpr, PARTS: tl.constexpr):
     """Reads the words `[LANES]` of each kind once.
 
-    LANES is the width of a warp. Each warp polls separately and has each word in a different lane, so it needs
-    no barrier to know whether a word is missing. Warps may leave the loop at different times, because a word
-    does not change once it is written.
+    LANES is the width of a warp. Each warp polls separately and has each word in a different lane. So
+    it needs no barrier to know whether a word is missing. Warps may leave the loop at different times,
+    because a word does not change once it is written.
     """
     lanes = tl.arange(0, LANES)
     words = ()

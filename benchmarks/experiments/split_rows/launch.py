@@ -47,10 +47,10 @@ def plan_for(
     held_bytes: int | None = None,
     registers: int | None = None,
 ) -> Plan:
-    """A plan for the current GPU. A thread has `registers` registers and holds `held_bytes` of a row.
+    """A plan for the current GPU. A thread has `registers` registers and holds up to `held_bytes` of a row.
 
     The defaults compile without spills. A thread holds less if rows are not aligned to 16 bytes, because a
-    register then holds one logit. It also holds less if the next row is loaded in addition to reference logits.
+    register then holds one logit, and if the next row is loaded in addition to reference logits.
     """
     driver = triton.runtime.driver.active
     target = driver.get_current_target()
