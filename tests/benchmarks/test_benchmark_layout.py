@@ -1,4 +1,4 @@
-"""The layout of benchmarks/: which room imports which, and that every module says what it is for."""
+"""The layout of benchmarks/: imports between its folders point one way, and modules have docstrings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py"))
 
-# The rooms that each room may import. Imports point one way: a room comes after all those that it imports.
-# The files next to the rooms are commands and come last: `python -m benchmarks`, `python -m benchmarks.plot`.
+# The folders that each folder may import. A folder comes after those that it imports. The files next to the
+# folders are commands, such as `python -m benchmarks.plot`, and come last.
 COMMANDS = "."
 ALLOWED: dict[str, set[str]] = {
     "tables": set(),
@@ -25,12 +25,12 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
-def room(module: str) -> str:
+def folder(module: str) -> str:
     return module.split("/")[0] if "/" in module else COMMANDS
 
 
 def imports(module: str) -> set[str]:
-    """The modules of benchmarks/ that this one imports, also inside functions."""
+    """The modules of benchmarks/ that a module imports, at its top or inside functions."""
     parents = ["benchmarks", *module.split("/")[:-1]]
     found = set()
     for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
@@ -48,29 +48,28 @@ def path_of(name: str) -> str:
     return name.removeprefix("benchmarks.").replace(".", "/")
 
 
-def test_every_module_is_in_a_room() -> None:
-    assert {room(module) for module in MODULES} == ALLOWED.keys()
+def test_the_folders_are_known() -> None:
+    assert {folder(module) for module in MODULES} == ALLOWED.keys()
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_between_rooms_point_one_way(module: str) -> None:
+def test_imports_between_folders_point_one_way(module: str) -> None:
     order = list(ALLOWED)
     found = imports(module)
     assert found <= set(MODULES)
-    rooms = {room(name) for name in found} - {room(module)}
-    assert rooms <= ALLOWED[room(module)]
-    assert all(order.index(name) < order.index(room(module)) for name in rooms)
+    folders = {folder(name) for name in found} - {folder(module)}
+    assert folders <= ALLOWED[folder(module)]
+    assert all(order.index(name) < order.index(folder(module)) for name in folders)
 
 
-def test_no_modules_import_each_other() -> None:
-    """Neither directly nor through others."""
+def test_there_is_no_import_cycle() -> None:
     graph = {module: imports(module) for module in MODULES}
     while graph:
         free = {module for module, found in graph.items() if not found & graph.keys()}
-        assert free, f"modules that import each other are among {sorted(graph)}"
+        assert free, f"there is a cycle among {sorted(graph)}"
         graph = {module: found for module, found in graph.items() if module not in free}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_say_what_they_are_for(module: str) -> None:
+def test_modules_have_docstrings(module: str) -> None:
     assert ast.get_docstring(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8")))

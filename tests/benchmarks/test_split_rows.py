@@ -165,7 +165,7 @@ CASES = {
 @pytest.mark.parametrize("prefetch", [False, True], ids=["", "prefetch"])
 @pytest.mark.parametrize("case", CASES)
 def test_against_fp64(case: str, prefetch: bool) -> None:
-    """There are more rows than groups. V = 130 has two full slices, and one that ends inside a vector of 8."""
+    """There are more rows than groups. V = 130 has two full slices and one that ends in a vector of 8."""
     spec, reference = CASES[case]
     batch = make_batch(3, 5, 130, seed=1)
     out, grad = run(
