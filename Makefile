@@ -65,7 +65,7 @@ study: $(VENV)/.trl  ## train the demo's task under five losses; figure and tabl
 
 bench: $(VENV)/.bench  ## run the benchmarks on the CPU (those of verl where `make test-verl` has installed it)
 	$(PY) -m pytest benchmarks/ $(BENCHMARK) $(ARGS)
-	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/test_cpu_trainers.py -k verl $(BENCHMARK) $(ARGS)
+	! test -x $(VERL)/bin/python || $(VERL)/bin/python -m pytest benchmarks/training_step/test_cpu_trainers.py -k verl $(BENCHMARK) $(ARGS)
 
 bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (starts nothing new after LIMIT=480 seconds)
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks --device cuda --limit $(LIMIT) $(ARGS)

@@ -1,6 +1,6 @@
-"""Figures from a run's CSV, and from nothing else.
+"""Draws the figures of a run from its CSV.
 
-python -m benchmarks.plot                        # of every run in benchmarks/results/
+python -m benchmarks.plot                        # every run in benchmarks/results/
 python -m benchmarks.plot some/where/mine.csv    # docs/benchmarks_mine_logits.png and ..._linear.png
 """
 
@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from . import record
-from .record import Row
+from .tables import record
+from .tables.record import Row
 
 DOCS = record.ROOT / "docs"
 COLOURS = {
@@ -38,7 +38,7 @@ COLOURS = {
 
 
 class Point(NamedTuple):
-    """What a provider reached on one workload."""
+    """Results of one provider on one workload."""
 
     provider: str
     work: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Point(NamedTuple):
 
 
 def points(rows: list[Row], form: str) -> list[Point]:
-    """In the order of the CSV."""
+    """The timed steps of a form, in the order of the CSV."""
     steps: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         timed = row.kernel_operation_mode == "full" and row.status == "ok"
@@ -68,13 +68,13 @@ def points(rows: list[Row], form: str) -> list[Point]:
 
 
 def select(found: list[Point], base: Mapping[str, Any], **wanted: Any) -> list[Point]:
-    """Those whose workload is `base` but for what is `wanted`; `...` takes any."""
+    """The points whose workload equals `base`, changed by `wanted`; `...` accepts any value."""
     wanted = {**base, **wanted}
     return [p for p in found if all(x is ... or p.work[name] == x for name, x in wanted.items())]
 
 
 def figure(rows: list[Row], form: str) -> plt.Figure:
-    """Four views of the loss that the run began with."""
+    """Four charts of the workload that the run began with."""
     found = points(rows, form)
     base = found[0].work
     chart, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
@@ -102,7 +102,7 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
 
 
 def without_figures(rows: list[Row], form: str) -> str:
-    """Who is missing, and why: the first word of it."""
+    """The providers that have no timing, each with the first word of its status."""
     drawn = {p.provider for p in points(rows, form)}
     of = (row for row in rows if row.kernel_name.startswith(f"{form} ") and row.kernel_provider not in drawn)
     missing = {row.kernel_provider: row.status.split(":")[0] for row in of}
@@ -117,7 +117,7 @@ def providers(found: list[Point]) -> list[str]:
 def against_T(
     axes: Axes, found: list[Point], label: str, value: Callable[[Point], float], *, floor: bool = False
 ) -> None:
-    """Lines over T; where there is one T only, bars."""
+    """A line over T for each provider; bars if there is only one T."""
     lengths = sorted({p.work["T"] for p in found})
     if len(lengths) == 1:
         grouped(axes, {f"T={lengths[0]}": found}, label, value)
@@ -139,7 +139,7 @@ def against_T(
 def grouped(
     axes: Axes, groups: Mapping[str, list[Point]], label: str, value: Callable[[Point], float]
 ) -> None:
-    """Bars, one of each provider in each group."""
+    """Groups of bars, with one bar for each provider."""
     groups = {name: group for name, group in groups.items() if group}
     if not groups:
         axes.set_axis_off()
@@ -161,8 +161,14 @@ def grouped(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.splitlines()[0])
-    parser.add_argument("csv", nargs="*", type=Path, default=sorted(record.RESULTS.glob("*.csv")))
-    parser.add_argument("--output", type=Path, default=DOCS, help="folder, default: docs")
+    parser.add_argument(
+        "csv",
+        nargs="*",
+        type=Path,
+        default=sorted(record.RESULTS.glob("*.csv")),
+        help="default: every run in benchmarks/results/",
+    )
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder; default: docs")
     args = parser.parse_args()
     for path in args.csv:
         if not record.is_run(path):

@@ -1,115 +1,36 @@
-"""The tables of docs/benchmarks.md and docs/tuning.md, from the CSVs and from nothing else.
+"""Writes the tables of docs/benchmarks.md and docs/tuning.md from the CSVs in benchmarks/results/.
 
     python -m benchmarks.report
 
-replaces what stands between `<!-- cpu.csv -->` and `<!-- end -->` by the table of benchmarks/results/cpu.csv,
-and so for every other CSV that is named in this way; `<!-- predictions -->` stands for what experiments are
-expected to show.
+The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the table of benchmarks/results/cpu.csv,
+and the same for any other CSV. `<!-- predictions -->` begins the table of what the experiments should show.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from . import record
-from .record import Row
+from .experiments import tables as experiments
+from .machine_code import comparison
+from .tables import record
+from .tables.run_table import run_table
+from .traffic import tables as traffic
 
-IDLE = {"masked": "masked", "inactive": "without advantage"}
 PAGES = tuple(record.ROOT / "docs" / name for name in ("benchmarks.md", "tuning.md"))
 SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv|predictions) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], *, text_columns: int = 1) -> str:
-    rules = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rules, *lines))
-
-
-def notes(reasons: Iterable[tuple[str, str]], works: Collection[str]) -> str:
-    """Why there are no figures, and of which works where it is not all of them: pairs of the two."""
-    of: dict[str, dict[str, None]] = {}
-    for why, work in reasons:
-        of.setdefault(why, {})[work] = None
-    return "".join(
-        f"* {why}{'' if len(x) == len(works) else ' (' + '; '.join(x) + ')'}\n" for why, x in of.items()
-    )
-
-
-def run_table(path: Path) -> str:
-    """One for each form."""
-    rows = list(record.read(path))
-    first = rows[0]
-    where = f"{first.gpu_name}; torch {first.torch}, Triton {first.triton}, commit {first.commit}"
-    floors = (
-        f"{r.kernel_provider} {r.y_value_50:.4g} {r.metric_unit}" for r in rows if r.kernel_name == "floor"
-    )
-    forms = dict.fromkeys(row.kernel_name.split()[0] for row in rows if row.kernel_name != "floor")
-    tables = (form_table(form, [r for r in rows if r.kernel_name.startswith(f"{form} ")]) for form in forms)
-    return "\n".join([f"{where}, {first.timestamp[:10]}. Floors: {', '.join(floors)}.\n", *tables])
-
-
-def form_table(form: str, rows: Sequence[Row]) -> str:
-    """A line for each provider and workload; those of which there is nothing to time are summed up below."""
-    sizes = dict.fromkeys(map(sizes_of, rows))
-    steps: dict[tuple[str, str], dict[str, Row]] = {}
-    reasons, works = [], {}
-    for row in rows:
-        work = description(row, with_sizes=len(sizes) > 1)
-        works[work] = None
-        if row.status == "ok":
-            part = "memory" if row.metric_name == "memory" else row.kernel_operation_mode
-            steps.setdefault((work, row.kernel_provider), {})[part] = row
-        else:
-            reasons.append((f"{row.kernel_provider}: {row.status}", work))
-    lines, before = [], ""
-    for (work, provider), part in steps.items():
-        full = part["full"]
-        lines.append((
-            "" if work == before else f"{work}, floor {full.floor}",
-            " ".join(filter(None, (provider, full.provider_version))),
-            f"**{full.y_value_50:.4g}** ({full.y_value_20:.4g} to {full.y_value_80:.4g})",
-            *(f"{part[name].y_value_50:.4g}" if name in part else "" for name in ("forward", "backward")),
-            f"{full.pct_of_floor:.0f}",
-            f"{part['memory'].y_value_50:.0f}",
-            f"{full.max_rel_err:.0e}",
-        ))  # fmt: skip
-        before = work
-    title = form if len(sizes) > 1 else f"{form}, {next(iter(sizes))}"
-    head = (title, "provider", "ms (20 to 80 %)", "forward", "backward", "% of floor", "MiB", "error")
-    return "\n".join(filter(None, (markdown(head, lines, text_columns=2), notes(reasons, works))))
-
-
-def description(row: Row, *, with_sizes: bool) -> str:
-    work = record.config(row)
-    idle = [
-        *(f"{share(work[name])} {what}" for name, what in IDLE.items() if work[name]),
-        *(["frozen head"] if work["frozen_head"] else []),
-    ]
-    return ", ".join([work["loss"], *([sizes_of(row)] if with_sizes else []), *idle])
-
-
-def share(fraction: float) -> str:
-    return "half" if fraction == 0.5 else f"{fraction:.0%}"
-
-
-def sizes_of(row: Row) -> str:
-    work = record.config(row)
-    return ", ".join(f"{name}={work[name]}" for name in ("T", "V", "H") if work[name])
-
-
 def table(path: Path) -> str:
-    # The other modules make their tables with `markdown`.
-    if path.name == "predictions" or path.stem.endswith("-experiments"):
-        from . import experiments
-
-        return experiments.predictions() if path.name == "predictions" else experiments.table(path)
+    if path.name == "predictions":
+        return experiments.predictions()
+    if path.stem.endswith("-experiments"):
+        return experiments.table(path)
     if record.is_run(path):
         return run_table(path)
-    from . import compiled, traffic
-
     tables = {
-        "compiled.csv": compiled.tables,
+        "compiled.csv": comparison.tables,
         "traffic.csv": traffic.traffic_tables,
         "operations.csv": traffic.operations_table,
     }
@@ -117,6 +38,8 @@ def table(path: Path) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.parse_args()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         page.write_text(

@@ -87,7 +87,7 @@ def quick_interpreter() -> Iterator[None]:
     if NO_TRITON is not None or not INTERPRETED:
         yield
         return
-    from benchmarks import addresses
+    from benchmarks.traffic import addresses
 
     with addresses.quick_interpreter():
         yield

@@ -22,9 +22,11 @@ pytestmark = [
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from benchmarks.cases import CASES  # noqa: E402
-from benchmarks.machine_code import PASSES, Figures, compiled  # noqa: E402
-from benchmarks.sass import MAX_THREADS, TARGETS, Sass, launches_for, resources  # noqa: E402
+from benchmarks.machine_code.cases import CASES  # noqa: E402
+from benchmarks.machine_code.figures import PASSES, Figures, compiled  # noqa: E402
+from benchmarks.machine_code.no_gpu import MAX_THREADS, TARGETS, launches_for  # noqa: E402
+from benchmarks.machine_code.resources import resources  # noqa: E402
+from benchmarks.machine_code.sass import Sass  # noqa: E402
 
 SHARED_BYTES = 48 * 1024  # a block has this much everywhere, without asking for more
 

@@ -1,7 +1,8 @@
 """Nothing outside its tensors is read or written, no input changes, and whoever misuses `inplace` is told.
 
 Every tensor argument is a part of a buffer of poison, and so is all that the package allocates: what strays
-reads NaN or leaves a trace. In Triton's interpreter every address is checked too: benchmarks/addresses.py.
+reads NaN or leaves a trace. In Triton's interpreter every address is checked too:
+benchmarks/traffic/addresses.py.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def watching(backend: str) -> AbstractContextManager[Any]:
     """In the interpreter an address beside the elements of a kernel's tensors raises."""
     if backend != "triton" or not INTERPRETED:
         return contextlib.nullcontext()
-    from benchmarks.addresses import recording
+    from benchmarks.traffic.addresses import recording
 
     return recording()
 

@@ -16,7 +16,7 @@ JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
 if not hasattr(JITFunction, "_do_compile"):
     pytest.skip("Triton before 3.5 has no place to count what it would compile", allow_module_level=True)
 
-from benchmarks.sass import TARGETS, variants_for  # noqa: E402
+from benchmarks.machine_code.no_gpu import TARGETS, variants_for  # noqa: E402
 from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss, linear_losses  # noqa: E402
 
 # 1 and multiples of 16, which Triton treats apart unless told not to; odd ones; and some with which the

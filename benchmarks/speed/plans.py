@@ -1,0 +1,75 @@
+"""The workloads and their order. The most informative come first, because a run can end at its time limit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ..work.workload import Workload
+
+VOCABULARIES = (151936, 128256, 32000)  # Qwen, Llama 3, Llama 2
+TOKENS = (8192, 16384, 4096, 32768)
+HIDDEN = (4096, 2048)
+IDLE = ({"inactive": 0.5}, {"masked": 0.5})
+
+
+def plan(forms: list[str], device: torch.device, *, quick: bool) -> list[Workload]:
+    """The workloads of a run. The forms take turns."""
+    if quick:
+        small = smoke(device)
+    elif device.type == "cuda":
+        small = None
+    else:
+        small = on_cpu()
+    orders = [list(full(form)) if small is None else [w for w in small if w.form == form] for form in forms]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*orders))
+    return [work for work in dict.fromkeys(turns) if work is not None]
+
+
+def full(form: str) -> Iterator[Workload]:
+    """All workloads of a form, for a GPU."""
+    H = HIDDEN[0] if form == "linear" else 0
+    first = Workload(form, "grpo_kl" if form == "logits" else "grpo", TOKENS[0], VOCABULARIES[0], H)
+    other = replace(first, loss="grpo" if form == "logits" else "grpo_kl")
+    yield first
+    for idle in IDLE:
+        yield replace(first, loss="grpo", **idle)
+    yield other
+    for T, V in itertools.product(TOKENS[:2], VOCABULARIES[:2]):
+        yield replace(first, T=T, V=V)
+    if form == "linear":
+        yield replace(first, loss="cross_entropy")
+        yield replace(first, frozen_head=True)
+        yield replace(first, H=HIDDEN[1])
+    for T in TOKENS:
+        yield replace(first, T=T)
+    yield replace(first, loss="log_ratio")
+    yield replace(first, loss="log_ratio", inactive=0.5)
+    for V, T in itertools.product(VOCABULARIES, TOKENS):
+        yield replace(first, T=T, V=V)
+    if form == "linear":
+        yield replace(first, T=65536)
+    for H, loss, idle, T in itertools.product(
+        HIDDEN if form == "linear" else (0,), (first.loss, other.loss), ({}, *IDLE), TOKENS
+    ):
+        yield replace(first, H=H, loss=loss, T=T, **idle)
+
+
+def on_cpu() -> list[Workload]:
+    """Sizes for a CPU, in fp32."""
+    logits = Workload("logits", "grpo", 2048, 32000, dtype=torch.float32)
+    linear = Workload("linear", "grpo", 4096, 32000, 512, dtype=torch.float32)
+    works = [replace(base, **idle) for idle in ({}, *IDLE) for base in (logits, linear)]
+    works += [replace(base, loss="grpo_kl") for base in (logits, linear)]
+    return [*works, replace(linear, loss="cross_entropy"), replace(linear, frozen_head=True)]
+
+
+def smoke(device: torch.device) -> list[Workload]:
+    """Small sizes that take seconds each, to see that everything runs."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    T, V, H = (2048, 32000, 1024) if device.type == "cuda" else (256, 8000, 128)
+    bases = Workload("logits", "grpo", T, V, dtype=dtype), Workload("linear", "grpo", T, V, H, dtype=dtype)
+    return [replace(base, **change) for base in bases for change in ({}, *IDLE, {"loss": "grpo_kl"})]

@@ -1,0 +1,184 @@
+"""Runs providers on workloads and writes each result to the CSV at once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+from ..tables import record
+from ..work.batch import Batch, make_batch
+from ..work.providers import Provider
+from ..work.workload import Workload
+from . import gate, measure
+
+GRACE = 40  # seconds from the time limit until a run counts as hung
+QUANTILES = ("y_value_50", "y_value_20", "y_value_80")
+
+
+def first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+class Outcome(NamedTuple):
+    """The result of one provider on one workload."""
+
+    status: str  # "ok", or why there is no timing
+    error: float | None = None
+    timings: Mapping[str, measure.Timing] = MappingProxyType({})
+    memory_mib: float | None = None
+
+
+class Run:
+    """Checks, times and records each pair of workload and provider."""
+
+    def __init__(
+        self,
+        todo: Iterable[tuple[Workload, Provider]],
+        *,
+        device: torch.device,
+        output: Path,
+        limit: float | None,  # seconds
+    ) -> None:
+        self.device = device
+        self.todo = deque(todo)
+        self.works = list(dict.fromkeys(work for work, _ in self.todo))
+        self.limit = limit
+        self.started = time.monotonic()
+        self.broken: str | None = None  # why nothing can run any more
+        self.output = output
+        self.table = record.Table(output)
+        products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
+        shapes = sorted(products) or [(4096, 1024, 4096)]
+        self.floors = measure.floors(self.device, shapes, self.works[0].dtype)
+
+    def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
+        """The name of a pair's rows, and its configuration."""
+        return f"{work.form} {work.loss}", asdict(work) | {"dtype": str(work.dtype)[6:]}
+
+    def __call__(self) -> None:
+        """Measures the machine's rates, then every pair."""
+        self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
+        self.write_rate("matrix product", self.floors.flop_per_s / 1e12, "TFLOP/s")
+        watchdog = threading.Timer((self.limit or threading.TIMEOUT_MAX - GRACE) + GRACE, self.give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        batch: Batch | Outcome | None = None
+        last: Workload | None = None
+        while self.todo:
+            work, provider = self.todo[0]
+            if work != last:
+                print(
+                    f"\n{work}: floor {work.floor.formula}, {self.floors.ms(work.floor):.3g} ms", flush=True
+                )
+                batch, last = None, work
+            status = self.reason_against(provider, work)
+            if status is not None:
+                outcome = Outcome(status)
+            else:
+                batch = batch or self.make_batch(work)
+                outcome = self.attempt(provider, batch) if isinstance(batch, Batch) else batch
+                self.clean(provider)
+            self.write(work, provider, outcome)
+            self.todo.popleft()
+        watchdog.cancel()
+        print(f"\n{self.output}")
+
+    def give_up(self) -> None:
+        """Ends a run that hangs, after a row for each pair that is left."""
+        (work, provider), *rest = self.todo
+        self.write(work, provider, Outcome(f"failed: it had not ended {GRACE} s after the limit"))
+        for work, provider in rest:
+            self.write(work, provider, Outcome("not run: another provider hung"))
+        os._exit(1)
+
+    def make_batch(self, work: Workload) -> Batch | Outcome:
+        torch.compiler.reset()  # after several sizes, Dynamo would silently fall back to eager
+        try:
+            return make_batch(work, self.device)
+        except RuntimeError as error:
+            return Outcome(f"failed: no batch: {first_line(error)}")
+
+    def reason_against(self, provider: Provider, work: Workload) -> str | None:
+        """The status of a pair that cannot run, or None."""
+        if self.broken is not None:
+            return f"not run: {self.broken}"
+        if self.limit is not None and time.monotonic() - self.started > self.limit:
+            return f"not run: the limit of {self.limit:g} s was reached"
+        reason = provider.reason_against(work, self.device)
+        return None if reason is None else f"skipped: {reason}"
+
+    def attempt(self, provider: Provider, batch: Batch) -> Outcome:
+        try:
+            verdict = gate.check(provider, batch)
+            if verdict.wrong is not None:
+                return Outcome(f"wrong: {verdict.wrong}", verdict.error)
+            subject = measure.Subject(provider, batch)
+            mib = measure.memory(subject, self.device)
+            return Outcome("ok", verdict.error, measure.timings(subject, self.device), mib)
+        # Any error of a provider is a result; the others continue.
+        except Exception as error:
+            return Outcome(f"failed: {type(error).__name__}: {first_line(error)}")
+
+    def clean(self, provider: Provider) -> None:
+        """Frees memory, and detects whether the provider broke the GPU's context."""
+        gc.collect()
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                self.broken = f"{provider.name} has broken the GPU's context ({first_line(error)})"
+
+    def write(self, work: Workload, provider: Provider, outcome: Outcome) -> None:
+        """Writes a row for each timed part and one for memory, or one row with the status."""
+        floor_ms = self.floors.ms(work.floor)
+        name, config = self.describe(work, provider)
+        common = {
+            "kernel_name": name,
+            "kernel_provider": provider.name,
+            "x_value": work.T,
+            "extra_benchmark_config_str": json.dumps(config),
+            "floor": work.floor.formula,
+            "max_rel_err": outcome.error,
+            "status": outcome.status,
+            "provider_version": provider.version,
+        }
+        if outcome.status != "ok":
+            self.add(**common, kernel_operation_mode="full", metric_name="speed", metric_unit="ms")
+            print(f"  {provider.name}: {outcome.status}", flush=True)
+            return
+        for mode, timing in outcome.timings.items():
+            values = dict(zip(QUANTILES, timing, strict=True))
+            if mode == "full":
+                unit, scale = ("GB/s", 1e-6) if work.floor.unit == "B" else ("TFLOP/s", 1e-9)
+                values |= {"pct_of_floor": 100 * floor_ms / timing.median, "rate_unit": unit}
+                values["rate"] = scale * work.floor.amount / timing.median
+            self.add(**common, **values, kernel_operation_mode=mode, metric_name="speed", metric_unit="ms")
+        peak = dict.fromkeys(QUANTILES, outcome.memory_mib)
+        self.add(**common, **peak, kernel_operation_mode="full", metric_name="memory", metric_unit="MiB")
+        print(
+            f"  {provider.name}: "
+            + ", ".join(f"{mode} {timing.median:.4g}" for mode, timing in outcome.timings.items())
+            + f" ms, {100 * floor_ms / outcome.timings['full'].median:.0f} % of the floor, "
+            + f"{outcome.memory_mib:.0f} MiB, error {outcome.error:.1e}",
+            flush=True,
+        )
+
+    def write_rate(self, what: str, rate: float, unit: str) -> None:
+        values = {"metric_name": "rate", "metric_unit": unit, **dict.fromkeys(QUANTILES, rate)}
+        self.add(**values, kernel_name="floor", kernel_provider=what, status="ok")
+        print(f"floor: {what} {rate:.4g} {unit}")
+
+    def add(self, **values: object) -> None:
+        self.table.add(record.row(self.device, **values))

@@ -1,0 +1,1 @@
+"""Reads and writes the CSVs of results, and formats Markdown tables."""

@@ -1,0 +1,1 @@
+"""Workloads, their random batches, and the providers that compute the loss."""
