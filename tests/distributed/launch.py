@@ -53,8 +53,12 @@ def run_workers(script: Path, nproc: int, tmp_path: Path, *, pairwise: bool = Fa
 def torchrun(script: Path, nproc: int, *arguments: str) -> str:
     """What the launcher and the ranks print, errors too."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    path = f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    paths = [str(TESTS), str(TESTS / "shared"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.Popen(
         [*command, str(script), *arguments],
         env=environment,

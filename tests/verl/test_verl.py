@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_custom_losses import page
+from documented_losses import page
 from torch import Tensor
 
 from grpo_kernels import (
