@@ -16,7 +16,7 @@ from grpo_kernels.linear import Chunks
 
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
-    """Runs a call on its tensors by themselves, then amid poison."""
+    """Return a function that runs a call on plain tensors and amid poison, and compares the results."""
     chunks: list[Tensor] = []
     buffer = Chunks.buffer
 
@@ -32,7 +32,7 @@ def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
         aligned: bool | None = None,
         wrong: bool = False,
     ) -> None:
-        """`wrong`: an id is, and the loss NaN."""
+        """With `wrong`, the call has an invalid id and its loss is NaN."""
         options: dict[str, Any] = {} if backend is None else {"backend": backend}
         options |= {"inplace": True} if inplace else {}
         tensors = {name: x.to(device) for name, x in call.tensors.items()}
@@ -67,15 +67,15 @@ def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
         if inplace:
             logits, grad = placed["logits"], got["gradient by logits"]
             got["gradient by logits"] = logits.within(grad)
-            assert not logits.beside(grad).any()
+            assert not logits.around(grad).any()
             assert torch.equal(bits(logits.within(written)), bits(logits.within(grad)))
-            assert torch.equal(bits(logits.beside(written)), bits(logits.beside(before["logits"])))
-        # On a GPU what PyTorch adds up, it adds up by alignment.
+            assert torch.equal(bits(logits.around(written)), bits(logits.around(before["logits"])))
+        # On a GPU the order of PyTorch's sums depends on the alignment.
         exact = device == "cpu" or (backend == "triton" and "hidden" not in tensors)
         assert_same(got, wanted, exact=exact, equal_nan=wrong, **products)
         assert got["loss" if "loss" in got else "output 0"].isnan().any() == wrong
         for name, x in placed.items():
-            assert torch.equal(bits(x.buffer), bits(before[name])), f"{name} or what surrounds it has changed"
+            assert torch.equal(bits(x.buffer), bits(before[name])), f"{name} or its surroundings have changed"
             assert x.buffer._version == versions[name], f"{name} was written by an operator"
             assert seen is None or not seen.writes(x.buffer).any(), f"{name} was written by a kernel"
         allocations.check()

@@ -17,7 +17,7 @@ from grpo_kernels import KL, LogRatio, LossSpec, PPOClip, grpo_loss, linear_grpo
 IN_PLACE = "modified by an inplace operation"
 
 
-# Memory of one tensor for the logits and the reference's: rows of one in another's place, or in part.
+# Views of one tensor for the policy's and the reference's logits, with rows that overlap other rows.
 OVERLAPPING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
     "a token ahead": ((2, 4, 37), lambda x: (x[:, :-1], x[:, 1:])),
     "a token behind": ((2, 4, 37), lambda x: (x[:, 1:], x[:, :-1])),
@@ -33,12 +33,12 @@ APART: dict[str, tuple[tuple[int, ...], Callable[[Tensor], tuple[Tensor, Tensor]
     "side by side": ((2, 3, 74), lambda x: (x[..., :37], x[..., 37:])),
 }
 both_steps = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["forward", "backward"])
-"""When the gradient is written: fp16 waits for the backward."""
+"""Dtypes whose gradient is written in the forward, and in the backward."""
 EXACT = LossSpec(PPOClip(), KL("exact"))
 
 
 class TestMisuse:
-    """Whatever autograd can see raises, and what shares memory with the logits is told apart."""
+    """Misuse that autograd can detect raises, and so does a reference that overlaps the logits."""
 
     @pytest.fixture(autouse=True)
     def a_chunk_is_a_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,12 +82,12 @@ class TestMisuse:
             loss = self.loss(logits, backend, ref_logits=ref_logits, spec=EXACT, inplace=inplace)
             grads += torch.autograd.grad(loss, leaf)
         assert grads[0].any() or name == "the same"
-        # Where terms cancel the two sum in other orders.
+        # The two paths sum in different orders, which shows if terms cancel.
         torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
 
     @both_steps
     def test_leaf_that_is_a_view(self, backend: str, device: str, dtype: torch.dtype) -> None:
-        """Of a tensor that requires no gradient."""
+        """The leaf is a view of a tensor that requires no gradient."""
         memory = self.leaf(device, dtype).detach()
         before = memory.clone()
         with pytest.raises(RuntimeError, match=r"inplace.*leaf"):
@@ -95,7 +95,7 @@ class TestMisuse:
         assert torch.equal(memory, before)
 
     def test_one_of_several_views(self, backend: str, device: str) -> None:
-        """Autograd knows no in-place operation on what `chunk` returns."""
+        """Autograd forbids in-place operations on the views that `chunk` returns."""
         logits, _ = self.leaf(device, torch.float32, 4, 3, 37).clone().chunk(2)
         with pytest.raises(RuntimeError, match="multiple views"):
             self.loss(logits, backend, inplace=True).backward()
@@ -121,7 +121,7 @@ class TestMisuse:
             sum(losses).backward()
 
     def other_use(self, logits: Tensor, backend: str) -> Tensor:
-        """Whose backward reads the logits."""
+        """Return another function of the logits. Its backward reads them."""
         ids = torch.zeros(2, 3, dtype=torch.long, device=logits.device)
         logps = selective_logps(logits, ids, backend=backend)
         assert isinstance(logps, Tensor)
@@ -129,7 +129,7 @@ class TestMisuse:
 
     @both_steps
     def test_another_use_before(self, backend: str, device: str, dtype: torch.dtype) -> None:
-        """Its backward raises from when on the gradient is written."""
+        """The backward of the other use raises once the gradient has been written."""
         logits = self.leaf(device, dtype).clone()
         other = self.other_use(logits, backend)
         loss = self.loss(logits, backend, inplace=True)
@@ -141,7 +141,7 @@ class TestMisuse:
 
     @both_steps
     def test_another_use_after(self, backend: str, device: str, dtype: torch.dtype) -> None:
-        """What it finds nobody can know; but where it finds something else in its backward, that raises."""
+        """A use after the loss reads unspecified values. Its backward raises if they have changed since."""
         logits = self.leaf(device, dtype).clone()
         loss = self.loss(logits, backend, inplace=True)
         other = self.other_use(logits, backend)
@@ -154,7 +154,7 @@ class TestMisuse:
     def test_reference_written_before_the_backward(
         self, backend: str, device: str, inplace: bool, kl: KL | None
     ) -> None:
-        """It raises where the backward reads the reference, and changes nothing where it does not."""
+        """The backward raises if it reads the reference. Otherwise the gradient is unchanged."""
         grads = []
         for write in (False, True):
             leaf, ref_logits = self.leaf(device, torch.float32), self.leaf(device, torch.float32).detach() / 2
@@ -172,7 +172,7 @@ class TestMisuse:
     @pytest.mark.parametrize("name", ["hidden", "lm_head_weight"])
     @pytest.mark.parametrize("level", ["token", "sequence"])
     def test_head_written_before_the_backward(self, backend: str, device: str, name: str, level: str) -> None:
-        """As an optimizer's step would: the gradient is made before or the backward raises."""
+        """Like an optimizer step: either the gradient was computed before, or the backward raises."""
         call = bare((2, 3), 37, hidden=True)
         given = {each: x.to(device) for each, x in call.tensors.items()}
         leaves = [given[each].requires_grad_() for each in call.learns]
@@ -194,11 +194,11 @@ class TestMisuse:
 
 @NEEDS_DYNAMO
 class TestMisuseInAGraph:
-    """Under torch.compile, which makes two steps and copies of its own."""
+    """torch.compile takes two steps and makes its own copies."""
 
     @pytest.fixture(autouse=True)
     def nan_in_new_memory(self) -> None:
-        """Not here: Dynamo cannot look into an allocation that fills what it allocates."""
+        """Turn the fixture off: Dynamo cannot trace an allocation that fills its memory."""
         torch._dynamo.reset()
 
     @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ class TestMisuseInAGraph:
     )
     @pytest.mark.parametrize("inside", [True, False])
     def test_views(self, device: str, view: Callable[[Tensor], Tensor], inside: bool) -> None:
-        """Made in the graph or outside: the gradient of the same loss in two steps, or an error."""
+        """A view made inside or outside the graph gives the gradient of two steps, or an error."""
         leaf = TestMisuse.leaf(device, torch.float32, 2, 4, 37)
         tensors = bare(tuple(view(leaf).shape[:-1]), 37).tensors
         given = {name: x.to(device) for name, x in tensors.items() if name not in ROWS}

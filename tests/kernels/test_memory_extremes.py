@@ -22,13 +22,13 @@ class TestExtremes:
     @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
     @pytest.mark.parametrize("compact", [True, False])
     def test_chunks(self, check: Any, backend: str, chunk_tokens: int, compact: bool) -> None:
-        """Of 12 tokens."""
+        """The batch has 12 tokens."""
         check(of_hidden("exact KL, entropy", chunk_tokens=chunk_tokens, compact=compact), backend)
 
     @pytest.mark.parametrize("wrong", [-1, 40, 2**63 - 1])
     @pytest.mark.parametrize("form", ["two steps", "in place", "compact", "in their places"])
     def test_wrong_ids(self, check: Any, backend: str, wrong: int, form: str) -> None:
-        """Of 45 columns 37 are words: 40 could be read, but is none."""
+        """Only 37 of the 45 columns are tokens. Id 40 points to memory that could be read."""
         if form in ("two steps", "in place"):
             call = arguments("exact KL, entropy")
         else:
@@ -38,8 +38,8 @@ class TestExtremes:
 
     @pytest.mark.parametrize("of", ["batch", "time", "both"])
     def test_expanded_logits(self, backend: str, device: str, of: str) -> None:
-        """Rows that lie in the same memory are read as rows of their own."""
-        # Rows at one address count as aligned, and aligned rows are summed in another order than others.
+        """Rows that share memory give the results of separate rows."""
+        # Rows at one address count as aligned. Aligned rows are summed in another order than others.
         vocab = 40 if of == "both" else 37
         call = bare((2, 3), vocab)
         call = call._replace(tensors={name: x.to(device) for name, x in call.tensors.items()})
@@ -68,7 +68,7 @@ class TestExtremes:
     def test_layouts_of_heads(
         self, backend: str, device: str, name: str, layout: Callable[[Tensor], Tensor]
     ) -> None:
-        """The gradients to rounding: a product may sum in another order for each layout."""
+        """Gradients agree up to rounding, because a product may sum in another order for each layout."""
         call = bare((2, 3), 37, hidden=True)
         call = call._replace(tensors={each: x.to(device) for each, x in call.tensors.items()})
         view = layout(call.tensors[name])
@@ -82,13 +82,13 @@ class TestExtremes:
     def test_offsets_beyond_2_31(
         self, backend: str, device: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Sequences 2^31 elements apart, in memory that is reserved but never touched."""
+        """Sequences lie 2^31 elements apart, in memory that is reserved but never touched."""
         if device != "cpu":
             pytest.skip("a GPU cannot reserve memory without using it: losses/test_hard_shapes.py fills it")
         if backend == "triton":
             from triton.runtime.interpreter import GridExecutor
 
-            # It would copy the storages of all arguments onto themselves.
+            # This method would copy the storages of all arguments onto themselves.
             monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
         call, apart = bare((2, 3), 40), 2**31 + 64
         try:
@@ -104,7 +104,7 @@ class TestExtremes:
         for given in near, {**near, **far}:
             leaves = {}
             if inplace:
-                # Which makes the logits a result, and leaves them where they lie.
+                # Adding a leaf makes the logits a result of autograd and keeps their memory.
                 leaves["logits"] = torch.zeros((), requires_grad=True)
                 given["logits"].add_(leaves["logits"])
             outcomes.append(call.run(given, leaves, backend=backend, inplace=inplace))

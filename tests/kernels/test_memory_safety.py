@@ -33,7 +33,7 @@ specs = pytest.mark.parametrize("name", SPECS)
 
 
 class TestPoisonAroundEveryTensor:
-    """The results are those of contiguous tensors; inputs and all around them keep their bits."""
+    """Results equal those of contiguous tensors. Inputs and the memory around them keep their bits."""
 
     @both_layouts
     @specs
@@ -93,7 +93,7 @@ sizes = pytest.mark.parametrize(
 
 @pytest.mark.usefixtures("needs_triton")
 class TestEveryKernel:
-    """Rows that 16-byte loads may take are cut into blocks of 512 and more, others of 128 and more."""
+    """Cover every kernel at sizes around a block. Aligned rows have blocks of 512 or more, others of 128."""
 
     @sizes
     @pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
@@ -122,7 +122,7 @@ class TestEveryKernel:
 class TestTheseTestsCanFail:
     @staticmethod
     def stray(which: str) -> Callable[..., Any]:
-        """Log-probabilities, and a step beyond the first row wherever there is something beyond."""
+        """Return a function that computes log-probabilities and accesses memory behind the first row."""
 
         def function(logits: Tensor, **options: Any) -> Any:
             if which == "allocation":
@@ -142,19 +142,19 @@ class TestTheseTestsCanFail:
         "which, message",
         [
             ("read", "output 0"),
-            ("write", "logits or what surrounds it has changed"),
+            ("write", "logits or its surroundings have changed"),
             ("allocation", "written behind an allocation of 4 elements"),
         ],
     )
-    def test_on_what_strays(self, check: Any, which: str, message: str) -> None:
+    def test_on_stray_accesses(self, check: Any, which: str, message: str) -> None:
         call = of_logps()
         check(call._replace(function=self.stray("nowhere")), "torch")
         with pytest.raises(AssertionError, match=message):
             check(call._replace(function=self.stray(which)), "torch")
 
-    @pytest.mark.skipif(not INTERPRETED, reason="addresses are seen in Triton's interpreter")
+    @pytest.mark.skipif(not INTERPRETED, reason="only Triton's interpreter shows addresses")
     def test_on_an_address_beyond_a_row(self) -> None:
-        """Of rows 36 wide, which a kernel is told are 37."""
+        """The kernel is told that rows have 37 columns, but they have 36."""
         from grpo_kernels.kernels.fused import scale_rows_kernel
 
         x = torch.randn(1, 2, 40)[..., :36]

@@ -24,7 +24,7 @@ from grpo_kernels.testing import relative_error
 def assert_same_gradients(
     got: Sequence[Tensor | None], want: Sequence[Tensor], again: Callable[[], Sequence[Tensor]], tokens: int
 ) -> None:
-    """Of hidden states and weight, to the order of their sums. `again` computes them once more."""
+    """Compare gradients up to the order of their sums. `again` computes them once more."""
     with magnitudes():
         sizes = again()
     terms = lengths(tokens, vocab=128)
@@ -35,7 +35,7 @@ def assert_same_gradients(
 
 @local_and_not
 class TestAutograd:
-    def test_upstream_factors_and_second_backwards(self, spec: LossSpec, backend: str, device: str) -> None:
+    def test_upstream_gradients_and_second_backwards(self, spec: LossSpec, backend: str, device: str) -> None:
         case = random_case(spec, device=device)
         inputs = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
 
@@ -50,7 +50,7 @@ class TestAutograd:
         first = torch.autograd.grad(loss, inputs, retain_graph=True)
         kept = [x.clone() for x in first]
         for x in first:
-            x.fill_(torch.nan)  # it is the caller's now
+            x.fill_(torch.nan)  # the caller may overwrite them
         second = torch.autograd.grad(loss, inputs, retain_graph=True)
         assert_same_gradients(second, kept, again, tokens)
         scaled = torch.autograd.grad(loss * 1024, inputs, retain_graph=True)
@@ -84,7 +84,7 @@ class TestAutograd:
         )
 
     def test_inputs_stay_as_they_are(self, spec: LossSpec, backend: str, device: str) -> None:
-        """Non-contiguous ones too; and the hidden states may be used after the loss."""
+        """Inputs are unchanged, non-contiguous ones too. The hidden states may be used after the loss."""
         case = random_case(spec, device=device)
         wide = torch.cat([case.hidden, case.hidden], 1).requires_grad_()
         weight = case.weight.t().contiguous().requires_grad_()  # [H, V]
@@ -101,7 +101,7 @@ class TestAutograd:
         assert all(torch.equal(x, y) for x, y in zip((wide, weight), before, strict=True))
 
     def test_lora(self, spec: LossSpec, backend: str, device: str) -> None:
-        """A weight that is computed, `W + s B A`, with `W` frozen."""
+        """The weight is computed as `W + s B A` with a frozen `W`."""
         case = random_case(spec, device=device)
         B, A = torch.randn(128, 3, device=device), torch.randn(3, 24, device=device)
 
@@ -143,11 +143,11 @@ class TestAutograd:
 @local_and_not
 @NEEDS_DYNAMO
 class TestCompile:
-    """A step that holds the loss is one graph. It takes two passes, which round otherwise than one."""
+    """A step that contains the loss is one graph. It takes two passes, which round unlike one pass."""
 
     @pytest.fixture(autouse=True)
     def nan_in_new_memory(self) -> None:
-        """Not here: Dynamo cannot look into an allocation that fills what it allocates."""
+        """Turn the fixture off: Dynamo cannot trace an allocation that fills its memory."""
         torch._dynamo.reset()
 
     @pytest.mark.long
@@ -225,7 +225,7 @@ dist.destroy_process_group()
 
 @pytest.mark.long
 def test_sharded_weights(tmp_path: Any) -> None:
-    """A DTensor is gathered, and its shards get the mean over the ranks, whose batches differ: FSDP2's."""
+    """A DTensor is gathered. Its shards get the mean of the ranks' gradients, as in FSDP2."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", DTENSOR, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE

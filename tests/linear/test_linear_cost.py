@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from grpo_kernels import KL, LossSpec, PPOClip, linear, linear_grpo_loss, linear_logps
 
 
-class TestOperations:
-    """In units of T V H, T the number of tokens."""
+class TestFlops:
+    """FLOPs of the matrix products, in units of T V H with T the number of tokens."""
 
     def units(self, case: LinearCase, frozen: str = "", **options: Any) -> float:
         hidden, weight = (
@@ -41,7 +41,7 @@ class TestOperations:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
     def test_two_passes(self, dtype: torch.dtype) -> None:
-        """For callables; in fp16, whose gradients wait for a GradScaler; in fp64, which is for gradcheck."""
+        """Callables, fp16 (whose gradients need a GradScaler) and fp64 (for gradcheck) take two passes."""
         for case in (random_case(LOCAL_AND_NOT["callable"]), random_case(dtype=dtype)):
             assert self.units(case) == 8
             assert self.units(case, "weight") == 6
@@ -53,7 +53,7 @@ class TestOperations:
 
     @local_and_not
     def test_reference(self, spec: LossSpec) -> None:
-        """Its logits are made once, and once more only where the exact KL has a gradient in the backward."""
+        """The reference's logits are computed once, and again if the backward needs them for the exact KL."""
         case = random_case(spec)
         options = {"ref_hidden": case.hidden, "ref_lm_head_weight": case.weight}
         assert self.units(case, **options) == self.units(case) + 2
@@ -83,8 +83,8 @@ class TestOperations:
             self.units(case._replace(spec=LossSpec(PPOClip(), KL("k3"))), ref_logps=torch.zeros(4, 16)) == 6
         )
 
-    def test_two_passes_leave_out_what_turned_out_flat(self) -> None:
-        """The backward knows every derivative, and so of clipped tokens as well."""
+    def test_two_passes_skip_tokens_with_a_derivative_of_zero(self) -> None:
+        """The backward knows every derivative, so it skips clipped tokens as well."""
         case = random_case(dtype=torch.float64)
         case.advantages[:] = 1
         old_logps = torch.full((4, 16), -100.0, dtype=torch.float64)
@@ -124,7 +124,7 @@ class TestChunks:
 
     @local_and_not
     def test_logits_are_never_held(self, spec: LossSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Not for the backward either."""
+        """No tensor is larger than the weight, the hidden states or a chunk of logits."""
         case = random_case(spec, shape=(4, 64), V=512)
         largest = 0
 
@@ -140,8 +140,8 @@ class TestChunks:
             run_linear(case, chunk_tokens=16)
         assert largest == 4 * max(case.weight.numel(), case.hidden.numel(), 16 * 512)
 
-    def test_no_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With compact=False nothing reads a value. On "meta" there is none, so reading one would fail."""
+    def test_no_device_sync(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With compact=False nothing syncs with the device. On "meta", reading a value would fail."""
         monkeypatch.setattr("grpo_kernels.backend.has_data", lambda x: True)
         case = random_case(LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1))
 
@@ -160,4 +160,4 @@ class TestChunks:
             linear_grpo_loss(*arguments, **options, compact=False).loss.backward()
             assert arguments[1].grad is not None
             with pytest.raises((RuntimeError, NotImplementedError)):
-                linear_grpo_loss(*arguments, **options)  # counts rows
+                linear_grpo_loss(*arguments, **options)  # counts the rows, which syncs

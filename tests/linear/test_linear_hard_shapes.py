@@ -47,7 +47,7 @@ from grpo_kernels.testing import relative_error
 def test_case_11_vocabularies(
     spec: LossSpec, vocab: int, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    """A lone word, odd sizes, an element off whole blocks, and what models have; first and last taken."""
+    """Cover a vocabulary of one token, odd sizes, sizes near a block, and sizes of real models."""
     case = random_case(
         replace(spec, entropy_coef=0.1), shape=(1, 2), H=3, V=vocab, dtype=dtype, device=device
     )
@@ -62,14 +62,14 @@ def test_case_11_vocabularies(
 class TestCase12Large:
     @pytest.mark.parametrize("shape", [(65537, 1), (1, 65537)], ids=["sequences", "tokens"])
     def test_more_rows_than_a_grid_is_wide(self, spec: LossSpec, device: str, shape: tuple[int, int]) -> None:
-        """65535 limits a launch grid's second dimension. (To interpret so many programs takes minutes.)"""
+        """The second dimension of a launch grid is at most 65535. Interpreting so many takes minutes."""
         case = random_case(spec, shape=shape, H=2, V=3, device=device)
         assert_right(case, chunk_tokens=65537, backend="triton" if device == "cuda" else "torch")
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_more_than_2_31_elements(self, spec: LossSpec) -> None:
-        """In one chunk of logits."""
+        """One chunk of logits has more than 2^31 elements."""
         rows, vocab = 16400, 131072
         assert rows * vocab > 2**31
         needed = (4 + 2 + 4) * rows * vocab  # bytes: logits in fp32, gradient in bf16, and room
@@ -92,27 +92,27 @@ class TestCase12Large:
         )
 
 
-def beside(x: Tensor, dim: int, *, first: bool = False) -> Tensor:
-    """`x`, and NaN on one side of it."""
+def next_to_nan(x: Tensor, dim: int, *, first: bool = False) -> Tensor:
+    """Return `x` with NaN on one side."""
     outside = torch.full_like(x, NAN)
     return torch.cat([outside, x] if first else [x, outside], dim)
 
 
-# What allocates the hidden states, and the view of it that is them.
+# For each layout of the hidden states: a function that allocates memory, and the view that holds them.
 STRIDES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "x[:, :-P]": (lambda x: beside(x, 1), lambda x: x[:, :4]),
-    "x[:, P:]": (lambda x: beside(x, 1, first=True), lambda x: x[:, 4:]),
-    "x[..., :H]": (lambda x: beside(x, 2), lambda x: x[..., :H]),
-    "x[..., H:]": (lambda x: beside(x, 2, first=True), lambda x: x[..., H:]),
+    "x[:, :-P]": (lambda x: next_to_nan(x, 1), lambda x: x[:, :4]),
+    "x[:, P:]": (lambda x: next_to_nan(x, 1, first=True), lambda x: x[:, 4:]),
+    "x[..., :H]": (lambda x: next_to_nan(x, 2), lambda x: x[..., :H]),
+    "x[..., H:]": (lambda x: next_to_nan(x, 2, first=True), lambda x: x[..., H:]),
     "every other number": (lambda x: x.repeat_interleave(2, -1), lambda x: x[..., ::2]),
     "batch transposed": (lambda x: x.transpose(0, 1).contiguous(), lambda x: x.transpose(0, 1)),
     "tokens innermost": (lambda x: x.transpose(1, 2).contiguous(), lambda x: x.transpose(1, 2)),
-    "packed": (lambda x: beside(x.flatten(0, 1), 0, first=True), lambda x: x[12:]),
+    "packed": (lambda x: next_to_nan(x.flatten(0, 1), 0, first=True), lambda x: x[12:]),
 }
 WEIGHTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "transposed": (lambda x: x.t().contiguous(), Tensor.t),
-    "x[:V]": (lambda x: beside(x, 0), lambda x: x[:V]),
-    "x[:, H:]": (lambda x: beside(x, 1, first=True), lambda x: x[:, H:]),
+    "x[:V]": (lambda x: next_to_nan(x, 0), lambda x: x[:V]),
+    "x[:, H:]": (lambda x: next_to_nan(x, 1, first=True), lambda x: x[:, H:]),
 }
 
 
@@ -122,7 +122,7 @@ WEIGHTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
     [*((strides, "transposed") for strides in STRIDES), *(("x[:, P:]", weights) for weights in WEIGHTS)],
 )
 def test_case_13_strides(spec: LossSpec, strides: str, weights: str, backend: str, device: str) -> None:
-    """The right gradients within what was allocated, and none outside. A weight `[H, V]`: case 16."""
+    """The gradients are correct within the view and 0 outside it."""
     case = random_case(spec, shape=(3, 4), device=device)
     memory, views = [], []
     for x, (allocate, view) in ((case.hidden, STRIDES[strides]), (case.weight, WEIGHTS[weights])):
@@ -149,7 +149,7 @@ def test_case_13_strides(spec: LossSpec, strides: str, weights: str, backend: st
 
 @local_and_not
 class TestCase14Layouts:
-    """The results are those of contiguous fp32 and int64."""
+    """For every layout and dtype, the results are those of contiguous fp32 and int64."""
 
     @not_contiguous
     def test_layouts(
@@ -188,7 +188,7 @@ class TestCase14Layouts:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_values(self, spec: LossSpec, dtype: torch.dtype, backend: str, device: str) -> None:
-        """Of advantages, log-probabilities, weights and temperatures that all these dtypes have."""
+        """Advantages, log-probabilities, weights and temperatures hold values that all these dtypes have."""
 
         def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
             return lambda x: x.to(dtype) if x.dim() == 2 and x.is_floating_point() else x
@@ -244,13 +244,13 @@ class TestCase15Empty:
     def test_an_empty_sequence_among_full_ones(
         self, spec: LossSpec, aggregation: str, compact: bool, backend: str, device: str
     ) -> None:
-        """It counts in B, as in TRL, and is not divided by its 0 tokens. Packed, it has no rows at all."""
+        """An empty sequence counts in B, as in TRL. It gives no NaN. Packed, it has no rows."""
         spec = replace(spec, aggregation=aggregation, max_tokens=4)
         case = every_option(spec, 3, 4, 37, masked=0, inactive=0, device=device)
         mask = case.options["completion_mask"]
         mask[1] = False
         padded = assert_right(case, compact=compact, backend=backend)
-        if spec.uses_callable:  # it couples along the last dimension, which packed is another
+        if spec.uses_callable:  # a callable couples along the last dimension, which differs in a packed batch
             return
         packed = every_tensor(case, lambda x: x[mask]).with_options(seq_lens=torch.tensor([4, 0, 4]))
         got = run_linear(packed, compact=compact, backend=backend)

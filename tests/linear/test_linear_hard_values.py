@@ -46,7 +46,7 @@ from grpo_kernels.reference import reference_loss
 from grpo_kernels.surrogates import Surrogate
 from grpo_kernels.testing import assert_no_worse_than_eager, relative_error
 
-# One pass, and two, of losses that are the same where a sequence is one token.
+# The two levels take one pass and two. They are equal if a sequence has one token.
 levels = pytest.mark.parametrize("level", ["token", "sequence"])
 
 
@@ -59,7 +59,7 @@ def nothing(logps: Tensor, old: Any, ref: Any, advantages: Tensor, mask: Tensor)
 
 
 def through_identity(case: Case, scale: float = 1.0) -> LinearCase:
-    """Its logits are the hidden states times `scale`, exactly, and their gradients alike."""
+    """Return a case whose logits are exactly the hidden states times `scale`."""
     width = case.logits.shape[-1]
     weight = scale * torch.eye(width, dtype=case.logits.dtype, device=case.logits.device)
     return LinearCase(
@@ -68,7 +68,7 @@ def through_identity(case: Case, scale: float = 1.0) -> LinearCase:
 
 
 def one_token(log_ratio: float, advantage: float, device: str, spec: LossSpec) -> LinearCase:
-    """Off the behaviour policy by `log_ratio`."""
+    """Return a batch of one token with this log-ratio to the behavior policy."""
     case = random_case(spec, shape=(1, 1), device=device)
     logps = run_linear(case._replace(spec=LossSpec(Reinforce()))).out.logps
     return case._replace(advantages=torch.full((1,), advantage, device=device)).with_options(
@@ -148,7 +148,7 @@ class TestCase3ZeroAdvantage:
     def test_any_hidden_states(
         self, value: float, level: str, packed: bool, compact: bool, backend: str, device: str
     ) -> None:
-        """0 * NaN would be the gradient of the weight."""
+        """The gradient of the weight must not contain 0 * NaN."""
         case = random_case(LossSpec(PPOClip(), level=level), shape=(3, 4), device=device)
         case.advantages[0] = 0
         clean = laid_out(case._replace(hidden=case.hidden.clone()), packed)
@@ -183,7 +183,7 @@ class TestCase4Poison:
 
             return laid_out(every_tensor(case, fill), packed)
 
-        # One after the other along the tokens.
+        # The values take turns along the tokens.
         poison = torch.tensor([NAN, INF, -INF, 0.0], device=device)
         clean, how = filled(poison.new_zeros(4)), {"compact": compact, "backend": backend}
         got, want = (run_linear(x, **how) for x in (filled(poison.roll(1)), clean))
@@ -235,32 +235,38 @@ def test_case_5_zero_beta_reads_no_reference(packed: bool, backend: str, device:
 @dtypes
 @pytest.mark.parametrize("full", [False, True], ids=["surrogate", "every term"])
 @pytest.mark.parametrize("value", [-INF, -1e4, -3e38])
-# As trainers suppress words, by the bias: one, and the kernels' first block with a reference and without.
-@pytest.mark.parametrize("words", [1, 2048, 4096])
-def test_case_6_suppressed_words(
-    spec: LossSpec, full: bool, value: float, words: int, dtype: torch.dtype, backend: str, device: str
+# Trainers suppress tokens by the bias. The counts are one token, and the first block of the kernels.
+@pytest.mark.parametrize("suppressed", [1, 2048, 4096])
+def test_case_6_suppressed_tokens(
+    spec: LossSpec,
+    full: bool,
+    value: float,
+    suppressed: int,
+    dtype: torch.dtype,
+    backend: str,
+    device: str,
 ) -> None:
-    """-1e4, of which fp64 makes a probability of 0, stands in for -inf in what is expected."""
-    vocab = 37 if words == 1 else 5000
+    """The expected results use -1e4, which gives a probability of 0 in fp64, instead of -inf."""
+    vocab = 37 if suppressed == 1 else 5000
     case = random_case(every_term(spec) if full else spec, shape=(2, 1), V=vocab, device=device, dtype=dtype)
-    case = case._replace(completion_ids=case.completion_ids.clamp(min=words))
+    case = case._replace(completion_ids=case.completion_ids.clamp(min=suppressed))
 
-    def suppressed(value: float) -> LinearCase:
+    def with_bias(value: float) -> LinearCase:
         bias = torch.zeros(vocab, device=device, dtype=dtype)
-        bias[:words] = value
+        bias[:suppressed] = value
         if not full:
             return case._replace(bias=bias)
         ref = {"ref_hidden": case.hidden.roll(1, -1), "ref_lm_head_weight": case.weight}
         return case._replace(bias=bias).with_options(**ref, ref_lm_head_bias=bias)
 
-    assert_right(suppressed(value), suppressed(-1e4), backend=backend)
+    assert_right(with_bias(value), with_bias(-1e4), backend=backend)
 
 
 class TestCase7Degenerate:
     @local_and_not
     @dtypes
     @pytest.mark.parametrize("vocab, target", [(37, 5), (TWO_BLOCKS, 0), (TWO_BLOCKS, TWO_BLOCKS - 1)])
-    def test_only_the_taken_word_is_finite(
+    def test_only_the_taken_token_is_finite(
         self, spec: LossSpec, vocab: int, target: int, dtype: torch.dtype, backend: str, device: str
     ) -> None:
         spec = replace(spec, entropy_coef=0.1)
@@ -275,10 +281,10 @@ class TestCase7Degenerate:
     @by_ratio
     @levels
     @pytest.mark.parametrize("on_policy", [False, True])
-    def test_the_taken_word_is_impossible(
+    def test_the_taken_token_is_impossible(
         self, surrogate: Any, level: str, on_policy: bool, backend: str, device: str
     ) -> None:
-        """Off-policy its ratio is exp(-inf) = 0, its gradient too; on-policy they are 1 and -A."""
+        """Off-policy the ratio is exp(-inf) = 0 and so is the gradient. On-policy they are 1 and -A."""
         case = one_token(0.0, 1.0, device, LossSpec(surrogate, level=level))
         bias = torch.zeros(V, device=device)
         bias[case.completion_ids] = -INF
@@ -294,7 +300,7 @@ class TestCase7Degenerate:
 @pytest.mark.parametrize("shift", [-120.0, 1e4])
 @pytest.mark.parametrize("peak", [0.0, 40.0])
 def test_case_8_shifted_logits(spec: LossSpec, shift: float, peak: float, backend: str, device: str) -> None:
-    """With the peak an entropy of 1e-15, which rounding must not turn negative."""
+    """With the peak the entropy is 1e-15. Rounding must not make it negative."""
     case = random_case(replace(spec, entropy_coef=0.1), shape=(2, 4), device=device)
     bias = shift + peak * (torch.arange(V, device=device) == 7)
     case = case._replace(bias=bias, completion_ids=torch.full_like(case.completion_ids, 7))
@@ -312,7 +318,7 @@ def test_case_8_shifted_logits(spec: LossSpec, shift: float, peak: float, backen
 @pytest.mark.parametrize("surrogate", [Reinforce(), reinforce], ids=["one pass", "two passes"])
 class TestCase9HalfPrecision:
     def test_large_fp16_logits(self, surrogate: Any, backend: str, device: str) -> None:
-        """Hidden states up to 6e4, of which the head makes products beyond fp16."""
+        """Hidden states reach 6e4, so the logits exceed the range of fp16."""
         case = logits_case(LossSpec(surrogate), 2, 3, 67, bare=True, device=device)
         logits = (case.logits * 1000).clamp(-6e4, 6e4)
         logits[..., 11:13] = 6e4
@@ -320,14 +326,14 @@ class TestCase9HalfPrecision:
         case = case._replace(logits=logits.half()).with_options(temperature=0.5)
         got = run_linear(through_identity(case, scale=2.0), return_entropy=True, backend=backend)
         want = run(reference_loss, case.with_options(logit_scale=2.0).wide())
-        # The unlikely tokens' log-probabilities are near -1e5: fp32 has two digits after the point there.
+        # Log-probabilities of unlikely tokens are near -1e5, where fp32 has two digits after the point.
         torch.testing.assert_close(got.out.logps.double(), want.out.logps, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got.out.entropy.double(), want.out.entropy, rtol=0, atol=1e-5)
         assert float(relative_error(got.grads[0], want.grad).max()) < 2 * torch.finfo(torch.float16).eps
 
-    def test_bf16_gradient_at_a_likely_word(self, surrogate: Any, backend: str, device: str) -> None:
-        """`1 - p` cancels where p is near 0.999; `-expm1(logp)` does not."""
-        rows = 64  # each with its taken word's probability somewhere between 0.998 and 0.9995
+    def test_bf16_gradient_at_a_likely_token(self, surrogate: Any, backend: str, device: str) -> None:
+        """If p is near 0.999, `1 - p` cancels and `-expm1(logp)` does not."""
+        rows = 64  # the probabilities of the taken tokens lie between 0.998 and 0.9995
         case = logits_case(LossSpec(surrogate), 1, rows, 37, dtype=torch.bfloat16, bare=True, device=device)
         column = case.completion_ids[..., None]
         rest = case.logits.float().scatter(-1, column, -INF).logsumexp(-1, keepdim=True)
@@ -336,7 +342,7 @@ class TestCase9HalfPrecision:
         expected: Oracle = oracle(case)
         grad = run_linear(through_identity(case), backend=backend).grads[0]
         taken = [x.gather(-1, column) for x in (grad, expected.eager.grad, expected.truth.grad)]
-        assert_no_worse_than_eager(*taken, factor=4, what="gradient at the taken word")
+        assert_no_worse_than_eager(*taken, factor=4, what="gradient at the taken token")
 
 
 @local_and_not
@@ -361,14 +367,14 @@ class TestCase10WrongIds:
         device: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The vocabulary is 123 words of a head of 128: 123 and 125 could be read, but are no words."""
+        """Only 123 of the 128 rows are tokens. Ids 123 and 125 point to memory that could be read."""
         case = random_case(spec, shape=(2, 4), device=device).with_options(vocab_size=123)
         case.completion_ids.clamp_(max=122)[1, 2] = wrong
         case = laid_out(case, packed)
         got = run_linear(case, backend=backend)
         assert got.out.loss.isnan()
         assert got.out.logps.isnan().flatten().nonzero().tolist() == [[6]]
-        if not spec.uses_callable:  # which couples the token with others
+        if not spec.uses_callable:  # a callable couples tokens
             grad = got.grads[0].flatten(0, -2)
             assert grad[:6].isfinite().all() and grad[7:].isfinite().all() and grad[:6].any()
         monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
@@ -380,7 +386,7 @@ class TestCase10WrongIds:
 @pytest.mark.parametrize("surrogate", [None, nothing], ids=["one pass", "two passes"])
 @pytest.mark.parametrize("x", [1e-4, -1e-4])
 def test_case_21_k3_near_zero(surrogate: Any, x: float, backend: str, device: str) -> None:
-    """In fp32 `exp(x) - x - 1` is noise at x = 1e-4; `expm1(x) - x` is 5e-9 to a percent."""
+    """At x = 1e-4 `exp(x) - x - 1` is noise in fp32. `expm1(x) - x` is 5e-9, accurate to a percent."""
     case = random_case(LossSpec(Reinforce()), shape=(1, 8), device=device)
     logps = run_linear(case, backend=backend).out.logps
     ref_logps = logps + x
@@ -388,7 +394,7 @@ def test_case_21_k3_near_zero(surrogate: Any, x: float, backend: str, device: st
     spec = LossSpec(surrogate, KL("k3", beta=1.0), aggregation=SUM)
     got = run_linear(case._replace(spec=spec).with_options(ref_logps=ref_logps), backend=backend)
     assert got.out.loss.item() == pytest.approx((torch.expm1(exact) - exact).sum().item(), rel=1e-2)
-    # dk3/dlogp = -expm1(x), and Reinforce's -A is a gradient like it.
+    # dk3/dlogp = -expm1(x). Reinforce has the gradient -A, so A = expm1(x) gives the same.
     linear = case._replace(spec=LossSpec(Reinforce(), aggregation=SUM), advantages=torch.expm1(exact))
     for grad, truth in zip(got.grads, linear_oracle(linear).truth, strict=True):
         assert float(relative_error(grad.flatten(), truth.flatten())) < 1e-2

@@ -34,9 +34,9 @@ from grpo_kernels.testing import relative_error
 def test_case_17_uneven_micro_batches(
     spec: LossSpec, aggregation: str, packed: bool, backend: str, device: str
 ) -> None:
-    """With a common normalizer, losses and gradients of uneven parts add up to those of the batch."""
+    """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     spec = replace(every_term(spec), aggregation=aggregation, max_tokens=4)
-    if packed and spec.uses_callable:  # it couples all tokens of a packed batch
+    if packed and spec.uses_callable:  # a callable couples all tokens of a packed batch
         spec = replace(spec, surrogate=PPOClip(), level="sequence")
     case = every_option(spec, 4, 3, 37, seed=1, device=device).with_options(normalizer=4.0)
 
@@ -54,7 +54,7 @@ def test_case_17_uneven_micro_batches(
 
 @local_and_not
 def test_case_18_inputs_are_never_written(spec: LossSpec, backend: str, device: str) -> None:
-    """Leaf hidden states, the output of a tanh, whose backward reads it, and both with another use after."""
+    """The hidden states are a leaf, then the output of a tanh. Both have another use after the loss."""
     case = every_option(every_term(spec), 2, 3, 37, device=device)
     leaf, weight, bias = (x.clone().requires_grad_() for x in (case.hidden, case.weight, case.bias))
     hidden = torch.tanh(leaf)
@@ -79,7 +79,7 @@ def test_case_18_inputs_are_never_written(spec: LossSpec, backend: str, device: 
 def test_case_19_loss_times_1024(
     spec: LossSpec, dtype: torch.dtype, packed: bool, backend: str, device: str
 ) -> None:
-    """Exact but for the order of sums, for it is a power of two. Other factors: test_linear_autograd.py."""
+    """The gradient scales exactly up to the order of sums. test_linear_autograd.py has other factors."""
     case = laid_out(every_option(every_term(spec), 2, 3, 37, dtype=dtype, device=device), packed)
     once, many = (run_linear(case, upstream=factor, backend=backend) for factor in (1.0, 1024.0))
     assert all(x.any() for x in once.grads)
@@ -95,8 +95,8 @@ class TestCase20SameResults:
         for other in others[:: len(others) // 9]:
             assert_same(other, first, case, backend=backend)
 
-    def test_neighbours(self, spec: LossSpec, backend: str, device: str) -> None:
-        """Alone, in a batch, permuted, and among masked neighbours."""
+    def test_neighbors(self, spec: LossSpec, backend: str, device: str) -> None:
+        """A row has the same results alone, in a batch, in a permuted batch and among masked rows."""
         rows, row = 7, 4
         spec = replace(every_term(spec), aggregation=SUM)
         case = every_option(spec, rows, 1, 37, masked=0, inactive=0, device=device)
@@ -127,7 +127,7 @@ class TestCase20SameResults:
 
 @local_and_not
 class TestCase22:
-    """Checkpoints: test_linear_autograd.py. Autocast: test_linear_precision.py."""
+    """Contexts of a call: no_grad, and another current device."""
 
     def test_no_grad_saves_nothing(self, spec: LossSpec, backend: str, device: str) -> None:
         case = every_option(every_term(spec), 2, 3, 37, device=device)
@@ -148,7 +148,7 @@ class TestCase22:
     @pytest.mark.gpu
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_a_device_that_is_not_the_current_one(self, spec: LossSpec) -> None:
-        """Triton launches on the current device."""
+        """The loss runs on the device of its tensors. Triton would launch on the current device."""
         case = every_option(every_term(spec), 2, 3, 37, device="cuda:1")
         with torch.cuda.device(0):
             assert_right(case, backend="triton")

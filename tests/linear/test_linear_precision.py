@@ -24,13 +24,13 @@ from grpo_kernels.testing import relative_error
 
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, 16-bit factors stay what they are; on a CPU each product then widens its own."""
+    """Keep 16-bit operands as on a GPU. On a CPU each product then widens its operands."""
     monkeypatch.setattr(heads, "multiplies_mixed", lambda device: True)
 
 
 class TestPrecision:
     def test_the_weights_gradient_is_rounded_once(self) -> None:
-        """A hundred chunks of bf16 factors leave the error of one rounding."""
+        """A hundred chunks of bf16 operands give the error of one rounding."""
         case = random_case(dtype=torch.bfloat16, shape=(4, 50))
         truth = run_linear(case.to(torch.float64)).grads[1]
         got = run_linear(case, chunk_tokens=2).grads[1]
@@ -41,7 +41,7 @@ class TestPrecision:
         "spec", [PPO, LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1), LossSpec(user_loss)]
     )
     def test_mixed_products(self, spec: LossSpec, backend: str, device: str, mixed: None) -> None:
-        """The gradient of the logits is then held in bf16 as well."""
+        """With 16-bit operands the gradient of the logits is held in bf16 as well."""
         case = from_logits(every_branch(spec, 1025, torch.bfloat16, device=device))
         expected = linear_oracle(case)
         for compact in (True, False):
@@ -53,7 +53,7 @@ class TestPrecision:
             )
 
     def test_accuracy_tables(self, mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Those of docs/kernels.md, on fewer tokens."""
+        """The accuracy tables of docs/kernels.md hold on fewer tokens."""
         monkeypatch.syspath_prepend(Path(__file__).parents[2] / "docs" / "figures")
         tables = importlib.import_module("linear_accuracy")
         logps = tables.logp_errors(N=64)
@@ -71,7 +71,7 @@ class TestPrecision:
     def test_autocast(
         self, dtype: torch.dtype, spec: LossSpec, backend: str, device: str, mixed: None
     ) -> None:
-        """fp32 parameters, 16-bit factors, as in autocast's linear layer; gradients in fp32."""
+        """Parameters and gradients are fp32, and operands 16-bit, as in autocast's linear layer."""
         case = random_case(spec, device=device)
         with torch.autocast(device, dtype):
             got = run_linear(case, backend=backend)
@@ -83,7 +83,7 @@ class TestPrecision:
 
     @local_and_not
     def test_a_scaler_saves_fp16(self, spec: LossSpec, backend: str, device: str) -> None:
-        """Gradients far below the smallest fp16 number arrive scaled."""
+        """A scaler preserves gradients far below the smallest fp16 number."""
         case = random_case(spec, dtype=torch.float16, device=device).with_options(normalizer=2.0**20)
         got = run_linear(case, upstream=2.0**18, backend=backend)
         wide = run_linear(case.to(torch.float64), upstream=2.0**18, backend=backend)

@@ -8,5 +8,5 @@ from hard_cases import Options
 
 @pytest.fixture(params=[False, True], ids=["two steps", "in place"])
 def path(request: pytest.FixtureRequest, backend: str) -> Options:
-    """Options of `grpo_loss`: who computes it, and when the gradient is made."""
+    """Options of `grpo_loss`: the backend, and whether the gradient overwrites the logits."""
     return {"backend": backend, "inplace": request.param}

@@ -28,9 +28,9 @@ def loss_of(logits: Tensor, case: Case, **options: Any) -> Tensor:
 
 
 def head(case: Case) -> tuple[Tensor, Tensor]:
-    """Hidden states `[B, T, 5]` and a weight `[37, 5]`: a linear layer that makes logits for the case.
+    """Return hidden states `[B, T, 5]` and a weight `[37, 5]` of a linear layer that computes logits.
 
-    Exact ones (products.py), in bf16 too.
+    The products are exact (products.py), in bf16 too.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = (*case.completion_ids.shape, 5), (37, 5)
@@ -41,7 +41,7 @@ def head(case: Case) -> tuple[Tensor, Tensor]:
 def assert_same_weight_gradients(
     got: Tensor, want: Tensor, case: Case, hidden: Tensor, weight: Tensor, **options: Any
 ) -> None:
-    """`weight`'s gradients under a linear layer, to the order in which the layer sums over the tokens."""
+    """Compare gradients of a linear layer's weight up to the order of the sums over tokens."""
     logits = (hidden @ weight.t()).requires_grad_()
     (dlogits,) = torch.autograd.grad(loss_of(logits, case, **options), logits)
     rows, dlogits = hidden.abs().flatten(0, -2), dlogits.abs().flatten(0, -2).to(hidden.dtype)
@@ -49,7 +49,7 @@ def assert_same_weight_gradients(
 
 
 def scaled(factor: float) -> Callable[..., LossOutput]:
-    """`grpo_loss` whose loss is then multiplied."""
+    """Return `grpo_loss` with its loss multiplied by `factor`."""
 
     def loss(*args: Any, **options: Any) -> LossOutput:
         out = grpo_loss(*args, **options)
@@ -72,18 +72,18 @@ class TestUpstreamFactor:
         if factor != 1 / 3:
             assert torch.equal(many, factor * once)
             return
-        # Not a power of two: in place a rounding more to the dtype, in two steps one in each term of a sum.
+        # 1/3 is no power of two. In place it rounds once more to the dtype, in two steps once in each term.
         torch.testing.assert_close(
             many, factor * once, rtol=torch.finfo(dtype).eps, atol=1e-7 * float(once.abs().max())
         )
 
     def test_fp16_does_not_underflow_before_the_gradient_scaler(self, device: str, backend: str) -> None:
-        """A mean over 10^6 tokens makes gradients below its smallest number, 6e-8; 65536 is to save them."""
+        """A mean over 10^6 tokens has gradients below 6e-8, the smallest fp16 number. A scale saves them."""
         case = small(device, dtype=torch.float16).with_options(normalizer=1e6)
         got = run(scaled(65536.0), case, backend=backend, inplace=True).grad.double() / 65536
         want = run(reference_loss, case.wide()).grad
         assert want.abs().max() < 1e-5
-        # The smallest elements are subnormal even so.
+        # The smallest elements are subnormal even with the scale.
         assert float(relative_error(got, want).max()) < 4 * torch.finfo(torch.float16).eps
 
 
@@ -98,7 +98,7 @@ class TestBackward:
         "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
     )
     def test_twice_in_place_raises(self, device: str, backend: str, dtype: torch.dtype) -> None:
-        """The first has handed the buffer out; fp16 takes the path that fills it in the backward."""
+        """The first backward gives the buffer away. In fp16 the backward fills it, else the forward."""
         case = small(device, dtype=dtype)
         loss = loss_of(case.logits.requires_grad_().clone(), case, backend=backend, inplace=True)
         loss.backward(retain_graph=True)
@@ -107,7 +107,7 @@ class TestBackward:
 
     @both_paths
     def test_double_raises(self, device: str, backend: str, inplace: bool) -> None:
-        """Also where another term of the loss would let it pass in silence."""
+        """A second derivative raises even if the loss has another, smooth term."""
         case = small(device)
         leaf = case.logits.requires_grad_()
         loss = loss_of(leaf.clone(), case, backend=backend, inplace=inplace)
@@ -128,7 +128,7 @@ class TestBackward:
 
     @both_paths
     def test_backward_of_two_losses(self, device: str, backend: str, inplace: bool) -> None:
-        """Of two batches, added before one backward."""
+        """The losses of two batches are added before one backward."""
         cases = [small(device), small(device, LossSpec(Reinforce()), V=41)]
         want = [run(grpo_loss, case, backend=backend).grad for case in cases]
         leaves = [case.logits.requires_grad_() for case in cases]
@@ -168,7 +168,7 @@ class TestOtherUsesOfTheLogits:
             (loss + other).backward()
 
     def test_in_place_behind_a_linear_layer(self, device: str, backend: str) -> None:
-        """Which has not saved its output: the use that `inplace` is for."""
+        """A linear layer does not save its output, so `inplace` may overwrite it."""
         case = small(device)
         hidden, start = head(case)
         grads = []
@@ -180,7 +180,7 @@ class TestOtherUsesOfTheLogits:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
     def test_in_place_over_a_leaf_raises(self, device: str, backend: str, dtype: torch.dtype) -> None:
-        """As PyTorch's own in-place operations: else the leaf and its gradient would be one memory."""
+        """Like PyTorch's in-place operations, `inplace` refuses a leaf."""
         case = small(device, dtype=dtype)
         with pytest.raises(RuntimeError, match=r"inplace.*leaf"):
             loss_of(case.logits.requires_grad_(), case, backend=backend, inplace=True)
@@ -198,7 +198,7 @@ class TestInPlace:
         ids=["fp16", "bf16", "fp32", "fp64"],
     )
     def test_equals_two_steps(self, device: str, backend: str, spec: LossSpec, dtype: torch.dtype) -> None:
-        """In one pass where loss and dtype permit, else in two; the logits become the gradient either way."""
+        """The logits become the gradient in one pass if loss and dtype permit it, else in two."""
         case = small(device, spec, dtype)
         want = run(grpo_loss, case, backend=backend)
         leaf = case.logits.requires_grad_()
@@ -210,7 +210,7 @@ class TestInPlace:
         loss.backward()
         assert torch.equal(logits, leaf.grad)
         torch.testing.assert_close(loss.detach(), want.out.loss.detach())
-        # A rounding to the gradient's dtype; in fp32 the two sum in different orders where terms cancel.
+        # Allow one rounding to the gradient's dtype. In fp32 the two paths sum in different orders.
         torch.testing.assert_close(leaf.grad, want.grad, rtol=max(torch.finfo(dtype).eps, 1e-5), atol=1e-8)
 
     def test_overwrites_the_view_it_was_given_only(self, device: str, backend: str) -> None:
@@ -291,7 +291,7 @@ def test_checkpointing(device: str, backend: str, reentrant: bool, inplace: bool
 
 @both_paths
 def test_autocast(device: str, backend: str, inplace: bool) -> None:
-    """The layer gives bf16 logits; inside the loss nothing is cast."""
+    """The layer gives bf16 logits, and the loss casts nothing."""
     case = small(device)
     hidden, weight = head(case)
     results = []
@@ -304,7 +304,7 @@ def test_autocast(device: str, backend: str, inplace: bool) -> None:
             loss = loss_of(logits, case, backend=backend, inplace=inplace)
         assert loss.dtype == torch.float32
         loss.backward()
-        results.append((loss.detach(), leaf.grad.bfloat16()))  # as which both were computed
+        results.append((loss.detach(), leaf.grad.bfloat16()))  # both were computed in bf16
     assert torch.equal(results[0][0], results[1][0])
     grads = [grad for _, grad in results]
     assert_same_weight_gradients(*grads, case, hidden.bfloat16(), weight.bfloat16(), backend=backend)
@@ -312,7 +312,7 @@ def test_autocast(device: str, backend: str, inplace: bool) -> None:
 
 @both_paths
 def test_accumulation_over_uneven_micro_batches(device: str, backend: str, inplace: bool) -> None:
-    """Into one parameter's `.grad`, under a normalizer for them all."""
+    """Micro-batches with a common normalizer accumulate the gradient of the whole batch."""
     case = small(device, LossSpec(PPOClip(), KL("k3"), entropy_coef=0.1))
     case = case.with_options(normalizer=case.options["completion_mask"].sum())
     hidden, start = head(case)

@@ -14,11 +14,11 @@ from grpo_kernels.batch import sequences_within
 
 
 class TestSequences:
-    """Where tokens are coupled, one token's infinity is its sequence's, and no other's."""
+    """If a loss couples tokens, an infinite token affects its own sequence only."""
 
     @staticmethod
     def two_sequences(spec: LossSpec, device: str, *, tail: int = 0) -> Case:
-        """The first sequence's first token was impossible to its sampler; `tail` masked tokens follow."""
+        """Return two sequences with `tail` masked tokens. The first token has an old probability of 0."""
         case = random_case(spec, 2, 3 + tail, 37, bare=True, device=device)
         mask = torch.arange(3 + tail, device=device).expand(2, -1) < 3
         old_logps = torch.full((2, 3 + tail), -3.0, device=device)
@@ -30,7 +30,7 @@ class TestSequences:
     )
     @pytest.mark.parametrize("tail", [0, 2])
     def test_infinite_ratio(self, path: Options, device: str, surrogate: Any, tail: int) -> None:
-        """Masked tokens of the sequence change nothing: 0 * inf there is not the 0 that is meant."""
+        """Masked tokens of the sequence have gradient 0, not the NaN of 0 * inf."""
         level = "token" if isinstance(surrogate, GMPO) else "sequence"
         spec = LossSpec(surrogate, KL("k3", ratio_corrected=True), level, aggregation=SUM)
         case = self.two_sequences(spec, device, tail=tail)
@@ -39,8 +39,8 @@ class TestSequences:
         assert got.grad[1].isfinite().all() and got.grad[1, :3].any()
         assert not got.grad[:, 3:].any()
 
-    def test_a_token_without_part_in_it(self, path: Options, device: str) -> None:
-        """GMPO's tokens without advantage, or beyond their bound, have no gradient: not inf * 0."""
+    def test_tokens_without_gradient(self, path: Options, device: str) -> None:
+        """In GMPO, tokens without advantage or beyond the bound have gradient 0, not the NaN of inf * 0."""
         case = self.two_sequences(LossSpec(GMPO(), aggregation=SUM), device)
         advantages = torch.tensor([[0.0, -1.0, -1.0], [1.0, 1.0, 1.0]], device=device)
         old_logps = case.options["old_logps"].clone()
@@ -50,7 +50,7 @@ class TestSequences:
 
     @pytest.mark.parametrize("name", ["CISPO", "DRO", "DPPO(tv)", "DPPO(kl)"])
     def test_impossible_token(self, path: Options, device: str, name: str) -> None:
-        """A weight of 0 beside a log-probability of -inf."""
+        """A weight of 0 times a log-probability of -inf is not NaN."""
         case = random_case(LossSpec(SURROGATES[name]), 1, 2, 37, bare=True, device=device)
         case.logits[0, 0, case.completion_ids[0, 0]] = -INF
         advantages = torch.tensor([[0.0 if name == "DRO" else 1.0, 1.0]], device=device)
@@ -64,7 +64,7 @@ class TestSequences:
     def test_region_of_certain_and_impossible_tokens(
         self, path: Options, device: str, old_logp: float
     ) -> None:
-        """An old probability of 0, or by a rounding above 1, makes no NaN of the divergence."""
+        """The divergence is not NaN if the old probability is 0, or above 1 by rounding."""
         case = random_case(LossSpec(DPPO("kl", low=10.0, high=10.0)), 1, 1, 37, bare=True, device=device)
         case = case.with_options(old_logps=torch.full((1, 1), old_logp, device=device))
         for advantage in (1.0, -1.0):
@@ -72,8 +72,8 @@ class TestSequences:
             assert got.out.metrics["clip_fraction"] == 0 and got.grad.any()
 
     @pytest.mark.parametrize("lengths", [[2, 300], [3, -2, 4], [-1, 6], [0, 0], [5], []], ids=str)
-    def test_lengths_that_nobody_checked(self, lengths: list[int]) -> None:
-        """On a GPU, and in a graph: what sums over sequences must stay within the batch."""
+    def test_unchecked_lengths(self, lengths: list[int]) -> None:
+        """Sums over sequences stay within the batch even if lengths are wrong, which GPUs do not check."""
         held, ids = sequences_within(torch.tensor(lengths, dtype=torch.long), 5)
         assert (held >= 0).all() and held.sum() <= 5 and ids.shape == (5,) and (ids >= 0).all()
         assert len(lengths) == 0 or (ids < len(lengths)).all()

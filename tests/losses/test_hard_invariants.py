@@ -31,7 +31,7 @@ from grpo_kernels.testing import make_batch
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_case_17_uneven_micro_batches(path: Options, device: str, aggregation: str) -> None:
-    """Under a common normalizer, losses and gradients of the parts add up to those of the whole."""
+    """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     spec = LossSpec(PPOClip(), KL("k3"), aggregation=aggregation, entropy_coef=0.1, max_tokens=4)
     case = random_case(spec, 6, 4, 37, seed=1, device=device)
     defaults = {"token-mean": case.options["completion_mask"].sum(), "token-sum": 1.0}
@@ -44,7 +44,7 @@ def test_case_17_uneven_micro_batches(path: Options, device: str, aggregation: s
     parts = [part(slice(*ends)) for ends in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(sum(x.out.loss for x in parts), whole.out.loss)
     torch.testing.assert_close(torch.cat([x.grad for x in parts]), whole.grad, rtol=1e-6, atol=0)
-    # The number that is its default changes nothing but the entropy bonus, which else is a mean over tokens.
+    # Passing the default normalizer changes only the entropy bonus, which is a mean over tokens without it.
     plain = case._replace(spec=replace(spec, entropy_coef=0.0))
     assert_same_bits(
         run(grpo_loss, plain, **path), run(grpo_loss, plain.with_options(normalizer=None), **path)
@@ -52,7 +52,7 @@ def test_case_17_uneven_micro_batches(path: Options, device: str, aggregation: s
 
 
 def test_case_18_inputs_are_never_written(device: str, backend: str) -> None:
-    """Leaf logits, the output of a tanh, whose backward reads it, and logits with another use after."""
+    """The logits are a leaf, then the output of a tanh. Both have another use after the loss."""
     case = random_case(SPECS["exact KL"], 2, 3, 37, device=device)
     leaf = case.logits.requires_grad_()
     logits = torch.tanh(leaf)
@@ -68,7 +68,7 @@ def test_case_18_inputs_are_never_written(device: str, backend: str) -> None:
 
 
 def test_case_19_loss_times_1024(device: str, backend: str) -> None:
-    """Exact, for it is a power of two. Other factors, and second backwards: test_autograd.py."""
+    """The gradient scales exactly, because 1024 is a power of two. test_autograd.py has other factors."""
     case = random_case(SPECS["exact KL"], 2, 3, 37, device=device)
 
     def scaled(*args: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ class TestCase20SameBits:
 
     @pytest.fixture(autouse=True)
     def two_threads(self) -> Iterator[None]:
-        """PyTorch splits a long row over its threads where it has no other row to give them."""
+        """Use two threads: PyTorch splits a long row over its threads if there are no other rows."""
         before = torch.get_num_threads()
         torch.set_num_threads(2)
         yield
@@ -92,12 +92,12 @@ class TestCase20SameBits:
 
     @pytest.mark.parametrize("plain", [False, True])
     @pytest.mark.parametrize("vocab", [37, 64, TWO_BLOCKS, 33001])
-    def test_neighbours(
+    def test_neighbors(
         self, path: Options, device: str, vocab: int, plain: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if vocab > 32768 and path["backend"] == "triton" and device == "cpu":
-            pytest.skip("PyTorch calls 32768 long; to the kernels it is some more blocks, slow to interpret")
-        # Three rows make a chunk, so that a row changes its place, and the last row is alone.
+            pytest.skip("only PyTorch treats rows beyond 32768 otherwise, and the interpreter is slow")
+        # With three rows per chunk, a row changes its place in a chunk, and the last chunk has one row.
         set_chunks(3 * vocab, monkeypatch)
         rows, row = 7, 4
         spec = replace(SPECS["Reinforce" if plain else "exact KL"], aggregation=SUM)
@@ -139,7 +139,7 @@ class TestCase20SameBits:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_case_22_a_device_that_is_not_the_current_one() -> None:
-    """Triton launches on the current device. Checkpointing, no_grad and autocast: test_autograd.py."""
+    """The loss runs on the device of its tensors. Triton would launch on the current device."""
     case = random_case(SPECS["exact KL"], 2, 3, 37, device="cuda:1")
     with torch.cuda.device(0):
         assert_right(case, backend="triton")

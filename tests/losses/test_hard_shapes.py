@@ -42,7 +42,7 @@ from grpo_kernels.testing import relative_error
     "name, dtype", [("PPOClip", torch.float32), ("PPOClip", torch.bfloat16), ("entropy", torch.float32)]
 )
 def test_case_11_vocabularies(path: Options, device: str, vocab: int, name: str, dtype: torch.dtype) -> None:
-    """A lone token, odd sizes, an element off whole blocks, and what models have; first and last taken."""
+    """Cover a vocabulary of one token, odd sizes, sizes near a block, and sizes of real models."""
     case = random_case(SPECS[name], 1, 2, vocab, bare=True, dtype=dtype, device=device)
     case.completion_ids[:] = torch.tensor([0, vocab - 1])
     out, grad = assert_right(case.with_options(old_logps=None), **path)
@@ -54,9 +54,9 @@ def test_case_11_vocabularies(path: Options, device: str, vocab: int, name: str,
 class TestCase12Large:
     @pytest.mark.parametrize("shape", [(65537, 1), (1, 65537)], ids=["sequences", "tokens"])
     def test_more_rows_than_a_grid_is_wide(self, device: str, shape: tuple[int, int]) -> None:
-        """65535 limits a launch grid's second dimension. (To interpret so many programs takes minutes.)"""
+        """The second dimension of a launch grid is at most 65535. Interpreting so many takes minutes."""
         case = random_case(LossSpec(PPOClip(), aggregation=SUM), *shape, 3, device=device, bare=True)
-        case.logits.div_(3)  # less peaked: of so many rows one would have no digits of 1 - p left
+        case.logits.div_(3)  # among so many peaked rows, one would have no digits of 1 - p left
         got = run(grpo_loss, case, backend="triton" if device == "cuda" else "torch")
         want = run(reference_loss, case.wide())
         assert float(relative_error(got.grad, want.grad).max()) < 1e-4
@@ -66,7 +66,7 @@ class TestCase12Large:
     def test_more_than_2_31_elements(self) -> None:
         rows, vocab = 16400, 131072
         assert rows * vocab > 2**31
-        needed = 3 * 2 * rows * vocab  # bytes: logits and gradient in bf16, and as much again as room
+        needed = 3 * 2 * rows * vocab  # bytes: logits and gradient in bf16, and some room
         free, _ = torch.cuda.mem_get_info()
         if free < needed:
             pytest.skip(f"needs {needed >> 30} GiB of GPU memory, {free >> 30} are free")
@@ -93,7 +93,7 @@ class TestCase12Large:
 
 
 class Allocations(TorchDispatchMode):
-    """Records how many elements every new storage has room for."""
+    """Record the number of elements of every new storage."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ views = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 class TestCase13Strides:
     @staticmethod
     def case(view: View, dtype: torch.dtype, device: str) -> Case:
-        """`[3, 4, 256]` logits, of which the loss is given a view, and the other arguments for that view."""
+        """Return `[3, 4, 256]` logits, and the other arguments for a view of them."""
         wide = random_case(LossSpec(PPOClip(), KL("exact")), 3, 4, 256, dtype=dtype, seed=1, device=device)
         ids = view(wide.completion_ids[..., None].expand(3, 4, 256))[..., 0].clamp(max=65)
         options = {
@@ -151,7 +151,7 @@ class TestCase13Strides:
         case = self.case(view, torch.float32, device)
         leaf = view(case.logits).detach().requires_grad_()
         logits = torch.empty_strided(leaf.shape, leaf.stride(), device=device).copy_(leaf)
-        # Besides numbers per token, the torch backend allocates chunks of rows; here a row makes a chunk.
+        # The torch backend allocates numbers per token and chunks of rows. Here a chunk has one row.
         set_chunks(256, monkeypatch)
         with Allocations(logits, *case.options.values()) as forward:
             out = grpo_loss(
@@ -174,7 +174,7 @@ class TestCase13Strides:
 
 
 class TestCase14Layouts:
-    """Whatever layout and dtype the tensors per token have, the bits are those of contiguous fp32, int64."""
+    """For every layout and dtype of tensors per token, the bits are those of contiguous fp32 and int64."""
 
     @not_contiguous
     def test_layouts(self, path: Options, device: str, layout: Callable[[Tensor], Tensor]) -> None:
@@ -205,7 +205,7 @@ class TestCase14Layouts:
         case = case.with_options(ref_logits=None, ref_logps=case.options["old_logps"] - 0.1)
 
         def rounded(x: Tensor) -> Tensor:
-            """To numbers that all these dtypes have."""
+            """Round to numbers that all these dtypes can represent."""
             return x.bfloat16().half().float() if x.dim() == 2 and x.is_floating_point() else x
 
         case = every_tensor(case, lambda _, x: rounded(x))
@@ -272,7 +272,7 @@ class TestCase15Empty:
 
     @pytest.mark.parametrize("aggregation", AGGREGATIONS)
     def test_an_empty_sequence_among_full_ones(self, path: Options, device: str, aggregation: str) -> None:
-        """It counts in B, as in TRL, and is not divided by its 0 tokens. Packed, it has no rows at all."""
+        """An empty sequence counts in B, as in TRL. It gives no NaN. Packed, it has no rows."""
         spec = LossSpec(PPOClip(), aggregation=aggregation, max_tokens=4)
         case = random_case(spec, 3, 4, 37, masked=0, inactive=0, device=device).with_options(ref_logits=None)
         mask = case.options["completion_mask"]

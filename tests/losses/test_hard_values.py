@@ -37,7 +37,7 @@ from grpo_kernels.testing import assert_no_worse_than_eager, relative_error
 
 
 def with_ratio(log_ratio: float, surrogate: Any, advantage: float, *, device: str, **spec: Any) -> Case:
-    """One token off the behaviour policy by `log_ratio`."""
+    """Return a batch of one token with this log-ratio to the behavior policy."""
     case = random_case(LossSpec(surrogate, **spec), 1, 1, 37, bare=True, device=device)
     logps = run(reference_loss, case._replace(spec=LossSpec(Reinforce()))).out.logps
     return case._replace(advantages=torch.full_like(logps, advantage)).with_options(
@@ -95,7 +95,7 @@ class TestCases1And2HugeRatio:
 
 
 class TestCase3ZeroAdvantage:
-    """A = 0: loss 0 and gradient 0, whatever stands beside it. But DRO's square is no matter of advantage."""
+    """An advantage of 0 gives loss 0 and gradient 0, except in DRO, whose square ignores the advantage."""
 
     @specs(
         *(
@@ -126,7 +126,7 @@ class TestCase3ZeroAdvantage:
 
 
 class TestCase4Poison:
-    """What a masked position holds never matters; what an unmasked one holds does."""
+    """Values at masked positions have no effect, and NaN at an unmasked position reaches the loss."""
 
     @dtypes
     @specs()
@@ -134,7 +134,7 @@ class TestCase4Poison:
         case = random_case(spec, 3, 4, 67, dtype=dtype, seed=1, device=device)
         mask = case.options["completion_mask"]
         assert 3 <= (~mask).sum() < mask.numel()
-        poison = torch.tensor([NAN, INF, -INF, 0.0], device=device)  # one after the other along the tokens
+        poison = torch.tensor([NAN, INF, -INF, 0.0], device=device)  # in turn along the tokens
 
         def fill(name: str, x: Tensor, values: Tensor) -> Tensor:
             if not x.is_floating_point():
@@ -162,7 +162,7 @@ class TestCase4Poison:
 
     @by_ratio
     def test_nan_logits_surface_on_policy(self, path: Options, device: str, surrogate: Any) -> None:
-        """There the ratio is 1 for any log-probability, but NaN is none."""
+        """On-policy the ratio is 1 for every log-probability, but NaN is not a log-probability."""
         case = random_case(LossSpec(surrogate), 1, 1, 37, bare=True, device=device)
         case.logits[..., 3] = NAN
         assert run(grpo_loss, case, **path).out.loss.isnan()
@@ -191,14 +191,14 @@ def test_case_5_zero_beta_reads_no_reference(path: Options, device: str) -> None
 
 
 @dtypes
-# As trainers suppress tokens; one token, and the kernels' first block with a reference and without.
+# Trainers suppress tokens with these values. The counts are one token, and the first block of the kernels.
 @pytest.mark.parametrize("value", [-INF, -1e4, -3e38])
 @pytest.mark.parametrize("blocked", [1, 2048, 4096])
 @specs("Reinforce", "entropy", "exact KL", "forward KL")
 def test_case_6_suppressed_tokens(
     path: Options, device: str, spec: LossSpec, blocked: int, value: float, dtype: torch.dtype
 ) -> None:
-    """A running maximum that starts at -inf makes -inf - -inf, one at -3e38 overflows when it is scaled."""
+    """A running maximum that starts at -inf gives NaN here. One that starts at -3e38 overflows if scaled."""
     vocab = 37 if blocked == 1 else 5000
     case = random_case(spec, 1, 2, vocab, dtype=dtype, bare=True, device=device)
     if spec.kl is not None:
@@ -231,7 +231,7 @@ class TestCase7Degenerate:
     def test_the_taken_token_is_impossible(
         self, path: Options, device: str, surrogate: Any, on_policy: bool
     ) -> None:
-        """Off-policy its ratio is exp(-inf) = 0, its gradient too; on-policy they are 1 and -A."""
+        """Off-policy the ratio is exp(-inf) = 0 and so is the gradient. On-policy they are 1 and -A."""
         case = with_ratio(0.0, surrogate, 1.0, device=device)
         case.logits.scatter_(-1, case.completion_ids[..., None], -INF)
         out, grad = run(grpo_loss, case.with_options(old_logps=None) if on_policy else case, **path)
@@ -245,10 +245,10 @@ class TestCase7Degenerate:
 @pytest.mark.parametrize("vocab", [37, TWO_BLOCKS])
 @specs("Reinforce", "entropy")
 def test_case_8_shifted_logits(path: Options, device: str, spec: LossSpec, shift: float, vocab: int) -> None:
-    """It costs the digits that fp32 loses in the logits; a difference of two large logarithms costs more."""
+    """The error is the rounding of the fp32 logits. A difference of two large logarithms would lose more."""
     case = random_case(spec, 2, 2, vocab, bare=True, device=device)
     case.logits.add_(shift)
-    # An entropy of 1e-14, which rounding must not turn negative.
+    # The entropy of this row is 1e-14. Rounding must not make it negative.
     case.logits[1] = shift + 40.0 * (torch.arange(vocab, device=device) == 7)
     case.completion_ids[1] = 7
     got, want = run(grpo_loss, case, **path), run(reference_loss, case.wide())
@@ -262,21 +262,21 @@ def test_case_8_shifted_logits(path: Options, device: str, spec: LossSpec, shift
 
 class TestCase9HalfPrecision:
     def test_large_fp16_logits(self, path: Options, device: str) -> None:
-        """Times the scale, or over the temperature, they are beyond fp16."""
+        """Scaled, or divided by the temperature, these logits exceed the range of fp16."""
         case = random_case(LossSpec(Reinforce()), 2, 3, 67, bare=True, device=device)
         logits = (case.logits * 1000).clamp(-6e4, 6e4)
         logits[..., 11:13] = 6e4
         case.completion_ids[0] = 12
         case = case._replace(logits=logits.half()).with_options(temperature=0.5, logit_scale=2.0)
         got, want = run(grpo_loss, case, return_entropy=True, **path), run(reference_loss, case.wide())
-        # The unlikely tokens' log-probabilities are near -1e5: fp32 has two digits after the point there.
+        # Log-probabilities of unlikely tokens are near -1e5, where fp32 has two digits after the point.
         torch.testing.assert_close(got.out.logps.double(), want.out.logps, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got.out.entropy.double(), want.out.entropy, rtol=0, atol=1e-5)
         assert float(relative_error(got.grad, want.grad).max()) < 2 * torch.finfo(torch.float16).eps
 
     def test_bf16_gradient_at_a_likely_token(self, path: Options, device: str) -> None:
-        """`1 - p` cancels where p is near 0.999; `-expm1(logp)` does not."""
-        rows = 64  # each with its taken token's probability somewhere between 0.998 and 0.9995
+        """If p is near 0.999, `1 - p` cancels and `-expm1(logp)` does not."""
+        rows = 64  # the probabilities of the taken tokens lie between 0.998 and 0.9995
         case = random_case(LossSpec(Reinforce()), 1, rows, 37, dtype=torch.bfloat16, bare=True, device=device)
         column = case.completion_ids[..., None]
         rest = case.logits.float().scatter(-1, column, -INF).logsumexp(-1, keepdim=True)
@@ -304,7 +304,7 @@ class TestCase10WrongIds:
     @pytest.mark.parametrize("wrong", [-100, -1, 67, 70, 2**31, 2**40])
     @specs("PPOClip", "Reinforce")
     def test_unmasked(self, path: Options, device: str, spec: LossSpec, wrong: int) -> None:
-        """The vocabulary is 67 columns of 72: 67 and 70 could be read, but are no tokens."""
+        """Only 67 of the 72 columns are tokens. Ids 67 and 70 point to memory that could be read."""
         case = random_case(spec, 2, 2, 72, bare=True, device=device).with_options(vocab_size=67)
         ids = case.completion_ids.clamp(max=66)
         ids[1, 0] = wrong
@@ -316,7 +316,7 @@ class TestCase10WrongIds:
 
 @pytest.mark.parametrize("x", [1e-4, -1e-4])
 def test_case_21_k3_near_zero(path: Options, device: str, x: float) -> None:
-    """In fp32 `exp(x) - x - 1` is noise at x = 1e-4; `expm1(x) - x` is 5e-9 to a percent."""
+    """At x = 1e-4 `exp(x) - x - 1` is noise in fp32. `expm1(x) - x` is 5e-9, accurate to a percent."""
     case = random_case(LossSpec(Reinforce()), 1, 8, 37, bare=True, device=device)
     logps = run(grpo_loss, case, **path).out.logps
     ref_logps = logps + x
@@ -324,6 +324,6 @@ def test_case_21_k3_near_zero(path: Options, device: str, x: float) -> None:
     spec = LossSpec(None, KL("k3", beta=1.0), aggregation=SUM)
     got = run(grpo_loss, case._replace(spec=spec).with_options(ref_logps=ref_logps), **path)
     assert got.out.loss.item() == pytest.approx((torch.expm1(exact) - exact).sum().item(), rel=1e-2)
-    # dk3/dlogp = -expm1(x), and Reinforce's -A is a gradient like it.
+    # dk3/dlogp = -expm1(x). Reinforce has the gradient -A, so A = expm1(x) gives the same.
     linear = case._replace(spec=LossSpec(Reinforce(), aggregation=SUM), advantages=torch.expm1(exact))
     assert float(relative_error(got.grad, run(reference_loss, linear.wide()).grad).max()) < 1e-2

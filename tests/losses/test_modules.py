@@ -13,8 +13,8 @@ from grpo_kernels import GRPOLoss, LogRatio, LossSpec, grpo_loss, log_ratio_loss
 from grpo_kernels.testing import make_batch
 
 
-class TestOtherFaces:
-    """The functions and modules that are `grpo_loss` by another name."""
+class TestOtherForms:
+    """Functions and modules that call `grpo_loss`."""
 
     @staticmethod
     def assert_same(got: Result, want: Result) -> None:
@@ -29,7 +29,7 @@ class TestOtherFaces:
             return run(lambda *args, spec, **options: module(*args, **options, **more), case)
 
         self.assert_same(call(GRPOLoss(case.spec, temperature=0.7, backend=backend)), want)
-        # What the call says wins over what the module was given.
+        # Options of a call override options of the module.
         self.assert_same(call(GRPOLoss(case.spec, temperature=2.0), temperature=0.7, backend=backend), want)
         self.assert_same(call(GRPOLoss("dapo"), spec=case.spec, temperature=0.7, backend=backend), want)
 

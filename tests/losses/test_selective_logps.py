@@ -52,7 +52,7 @@ class TestSelectiveLogps:
         leaf = batch.logits.clone().requires_grad_()
         logps, entropy = selective_logps(leaf, batch.completion_ids, return_entropy=True, backend=backend)
         wanted = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 2.0]], device=device)
-        # Behind autograd's back: who reads these rows now finds NaN.
+        # Write NaN to these rows without autograd. The backward must not read them.
         leaf.data[wanted == 0] = torch.nan
         (grad,) = torch.autograd.grad((wanted * (logps + entropy)).sum(), leaf)
         assert not grad[wanted == 0].any()
@@ -72,7 +72,7 @@ class TestSelectiveLogps:
         assert not logits.grad[mask == 0].any() and logits.grad[mask != 0].any()
 
     def test_transform_of_the_logits(self, device: str, backend: str) -> None:
-        """Padding columns, scale and softcap, on a packed batch."""
+        """Cover padding columns, scale and softcap on a packed batch."""
         batch = make_batch(1, 5, 67, device=device)
         ids, leaf = batch.completion_ids[0].clamp(max=59), batch.logits[0].clone().requires_grad_()
         logps = selective_logps(

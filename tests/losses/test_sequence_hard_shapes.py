@@ -16,7 +16,7 @@ from grpo_kernels import LossSpec, PPOClip, grpo_loss
 
 @layouts
 class TestCase14Layouts:
-    """The bits are those of contiguous fp32 and int64."""
+    """For every layout and dtype, the bits are those of contiguous fp32 and int64."""
 
     @levels
     def test_layouts_and_dtypes(self, backend: str, device: str, level: str, packed: bool) -> None:
@@ -51,7 +51,7 @@ class TestCase15Empty:
     def test_nothing(
         self, backend: str, device: str, spec: LossSpec, shape: tuple[int, int], packed: bool
     ) -> None:
-        """Packed, `[3, 0]` is three sequences of no tokens."""
+        """A packed `[3, 0]` batch has three sequences without tokens."""
         logits = torch.zeros(*shape, 37, device=device)
         logps = torch.zeros(shape, device=device)
         ids, advantages = logps.long(), torch.ones(shape[0], device=device)
@@ -69,7 +69,7 @@ class TestCase15Empty:
     def test_an_empty_sequence_among_full_ones(
         self, backend: str, device: str, aggregation: str, level: str
     ) -> None:
-        """It counts in B, as in TRL, and is not divided by its 0 tokens. Packed, it has no rows at all."""
+        """An empty sequence counts in B, as in TRL. It gives no NaN. Packed, it has no rows."""
         spec = LossSpec(PPOClip(), level=level, aggregation=aggregation, max_tokens=4)
         case = random_case(spec, 3, 4, 37, masked=0, inactive=0, device=device).with_options(ref_logits=None)
         mask = case.options["completion_mask"]

@@ -21,8 +21,10 @@ from grpo_kernels.reference import reference_loss
 
 
 def with_ratio(log_ratio: float, advantage: float, spec: LossSpec, device: str) -> Case:
-    """Three tokens off the behaviour policy by half, once and one and a half times `log_ratio`, and a fourth
-    that is masked; beside them a sequence on policy and without advantage."""
+    """Return a sequence with the mean log-ratio `log_ratio`, and one that is on-policy without advantage.
+
+    The log-ratios of the first sequence are 0.5, 1 and 1.5 times `log_ratio`. Its fourth token is masked.
+    """
     case = random_case(spec, 2, 4, 37, bare=True, device=device)
     logps = run(reference_loss, case._replace(spec=LossSpec(PPOClip()))).out.logps
     off = log_ratio * torch.tensor([[0.5, 1.0, 1.5, -9.0], [0.0, 0.0, 0.0, 0.0]], device=device)
@@ -71,7 +73,7 @@ class TestCases1And2HugeRatio:
         packed: bool,
         level: str,
     ) -> None:
-        """The clamp is one of the sequence's log-ratio."""
+        """The clamp applies to the log-ratio of the sequence."""
         spec = LossSpec(surrogate, level=level, aggregation="seq-mean-token-mean", log_ratio_clamp=clamp)
         got = run(grpo_loss, laid_out(with_ratio(log_ratio, -1.0, spec, device), packed), **path)
         clamped = INF if clamp is None else clamp
@@ -83,7 +85,7 @@ class TestCases1And2HugeRatio:
 
 @layouts
 class TestCase3ZeroAdvantage:
-    """DRO's square is no matter of advantage."""
+    """DRO is excluded: its square ignores the advantage."""
 
     @pytest.mark.parametrize("anchor", [1e4, -INF, NAN])
     @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ class TestCase3ZeroAdvantage:
         ids=[name for name, spec in LOSSES.items() if not isinstance(spec.surrogate, DRO)],
     )
     def test_any_ratio(self, path: Options, device: str, spec: LossSpec, anchor: float, packed: bool) -> None:
-        """Nor does it reach the sequence beside."""
+        """The anchor of a sequence without advantage does not affect the other sequence."""
         anchors = torch.full((2, 3), -3.0, device=device)
         case = random_case(spec, 2, 3, 37, bare=True, device=device)
         case = case._replace(advantages=torch.tensor([0.0, 1.0], device=device))
@@ -139,7 +141,7 @@ class TestCase4Poison:
 
             return run(grpo_loss, laid_out(every_tensor(case, fill), packed), backend=backend)
 
-        # One after the other along the tokens.
+        # The values take turns along the tokens.
         poison = torch.tensor([NAN, INF, -INF, 0.0], device=device)
         got = filled(poison.roll(1))
         assert_same_bits(got, filled(poison.new_zeros(4)))
@@ -153,7 +155,7 @@ class TestCase4Poison:
     def test_unmasked_nan_surfaces(
         self, backend: str, device: str, name: str, level: str, packed: bool
     ) -> None:
-        """In its sequence's gradient, and in no other's."""
+        """NaN reaches the gradient of its own sequence and of no other."""
         spec = every_term(LossSpec(ImportanceRatio(), level=level))
         case = random_case(spec, 2, 3, 37, masked=0, inactive=0, device=device)
         (getattr(case, name) if name in case._fields else case.options[name])[0] = NAN
@@ -182,7 +184,7 @@ def test_case_5_zero_beta_reads_no_reference(backend: str, device: str, level: s
 def test_case_7_a_taken_token_is_impossible(
     backend: str, device: str, on_policy: bool, level: str, packed: bool
 ) -> None:
-    """Off-policy its sequence's ratio is exp(-inf) = 0, its gradient too; on-policy they are 1 and -A."""
+    """Off-policy a sequence has ratio exp(-inf) = 0 and gradient 0. On-policy they are 1 and -A."""
     spec = LossSpec(PPOClip(), level=level, aggregation="seq-mean-token-mean")
     case = random_case(spec, 1, 3, 37, bare=True, device=device)
     case = case._replace(advantages=torch.ones(1, device=device))
@@ -217,7 +219,7 @@ class TestCase10WrongIds:
         packed: bool,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The vocabulary is 67 columns of 72: 67 and 70 could be read, but are no tokens."""
+        """Only 67 of the 72 columns are tokens. Ids 67 and 70 point to memory that could be read."""
         case = random_case(LossSpec(PPOClip(), level=level), 2, 2, 72, bare=True, device=device)
         case = case.with_options(vocab_size=67)
         case.completion_ids.clamp_(max=66)[1, 0] = wrong

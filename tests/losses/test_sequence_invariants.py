@@ -22,7 +22,7 @@ from grpo_kernels import ImportanceRatio, LossSpec, PPOClip, grpo_loss
 def test_case_17_uneven_micro_batches(
     device: str, backend: str, level: str, aggregation: str, packed: bool
 ) -> None:
-    """Under a common normalizer, losses and gradients of the parts add up to those of the whole."""
+    """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     spec = LossSpec(ImportanceRatio(), level=level, aggregation=aggregation, max_tokens=3)
     case = random_case(every_term(spec), 4, 3, 37, seed=1, device=device).with_options(normalizer=4.0)
 
@@ -38,7 +38,7 @@ def test_case_17_uneven_micro_batches(
 
 @levels
 def test_case_18_inputs_are_never_written(device: str, backend: str, level: str) -> None:
-    """Leaf logits, the output of a tanh, whose backward reads it, and logits with another use after."""
+    """The logits are a leaf, then the output of a tanh. Both have another use after the loss."""
     spec = every_term(LossSpec(PPOClip(), level=level))
     case = random_case(spec, 2, 3, 37, device=device)
     leaf = case.logits.requires_grad_()
@@ -73,7 +73,7 @@ class TestCase19Backwards:
         return case._replace(logits=case.logits.clone().requires_grad_())
 
     def test_twice_and_times_1024(self, case: Case, backend: str) -> None:
-        """Exact, for it is a power of two."""
+        """The gradient scales exactly, because 1024 is a power of two."""
         loss = self.loss(case, backend)
         once, again, many = (
             torch.autograd.grad(x, case.logits, retain_graph=True)[0] for x in (loss, loss, 1024 * loss)
@@ -88,10 +88,10 @@ class TestCase19Backwards:
 
 @layouts
 class TestCase20SameBits:
-    """Of a sequence, which alone its ratio depends on; sums over it are made in fp64, in one order."""
+    """The bits of a sequence depend on that sequence alone, because it is summed in fp64 in one order."""
 
     @losses
-    def test_neighbours(self, backend: str, device: str, spec: LossSpec, packed: bool) -> None:
+    def test_neighbors(self, backend: str, device: str, spec: LossSpec, packed: bool) -> None:
         sequences, one = 5, 3
         spec = replace(every_term(spec), aggregation=SUM)
         case = random_case(spec, sequences, 3, 37, masked=0, inactive=0, device=device)

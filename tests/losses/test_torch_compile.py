@@ -14,15 +14,17 @@ from grpo_kernels.testing import make_batch
 
 @NEEDS_DYNAMO
 class TestCompile:
-    """One graph without a break, forward and backward, and equal bits; of Triton's kernels but for roundings
-    of the loss itself, which a graph states in PyTorch and eager code in one launch.
+    """Forward and backward are one graph without a break and give the bits of eager execution.
+
+    With Triton the loss may differ by roundings, because a graph computes it in PyTorch and eager code in one
+    launch.
     """
 
     ROUNDINGS: ClassVar = {"torch": {"rtol": 0, "atol": 0}, "triton": {"rtol": 1e-6, "atol": 1e-8}}
 
     @pytest.fixture(autouse=True)
     def nan_in_new_memory(self) -> None:
-        """Not here: Dynamo cannot look into an allocation that fills what it allocates."""
+        """Turn the fixture off: Dynamo cannot trace an allocation that fills its memory."""
         torch._dynamo.reset()
 
     def assert_equal_to_eager(self, case: Case, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Memory in which whoever strays is seen: tensors, and what PyTorch allocates, amid poison."""
+"""Poison around tensors and around allocations, which reveals stray reads and writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GUARD = 64  # elements before and after an allocation: rows keep their alignment
 
 
 def poison(dtype: torch.dtype) -> Any:
-    """NaN; True; of integers the one furthest from 0."""
+    """Return NaN, True, or the integer that is furthest from 0."""
     if dtype.is_floating_point:
         return torch.nan
     return True if dtype == torch.bool else torch.iinfo(dtype).min or torch.iinfo(dtype).max
@@ -25,16 +25,20 @@ def bits(x: Tensor) -> Tensor:
 
 
 class Surrounded(NamedTuple):
-    """A tensor as a part of a buffer that is poison before it, behind it and between its rows."""
+    """A tensor as part of a buffer with poison before it, behind it and between its rows."""
 
     buffer: Tensor
     index: tuple[int | slice, ...]
 
     @classmethod
     def of(cls, x: Tensor, *, dense: bool, aligned: bool | None = None) -> Surrounded:
-        """`dense`: rows along the last dimension are whole; else every other element is poison.
+        """Place `x` in a buffer of poison.
 
-        `aligned`: every row starts at a multiple of 16 bytes, or none does (None: as those of `x` itself).
+        Args:
+            x: The tensor.
+            dense: Whether the last dimension is contiguous. If not, every other element is poison.
+            aligned: Whether every row or no row starts at a multiple of 16 bytes. None keeps the alignment
+                of the rows of `x`.
         """
         if x.dim() == 0:
             buffer = x.new_full((3,), poison(x.dtype))
@@ -58,25 +62,25 @@ class Surrounded(NamedTuple):
         return self.buffer[self.index]
 
     def within(self, buffer: Tensor) -> Tensor:
-        """The same part of a buffer of the same shape."""
+        """Return the same part of a buffer of the same shape."""
         return buffer[self.index]
 
-    def beside(self, buffer: Tensor) -> Tensor:
-        """All that is not in that part."""
+    def around(self, buffer: Tensor) -> Tensor:
+        """Return all elements outside that part."""
         outside = torch.ones_like(buffer, dtype=torch.bool)
         outside[self.index] = False
         return buffer[outside]
 
 
 def contiguous_copy(x: Tensor, *, aligned: bool | None = None) -> Tensor:
-    """`aligned=False`: its rows start one element off."""
+    """Return a contiguous copy. With `aligned=False` it starts one element after an aligned address."""
     if aligned is not False:
         return x.clone(memory_format=torch.contiguous_format)
     return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
 
 
 class Allocations:
-    """What `torch.empty` and its kin return lies between two guards from here on."""
+    """Put guards around everything that `torch.empty` and similar functions allocate from now on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[Tensor] = []

@@ -29,10 +29,10 @@ from grpo_kernels.logps import linear_token_statistics
 from grpo_kernels.policy_loss import policy_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = ("logits", "ref_logits")  # whose last dimension the API wants whole
+ROWS = ("logits", "ref_logits")  # their last dimension must have stride 1
 HEADS = ("hidden", "lm_head_weight", "ref_hidden", "ref_lm_head_weight")
 
-SPECS: dict[str, tuple[LossSpec, str | None]] = {  # and how the reference comes
+SPECS: dict[str, tuple[LossSpec, str | None]] = {  # a spec and the form of its reference
     "PPO": (LossSpec(PPOClip()), None),
     "exact KL, entropy": (LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1), "logits"),
     "forward KL": (LossSpec(PPOClip(), KL("exact_forward")), "logits"),
@@ -55,9 +55,11 @@ class Call(NamedTuple):
     def run(
         self, given: dict[str, Tensor], leaves: dict[str, Tensor] | None = None, **options: Any
     ) -> dict[str, Tensor]:
-        """All that it returns, and the gradients of a weighted sum of it, in which some weights are 0.
+        """Return all outputs, and the gradients of a weighted sum of them, in which some weights are 0.
 
-        leaves: what `given` was made of, where that is not differentiated by itself.
+        Args:
+            given: Tensor arguments of the function.
+            leaves: Leaves from which tensors in `given` were computed, if any.
         """
         by = [(leaves or given)[name].requires_grad_() for name in self.learns]
         found = named(self.function(**given, **self.options, **options))
@@ -82,7 +84,7 @@ def named(out: Any) -> dict[str, Tensor]:
 
 
 def arguments(name: str, V: int = 37, *, packed: bool = False, dtype: torch.dtype = torch.float32) -> Call:
-    """`grpo_loss` with every tensor it may be given. Masked positions and 8 padding columns hold NaN."""
+    """Return a call of `grpo_loss` with every tensor. Masked positions and 8 padding columns hold NaN."""
     spec, ref = SPECS[name]
     case = every_branch(spec, V, dtype, packed=packed, ref=ref)
     tokens = case.completion_ids.shape
@@ -123,7 +125,7 @@ def of_rewards(*, packed: bool) -> Call:
 def of_hidden(
     name: str, V: int = 37, *, packed: bool = False, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Call:
-    """`linear_grpo_loss` likewise. Masked hidden states and 8 rows of padding in the weights hold NaN.
+    """Return a call of `linear_grpo_loss`. Masked hidden states and 8 padding rows of the weights hold NaN.
 
     The logits are exact products (products.py).
     """
@@ -172,7 +174,7 @@ def of_log_probabilities(name: str, *, packed: bool) -> Call:
 
 
 def watching(backend: str) -> AbstractContextManager[Any]:
-    """In the interpreter an address beside the elements of a kernel's tensors raises."""
+    """In the interpreter, raise at an address that is no element of a kernel's tensors."""
     if backend != "triton" or not INTERPRETED:
         return contextlib.nullcontext()
     from benchmarks.addresses import recording
@@ -189,9 +191,15 @@ def assert_same(
     sizes: dict[str, Tensor] | None = None,
     terms: dict[str, int] | None = None,
 ) -> None:
-    """To the bit; where not `exact`, sums of fp32 may run in another order.
+    """Compare bits, or with `exact=False` allow another order of fp32 sums.
 
-    sizes: of the gradients that are products, the magnitudes of what is summed; terms: how many there are.
+    Args:
+        got: Results by name.
+        wanted: Expected results by name.
+        exact: Whether results that are not matrix products must have the same bits.
+        equal_nan: Whether NaN equals NaN.
+        sizes: Sums of the magnitudes of the terms of each gradient that is a matrix product.
+        terms: Number of terms of each such gradient.
     """
     assert got.keys() == wanted.keys()
     rtol, atol = (0.0, 0.0) if exact else (1e-4, 1e-5)
@@ -203,7 +211,7 @@ def assert_same(
 
 
 def of_products(call: Call, given: dict[str, Tensor], **options: Any) -> dict[str, Any]:
-    """`sizes` and `terms` of `assert_same`, for a call that is given hidden states."""
+    """Return `sizes` and `terms` of `assert_same` for a call from hidden states, else nothing."""
     if "hidden" not in given:
         return {}
     with magnitudes():
@@ -217,7 +225,7 @@ def of_products(call: Call, given: dict[str, Tensor], **options: Any) -> dict[st
 
 
 def bare(shape: tuple[int, ...], V: int, *, hidden: bool = False) -> Call:
-    """Random tensors, nothing masked; packed where `shape` is one number."""
+    """Return a call on random tensors without a mask. One number in `shape` makes a packed batch."""
     generator = torch.Generator().manual_seed(V)
 
     def normal(*size: int) -> Tensor:

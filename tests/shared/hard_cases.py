@@ -18,8 +18,8 @@ Options = dict[str, Any]  # of grpo_loss
 View = Callable[[Tensor], Tensor]
 
 NAN, INF = math.nan, math.inf
-TWO_BLOCKS = 2053  # for the kernels a full block of 2048 and a partial one
-SUM = "token-sum"  # the loss of a lone token is then that token's
+TWO_BLOCKS = 2053  # the kernels take a full block of 2048 and a partial one
+SUM = "token-sum"  # the loss of a batch of one token is the loss of the token
 
 SPECS = {
     **{name: LossSpec(surrogate) for name, surrogate in SURROGATES.items() if surrogate is not None},
@@ -30,7 +30,7 @@ SPECS = {
 }
 by_ratio = pytest.mark.parametrize("surrogate", [PPOClip(), ImportanceRatio()], ids=["PPO", "ratio"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-# What holds the loss of a negative advantage, and at how much.
+# Bounds of the loss of a negative advantage.
 bounded = pytest.mark.parametrize(
     "surrogate, clamp, bound",
     [
@@ -42,7 +42,7 @@ bounded = pytest.mark.parametrize(
     ],
     ids=["as TRL", "clamp 20", "clamp 2", "dual_clip", "delta"],
 )
-# Tensors per token `[B, 4]` that are not contiguous.
+# Layouts of `[B, 4]` tensors that are not contiguous.
 not_contiguous = pytest.mark.parametrize(
     "layout",
     [
@@ -59,7 +59,7 @@ def specs(*names: str) -> pytest.MarkDecorator:
 
 
 def random_case(spec: LossSpec, *shape: int, device: str, bare: bool = False, **how: Any) -> Case:
-    """A random batch with all options that are per token; `bare`: none, and nothing masked or inactive."""
+    """Return a random batch with every option per token, or with `bare` no option and no masked token."""
     if bare:
         how = {"masked": 0, "inactive": 0, **how}
     batch = make_batch(*shape, **how)
@@ -82,9 +82,10 @@ def every_tensor(case: Case, change: Callable[[str, Tensor], Tensor]) -> Case:
 
 
 def assert_right(case: Case, view: View = lambda x: x, **options: Any) -> Result:
-    """Everything that comes out, against the reference; a bar for extreme inputs.
+    """Compare all outputs and the gradient with the reference, with tolerances for extreme inputs.
 
-    fp32 has few digits of `1 - p` where p is nearly 1, and eager may be lucky there: hence the leeway.
+    If p is nearly 1, fp32 has few digits of `1 - p`, and eager PyTorch may be accurate by chance. The factor
+    of 4 allows for that.
     """
     expected = oracle(case, view)
     got = run(grpo_loss, case, view, **options)
@@ -106,7 +107,7 @@ def assert_right(case: Case, view: View = lambda x: x, **options: Any) -> Result
 
 
 def assert_same_bits(got: Result, want: Result) -> None:
-    """Equal bits in everything that comes out; NaN equals NaN, and -0 equals 0."""
+    """Assert that all outputs have the same bits. NaN equals NaN, and -0 equals 0."""
 
     def same(a: Any, b: Any) -> bool:
         if a is None or b is None:
@@ -122,6 +123,6 @@ def assert_same_bits(got: Result, want: Result) -> None:
 
 
 def set_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much the torch backend computes at a time, on the CPU and elsewhere."""
+    """Set the number of logits that the torch backend computes at a time, on every device."""
     for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
         monkeypatch.setattr(f"grpo_kernels.row_chunks.{name}", elements)

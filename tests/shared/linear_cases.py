@@ -1,4 +1,4 @@
-"""Cases of the loss from hidden states: hidden states and weights whose products are a `Case`'s logits."""
+"""Cases of the loss from hidden states, with products that equal the logits of a `Case`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LinearCase(NamedTuple):
         return self._replace(options={**self.options, **options})
 
     def to(self, dtype: torch.dtype) -> LinearCase:
-        """The same numbers in another dtype."""
+        """Return the same numbers in another dtype."""
 
         def cast(x: Any) -> Any:
             return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -41,13 +41,13 @@ class LinearCase(NamedTuple):
 
 class LinearResult(NamedTuple):
     out: LossOutput
-    grads: tuple[Tensor, ...]  # by hidden states, weight and bias, where there is one
+    grads: tuple[Tensor, ...]  # of hidden states, weight and bias, if there is one
 
 
 def factored(logits: Tensor, dtype: torch.dtype, extra: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and bias whose product is nearly `logits`, NaN in rows of NaN.
+    """Return hidden states, weight and bias with a product near `logits`. Rows of NaN stay NaN.
 
-    The product is exact (products.py): 3 bits times 17, or times the 7 that any 16-bit dtype holds.
+    The product is exact (products.py): 3 bits times 17, or times the 7 that every 16-bit dtype holds.
     """
     rows = logits.double().nan_to_num().flatten(0, -2)
     generator = torch.Generator().manual_seed(seed)
@@ -62,9 +62,10 @@ def factored(logits: Tensor, dtype: torch.dtype, extra: int, seed: int) -> tuple
 
 
 def from_logits(case: Case, *, bias: bool = True) -> LinearCase:
-    """`case`, its logits as products: of an odd number of hidden dimensions, the reference's of another.
+    """Return `case` with its logits as products of hidden states and weights.
 
-    Columns from `vocab_size` on become rows of NaN in the weights.
+    The number of hidden dimensions is odd, and another one for the reference. Columns from `vocab_size` on
+    become rows of NaN in the weights.
     """
     dtype, options = case.logits.dtype, dict(case.options)
     vocab = options.get("vocab_size", case.logits.shape[-1])
@@ -85,7 +86,7 @@ def from_logits(case: Case, *, bias: bool = True) -> LinearCase:
 
 
 def logits_of(case: LinearCase, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Case:
-    """The logits as eager PyTorch makes them."""
+    """Return the case with logits that eager PyTorch computes."""
     options = dict(case.options)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if (ref_hidden := options.pop("ref_hidden", None)) is not None:
@@ -115,9 +116,10 @@ def run_linear(case: LinearCase, *, upstream: float = 1.0, **options: Any) -> Li
 
 
 def run_eager(case: LinearCase) -> tuple[Result, Case, tuple[Tensor, ...]]:
-    """The reference on eager logits: its result by logits, these, and the gradients by the head.
+    """Run the reference on eager logits. Return its result, the logits, and the gradients of the head.
 
-    NaN at masked positions and in the vocabulary's padding becomes 0: eager would make 0 * NaN of it.
+    NaN at masked positions and in the vocabulary's padding becomes 0, because eager PyTorch would compute
+    0 * NaN.
     """
     hidden, weight, *bias = inputs = [x.detach().nan_to_num().requires_grad_() for x in leaves(case)]
     logits_case = logits_of(case, hidden, weight, bias[0] if bias else None)
@@ -144,7 +146,7 @@ class LinearOracle(NamedTuple):
     by_logits: Oracle  # in fp64 and eager
     truth: tuple[Tensor, ...]  # gradients in fp64
     eager: tuple[Tensor, ...]
-    terms: tuple[Tensor, ...]  # sums of the magnitudes of what each gradient is a sum of
+    terms: tuple[Tensor, ...]  # for each gradient, the sum of the magnitudes of its terms
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -162,9 +164,9 @@ def linear_oracle(case: LinearCase) -> LinearOracle:
 
 
 def assert_same(got: LinearResult, want: LinearResult, case: LinearCase, **options: Any) -> None:
-    """Of two cases with the same exact logits, that of `case` and another.
+    """Compare the results of `case` with those of another case that has the same exact logits.
 
-    What is computed from the logits has the same bits. The gradients are the same to the order of their sums.
+    Results of the logits have the same bits. Gradients are equal up to the order of their sums.
     """
     for name, value in outputs(got.out).items():
         other = outputs(want.out)[name]
@@ -197,12 +199,12 @@ def assert_gradients(
     lengths: dict[str, int],
     what: str,
 ) -> None:
-    """Each row errs at most twice what eager errs, and some roundings of the terms that it is the sum of.
+    """Assert that each row errs at most twice as much as eager PyTorch, plus some roundings of its terms.
 
-    Of these the product's order of summation takes `rounding_bound`. The terms themselves are gradients of
-    logits, and parity.py holds a row of these to 32 roundings, in fp64 to 1e-12. A single entry errs more
-    than its row: its parts, such as `p - q` under a KL penalty, may cancel. Hence twice that, and the same
-    share of an average row's terms. `lengths`: how many terms an entry is the sum of.
+    The order of summation contributes `rounding_bound`. The terms are gradients of logits. parity.py allows 32
+    roundings in a row of them, and 1e-12 in fp64. A single entry may err more than its row, because its parts
+    may cancel, such as `p - q` in a KL penalty. So this function allows twice as much, and the same share of an
+    average row's terms. `lengths` is the number of terms of an entry.
     """
     for name, *gradients in zip(("hidden", "weight", "bias"), got, eager, truth, terms, strict=False):
         ours, theirs, exact, magnitude = (x if x.dim() > 1 else x[None] for x in gradients)
@@ -219,7 +221,7 @@ def assert_gradients(
         if excess.numel() and float(excess.max()) > 0:
             row = int(excess.argmax())
             raise AssertionError(
-                f"{what}: gradient by {name}: row {row} errs {float(error.flatten()[row]):.3g}, eager "
+                f"{what}: gradient of {name}: row {row} errs {float(error.flatten()[row]):.3g}, eager "
                 f"{float(bar.flatten()[row]):.3g}, allowed {float(allowed.flatten()[row]):.3g}"
             )
 
@@ -239,7 +241,7 @@ def random_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> LinearCase:
-    """Nothing masked, every token with an advantage; the products are exact."""
+    """Return a batch without a mask. Its logits are exact products (products.py)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:

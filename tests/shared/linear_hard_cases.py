@@ -25,7 +25,7 @@ def every_term(spec: LossSpec) -> LossSpec:
 
 
 def every_tensor(case: LinearCase, change: Callable[[Tensor], Tensor]) -> LinearCase:
-    """All that is per token or per sequence."""
+    """Change every tensor that is per token or per sequence."""
     options = {
         name: change(x) if isinstance(x, Tensor) and "lm_head" not in name else x
         for name, x in case.options.items()
@@ -35,7 +35,7 @@ def every_tensor(case: LinearCase, change: Callable[[Tensor], Tensor]) -> Linear
 
 
 def laid_out(case: LinearCase, packed: bool) -> LinearCase:
-    """Packed, the same tokens end to end."""
+    """Return the same tokens, packed if `packed`."""
     if not packed:
         return case
     sequences, tokens = case.completion_ids.shape
@@ -44,12 +44,12 @@ def laid_out(case: LinearCase, packed: bool) -> LinearCase:
 
 
 def every_option(spec: LossSpec, *shape: int, device: str, **how: Any) -> LinearCase:
-    """With a mask, a reference and a bias, and all options that are per token."""
+    """Return a batch with a mask, a reference, a bias and every option per token."""
     return from_logits(logits_case(spec, *shape, device=device, **how))
 
 
 def assert_right(case: LinearCase, expected: LinearCase | None = None, **options: Any) -> LinearResult:
-    """Log-probabilities, loss, entropy and gradients, against the reference, of `expected` if given."""
+    """Compare outputs and gradients with the reference on `expected`, by default on `case`."""
     wanted = linear_oracle(case if expected is None else expected)
     got, truth = run_linear(case, **options), wanted.by_logits.truth.out
     for name in ("logps", "entropy", "ref_logps"):

@@ -42,12 +42,12 @@ PARTS = ("hidden", "weight", "bias")
 
 class Found(NamedTuple):
     out: LossOutput
-    grads: dict[str, Tensor]  # by those of PARTS that learn; hidden's is that of what was allocated
+    grads: dict[str, Tensor]  # by name in PARTS; the gradient of "hidden" is that of the whole allocation
 
 
 class LinearProblem(NamedTuple):
-    case: LinearCase  # its hidden states are what was allocated
-    view: Callable[[Tensor], Tensor]  # and this is the part that the loss is given
+    case: LinearCase  # its hidden states are the whole allocation
+    view: Callable[[Tensor], Tensor]  # the part that is passed to the loss
     how: dict[str, Any]  # chunk_tokens, compact, skip_inactive, logits_dtype
     frozen: tuple[str, ...] = ()
 
@@ -72,11 +72,11 @@ class LinearProblem(NamedTuple):
         return self.case.options["completion_mask"] != 0
 
     def plain(self) -> LinearCase:
-        """The case without the memory around its hidden states."""
+        """Return the case without the memory around its hidden states."""
         return self.case._replace(hidden=self.view(self.case.hidden).contiguous())
 
     def select(self, sequences: list[int], **options: Any) -> LinearProblem:
-        """The batch of these sequences alone, in this order and contiguous."""
+        """Return a contiguous batch of only these sequences, in this order."""
         case = self.plain()
         whole = sequences_of(case.completion_ids, case.options)
         index = torch.cat([whole[number] for number in sequences])
@@ -91,7 +91,7 @@ class LinearProblem(NamedTuple):
 def linear_problems(
     draw: st.DrawFn, device: str, *, callables: bool = True, exact: bool = False
 ) -> LinearProblem:
-    """`exact`: the products of hidden states and weights are, in any order (products.py)."""
+    """Draw a problem. With `exact`, products of hidden states and weights are exact (products.py)."""
     shape, spec = draw(shapes()), draw(specs(callables=callables))
     rows = shape.rows
     V = draw(st.one_of(st.integers(2, 40), st.sampled_from([128, 513])), label="V")
@@ -114,7 +114,7 @@ def linear_problems(
         return torch.cat([x, x.new_full((padding, *x.shape[1:]), torch.nan)]).to(dtype)
 
     dtype, where = DTYPES[name], draw(views, label="strides")
-    # The words of one row in three that the bias suppresses are never taken.
+    # The bias suppresses one vocabulary entry in three. These are never taken.
     biases = {"none": None, "normal": random.normal(V), "shifted": random.normal(V) + 100.0}
     biases["holes"] = torch.where(torch.arange(V) % 3 == 1, -torch.inf, random.normal(V))
     kind = draw(st.sampled_from(list(biases)), label="bias")
@@ -138,7 +138,7 @@ def linear_problems(
     whole_reference = draw(whole_references(spec))
     options |= draw(policies(logps, random, whole_reference=whole_reference))
     if whole_reference:
-        # Near the policy, and of another width.
+        # The reference is near the policy and has another width.
         more = draw(st.integers(0, 3), label="width of the reference")
         other = DTYPES[
             name if name == "fp64" else draw(st.sampled_from(["fp32", "bf16", "fp16"]), label="ref")
@@ -172,9 +172,9 @@ def linear_problems(
 
 
 def precision(problem: LinearProblem) -> float:
-    """Of log-probabilities: a few roundings of the logits, and what their products err (products.py).
+    """Return the precision of log-probabilities: a few roundings, and the error of products (products.py).
 
-    Scale and temperature may double that, and a log-probability takes the error of two logits.
+    Scale and temperature may double that, and a log-probability has the error of two logits.
     """
     case = problem.plain()
     hidden, weight, bias = (
@@ -187,7 +187,7 @@ def precision(problem: LinearProblem) -> float:
 
 
 def without_skipped(out: Any, problem: LinearProblem) -> Any:
-    """What `skip_inactive` leaves as it is."""
+    """Return only the outputs that `skip_inactive` does not change."""
     if not problem.how["skip_inactive"]:
         return out
     return out._replace(logps=out.loss, ref_logps=None, entropy=None, metrics={})
@@ -196,21 +196,29 @@ def without_skipped(out: Any, problem: LinearProblem) -> Any:
 def assert_gradient_close(
     name: str, got: Tensor, expected: Tensor, size: float, problem: LinearProblem, *, bar: float = 0.0
 ) -> None:
-    """To rounding, and twice what eager errs. In half precision each gradient is rounded once, at its end,
-    and that of the logits once besides; of bf16 logits another order of their sums may round to a neighbour.
+    """Compare a gradient up to rounding plus twice the error of eager PyTorch.
 
-    `size`: norm of all gradients.
+    A 16-bit gradient is rounded once at its end, and the gradient of the logits once as well. Another order of
+    the sums may round a bf16 logit to a neighbor.
+
+    Args:
+        name: Name of the gradient.
+        got: The gradient.
+        expected: The expected gradient.
+        size: Norm of all gradients.
+        problem: The problem that gave them.
+        bar: Error of eager PyTorch.
     """
     rounding = precision(problem) + 4 * torch.finfo(got.dtype).eps
     if problem.how["logits_dtype"] == torch.bfloat16:
         rounding *= 4
     error = float((got.double() - expected.double()).norm())
     allowed = 2 * bar + rounding * (size + 1e-1)
-    assert error <= allowed, f"gradient by {name} errs {error:.3g} of {size:.3g}, allowed {allowed:.3g}"
+    assert error <= allowed, f"gradient of {name} errs {error:.3g} of {size:.3g}, allowed {allowed:.3g}"
 
 
 def assert_same(got: Found, expected: Found, problem: LinearProblem, backend: str) -> None:
-    """The same bits in what comes from the exact logits, and gradients to the order of their sums."""
+    """Compare bits of results of the exact logits, and gradients up to the order of their sums."""
     assert_same_gradients(got.grads, expected.grads, problem, backend)
     wanted = flat(expected.out)
     for name, value in flat(got.out).items():

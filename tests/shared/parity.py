@@ -1,4 +1,4 @@
-"""A case of the loss: computed by the package, by eager PyTorch in its dtype and in fp64, and compared."""
+"""Cases of the loss, and comparisons of the package with eager PyTorch in the same dtype and in fp64."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ AGGREGATIONS = (
 def user_loss(
     logps: Tensor, old_logps: Tensor | None, ref_logps: Tensor | None, advantages: Tensor, mask: Tensor
 ) -> Tensor:
-    """A callable surrogate that no built-in one covers: it couples the tokens along the last dimension."""
+    """A callable surrogate that couples the tokens along the last dimension, unlike any built-in one."""
     ratio = torch.exp(logps - (logps.detach() if old_logps is None else old_logps))
     coupled = (logps * mask).sum(-1, keepdim=True) / mask.shape[-1]
     return -advantages * torch.tanh(ratio) + 0.01 * coupled**2
@@ -87,8 +87,8 @@ KLS: dict[str, KL | None] = {
 }
 
 
-# Every surrogate without a KL, with one that shares its ratio, with one over the vocabulary; every KL beside
-# a ratio and by itself.
+# Every surrogate without a KL, with a KL that shares its ratio and with a KL over the vocabulary; every KL with
+# PPO-clip and alone.
 PAIRS = [
     (surrogate, kl)
     for surrogate in SURROGATES
@@ -97,7 +97,7 @@ PAIRS = [
     if not surrogate == kl == "None"
 ]
 
-# Losses whose ratio is the sequence's.
+# Losses with a sequence-level ratio.
 SEQUENCE_LEVEL: dict[str, tuple[str, str]] = {
     f"{name}, {level}": (name, level)
     for name in SURROGATES
@@ -115,7 +115,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     def wide(self) -> Case:
-        """The same numbers in fp64."""
+        """Return the same numbers in fp64."""
         options = {name: widened(value) for name, value in self.options.items()}
         return self._replace(
             logits=widened(self.logits), advantages=widened(self.advantages), options=options
@@ -127,7 +127,7 @@ class Case(NamedTuple):
 
 class Result(NamedTuple):
     out: LossOutput | ReferenceOutput
-    grad: Tensor  # of the loss by Case.logits
+    grad: Tensor  # of the loss, with respect to Case.logits
 
 
 class Oracle(NamedTuple):
@@ -148,9 +148,9 @@ def run(
     upstream: float = 1.0,
     **options: Any,
 ) -> Result:
-    """Forward and backward. The loss is given `view(logits)`; the gradient is that of all the logits."""
+    """Run forward and backward on `view(logits)`, and return the gradient of all logits."""
     leaf = case.logits.detach().clone().requires_grad_()
-    # Not a leaf, so that inplace=True may write it.
+    # inplace=True may not overwrite a leaf.
     logits = view(leaf.clone())
     out = loss(logits, case.completion_ids, case.advantages, spec=case.spec, **case.options, **options)
     out.loss.backward(torch.full_like(out.loss, upstream))
@@ -165,9 +165,9 @@ def oracle(case: Case, view: Callable[[Tensor], Tensor] = lambda x: x) -> Oracle
 def assert_parity(
     expected: Oracle, *, what: str = "", view: Callable[[Tensor], Tensor] = lambda x: x, **options: Any
 ) -> Result:
-    """The package's loss, its gradient, and everything else it returns, against truth and eager.
+    """Compare all outputs and the gradient of `grpo_loss` with fp64 and eager PyTorch.
 
-    `options` go to `grpo_loss` alone: backend, inplace, return_entropy.
+    `options` are passed to `grpo_loss` only: backend, inplace, return_entropy.
     """
     case, truth, eager = expected
     got = run(grpo_loss, case, view, **options)
@@ -184,14 +184,14 @@ def assert_parity(
 
 
 def assert_outputs(expected: Oracle, out: LossOutput, *, what: str, return_entropy: bool = False) -> None:
-    """All that a loss returns."""
+    """Compare all outputs of a loss with fp64 and eager PyTorch."""
     case, truth, eager = expected
     double = case.logits.dtype == torch.float64
     eps = torch.finfo(torch.float64 if double else torch.float32).eps
     assert out.loss.dtype == (torch.float64 if double else torch.float32), what
     assert out.loss.shape == (), what
 
-    # What a few roundings of every log-probability come to in the loss; in fp64 eager is the truth itself.
+    # The loss may err by a few roundings of every log-probability. In fp64 eager is the truth itself.
     scale = float(truth.out.loss.detach().abs() + truth.grad.abs().sum())
     assert_near(
         f"{what}: loss", out.loss, truth.out.loss, eager.out.loss, (64 if double else 24) * eps * scale
@@ -221,14 +221,14 @@ def assert_outputs(expected: Oracle, out: LossOutput, *, what: str, return_entro
 def assert_near(what: str, got: Tensor, truth: Tensor, eager: Tensor, epsilon: float) -> None:
     got, truth, eager = (x.detach().double() for x in (got, truth, eager))
     error, theirs = float((got - truth).abs()), float((eager - truth).abs())
-    within = error <= 2 * theirs + epsilon or bool(got == truth)  # as infinities may be
+    within = error <= 2 * theirs + epsilon or bool(got == truth)  # infinities may be equal
     assert within, f"{what} errs {error:.3g}, eager {theirs:.3g}, {epsilon = :.3g}"
 
 
 def assert_rows_no_worse(
     got: Tensor, eager: Tensor, truth: Tensor, *, ids: Tensor, logps: Tensor, what: str
 ) -> None:
-    """Gradient rows, their entry at the taken token, and the rest, which that entry would drown."""
+    """Compare gradient rows, their entries at the taken token, and the rest, which are much smaller."""
     assert got.dtype == eager.dtype, what
     ids = ids.long().clamp(0, got.shape[-1] - 1)[..., None]
     parts: dict[str, Callable[[Tensor], Tensor]] = {
@@ -236,11 +236,11 @@ def assert_rows_no_worse(
         "gradient at the taken token": lambda grad: grad.gather(-1, ids),
         "gradient but the taken token's": lambda grad: grad.scatter(-1, ids, 0),
     }
-    # A log-probability of size 10 is good to a few of its roundings, and a coefficient takes that over. Half
-    # precision is rounded once (but Triton's interpreter truncates to bf16).
+    # A log-probability of size 10 errs by a few roundings, and so does a coefficient computed from it. 16-bit
+    # gradients are rounded once, but Triton's interpreter truncates to bf16.
     eps = torch.finfo(got.dtype).eps
     epsilon = {torch.float64: 1e-12, torch.float32: 32 * eps}.get(got.dtype, 1.25 * eps)
-    # The row of a sure token is as small as 1 - p, which has the rounding of p.
+    # If p is nearly 1, the row is as small as 1 - p, which has the rounding error of p.
     others = -torch.expm1(logps.detach().double())
     rounding = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
     epsilon = epsilon + (rounding / others).where(others > 0, 0)
@@ -250,7 +250,7 @@ def assert_rows_no_worse(
 
 
 def per_token(case: Case, x: Tensor) -> Tensor:
-    """One value per sequence as one per token."""
+    """Expand one value per sequence to one per token."""
     shape = case.completion_ids.shape
     if len(shape) == 1 and x.shape != shape:
         return x.repeat_interleave(case.options["seq_lens"].to(x.device))
@@ -258,7 +258,7 @@ def per_token(case: Case, x: Tensor) -> Tensor:
 
 
 def expected_metrics(expected: Oracle, *, entropy: bool) -> dict[str, Tensor]:
-    """The oracle's metrics, and the two that are counted from other results."""
+    """Return the oracle's metrics, and those that are counted from other results."""
     case, truth, _ = expected
     wanted = dict(truth.out.metrics)
     if not entropy:
@@ -273,9 +273,9 @@ def expected_metrics(expected: Oracle, *, entropy: bool) -> dict[str, Tensor]:
     return wanted
 
 
-# Two unlike sequences, one without advantage that is cut short, and one with no token at all. The log-ratios
+# The batch has two different sequences, a short one without advantage, and one without tokens. The log-ratios
 # take every branch of every surrogate, and the distances to the reference lie inside and outside the bounds
-# of KLS; none is so small that its own rounding is all there is of a gradient.
+# of KLS. No distance is so small that rounding dominates its gradient.
 MASK = torch.tensor([[1, 0, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
 ADVANTAGES = torch.tensor([1.3, -0.7, 0.0, 2.0])
 LOGP = torch.tensor([[-1.2, -9, -3.0], [-0.7, -6.0, -0.05], [-2.0, -9, -9], [-9, -9, -9]])
@@ -292,9 +292,15 @@ def every_branch(
     ref: str | None = "logits",
     device: str = "cpu",
 ) -> Case:
-    """Masked positions hold NaN. `ref`: the reference comes as "logits", as "logps" or not at all.
+    """Return a batch that takes every branch of the loss. Masked positions hold NaN.
 
-    Packed, the sequences lie end to end without their padding, the one with no token last.
+    Args:
+        spec: Loss of the case.
+        V: Size of the vocabulary.
+        dtype: Dtype of the logits.
+        packed: Whether the sequences lie end to end without padding. The empty sequence is then the last.
+        ref: Form of the reference: "logits", "logps" or None.
+        device: Device of all tensors.
     """
     generator = torch.Generator().manual_seed(V)
 

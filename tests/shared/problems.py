@@ -1,4 +1,4 @@
-"""What the property tests draw: batches of any layout, strides, masks, dtypes, values and losses."""
+"""Random batches for property tests: layouts, strides, masks, dtypes, values and losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_kernels import DRO, LossSpec, Reinforce, grpo_loss
 from grpo_kernels.reference import reference_loss
 from grpo_kernels.spec import PRESETS
 
-# Where logits or hidden states lie in memory: the shape to allocate, and which part of it they are.
+# Memory layouts of logits or hidden states: the shape to allocate, and the view of it that holds them.
 VIEWS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor]]] = {
     "contiguous": (lambda *rows, V: (*rows, V), lambda x: x),
     "of wider rows": (lambda *rows, V: (*rows, V + 3), lambda x: x[..., :-3]),
@@ -29,8 +29,8 @@ VIEWS: dict[str, tuple[Callable[..., tuple[int, ...]], Callable[[Tensor], Tensor
     "time first": (lambda B, T, V: (T, B, V), lambda x: x.transpose(0, 1)),
 }
 OF_PACKED = ("contiguous", "of wider rows", "every other", "all but the first two")
-# Far from every bound of SURROGATES and KLS, as are the means of up to three, lest a rounding decide for a
-# branch.
+# These values and the means of up to three of them are far from every bound of SURROGATES and KLS, so that
+# rounding cannot change a branch.
 LOG_RATIOS = torch.tensor([-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.6])
 ADVANTAGES = torch.tensor([-1.5, 0.0, 0.7, 1.0])
 KINDS = ("normal", "wide", "flat", "tiny", "peaked", "shifted", "holes")
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 
 class Random:
-    """Numbers that hypothesis need not shrink one by one."""
+    """Random numbers from one seed. Hypothesis does not shrink them one by one."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -67,8 +67,8 @@ class Random:
 
 
 class Problem(NamedTuple):
-    case: Case  # its logits are what was allocated
-    view: Callable[[Tensor], Tensor]  # and this is the part that the loss is given
+    case: Case  # its logits are the whole allocation
+    view: Callable[[Tensor], Tensor]  # the part that is passed to the loss
     inplace: bool
 
     def run(self, backend: str, **how: Any) -> Result:
@@ -83,17 +83,17 @@ class Problem(NamedTuple):
         return sequences_of(self.case.completion_ids, self.case.options)
 
     def select(self, sequences: list[int], **options: Any) -> Problem:
-        """The batch of these sequences alone, in this order and contiguous."""
+        """Return a contiguous batch of only these sequences, in this order."""
         case, index = self.case, torch.cat([self.sequences[number] for number in sequences])
         picked = options_of(sequences, index, case.options) | options
-        # Per token: the chosen may have as many sequences as tokens, and [S] would be read as [N].
+        # Advantages are per token, because [S] means [N] if there are as many sequences as tokens.
         advantages = rows_at(index, per_token(case, case.advantages))
         logits, ids = rows_at(index, self.view(case.logits)), rows_at(index, case.completion_ids)
         return Problem(Case(case.spec, logits, ids, advantages, picked), lambda x: x, self.inplace)
 
 
 def sequences_of(completion_ids: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    """Indices into the first dimension: each sequence's tokens if packed, else its row of the batch."""
+    """Return indices into the first dimension: the tokens of each packed sequence, or its row."""
     numbers = torch.arange(len(completion_ids))
     lengths = options.get("seq_lens", torch.ones_like(numbers))
     return list(numbers.split(lengths.tolist()))
@@ -103,12 +103,12 @@ def rows_at(index: Tensor, x: Any) -> Any:
     return x[index.to(x.device)] if isinstance(x, Tensor) and x.dim() else x
 
 
-# Of the arguments, those that are no matter of tokens.
+# Arguments that are not per token.
 HEADS = ("ref_lm_head_weight", "ref_lm_head_bias")
 
 
 def options_of(sequences: list[int], index: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of these sequences, whose rows are `index`."""
+    """Return the options of these sequences, whose rows are `index`."""
 
     def picked(name: str, x: Any) -> Any:
         if name == "seq_lens":
@@ -128,7 +128,7 @@ def shapes(draw: st.DrawFn) -> Shape:
 
 @st.composite
 def specs(draw: st.DrawFn, *, callables: bool = True) -> LossSpec:
-    """A preset, or a surrogate at one of its levels, with any KL and aggregation."""
+    """Draw a preset, or a surrogate at one of its levels, with any KL and aggregation."""
     names = [name for name in SURROGATES if callables or name != "callable"]
     name = draw(st.sampled_from([*names, *SEQUENCE_LEVEL, *PRESETS]), label="loss")
     kl = draw(st.sampled_from(list(KLS)), label="KL")
@@ -151,7 +151,7 @@ def specs(draw: st.DrawFn, *, callables: bool = True) -> LossSpec:
 
 @st.composite
 def token_options(draw: st.DrawFn, shape: Shape, random: Random) -> dict[str, Any]:
-    """The options that need no logits."""
+    """Draw the options that do not depend on logits."""
     rows, count = shape.rows, len(shape.seq_lens)
     mask = draw(st.lists(st.booleans(), min_size=shape.tokens, max_size=shape.tokens), label="mask")
     mask_dtype = draw(st.sampled_from([torch.bool, torch.int64, torch.float32]), label="mask dtype")
@@ -172,12 +172,12 @@ def token_options(draw: st.DrawFn, shape: Shape, random: Random) -> dict[str, An
 
 @st.composite
 def policies(draw: st.DrawFn, logps: Tensor, random: Random, *, whole_reference: bool) -> dict[str, Tensor]:
-    """`old_logps` and `ref_logps` around these `logps`, where they are to be given."""
+    """Draw `old_logps` and `ref_logps` near these `logps`, or omit them."""
     found = {}
     if draw(st.booleans(), label="off-policy"):
         found["old_logps"] = (logps - random.pick(LOG_RATIOS, *logps.shape)).float()
     if not whole_reference:
-        # Not at the kink of "abs".
+        # Avoid the kink of "abs" at 0.
         distances = LOG_RATIOS[LOG_RATIOS != 0]
         found["ref_logps"] = (logps + random.pick(distances, *logps.shape)).float()
     return found
@@ -185,7 +185,7 @@ def policies(draw: st.DrawFn, logps: Tensor, random: Random, *, whole_reference:
 
 @st.composite
 def whole_references(draw: st.DrawFn, spec: LossSpec) -> bool:
-    """Whether the reference gives its distribution. Its distances are then anything, and may be a bound."""
+    """Draw whether the reference comes as logits. Its distances may then equal a bound of the KL."""
     if spec.kl is not None and spec.kl.kind.startswith("exact"):
         return True
     bounded = spec.kl is not None and (spec.kl.clamp or spec.kl.output_clamp)
@@ -210,7 +210,7 @@ def problems(draw: st.DrawFn, device: str, *, callables: bool = True) -> Problem
     padding = draw(st.sampled_from([None, 0, 5]), label="padding columns")
 
     def allocated(logits: Tensor, padding: int, dtype: torch.dtype, where: str) -> Tensor:
-        """Padding columns hold NaN, and what lies between the rows is no matter."""
+        """Return logits in this layout. Padding columns and the memory between rows hold NaN."""
         extent, view = VIEWS[where]
         new = torch.full(extent(*rows, V=V + padding), torch.nan, dtype=dtype)
         view(new)[..., :V] = logits.view(*rows, V)
@@ -236,7 +236,7 @@ def problems(draw: st.DrawFn, device: str, *, callables: bool = True) -> Problem
         noise = 0.5 * random.normal(tokens, V)
         options["ref_logits"] = VIEWS[there][1](allocated(logits + noise, wider, other, there))
         options["ref_logit_scale"] = draw(st.sampled_from([None, 0.9]), label="ref scale")
-        if options["logit_softcap"] is not None:  # else far from the policy: exp(60) cancels in a k3
+        if options["logit_softcap"] is not None:  # else exp(60) may cancel in a k3
             options["ref_logit_softcap"] = draw(st.sampled_from([None, 15.0]), label="ref softcap")
     advantages = random.pick(ADVANTAGES, len(shape.seq_lens))
     ids = ids.to(draw(st.sampled_from([torch.int32, torch.int64]), label="ids"))
@@ -247,7 +247,7 @@ def problems(draw: st.DrawFn, device: str, *, callables: bool = True) -> Problem
 
 
 def row_of(kind: str, noise: Tensor, target: int) -> Tensor:
-    """Logits of one token. "holes": all but the taken token may be at -inf."""
+    """Return logits of one token. With "holes", any but the taken one may be -inf."""
     if kind == "peaked":
         return 2 * noise + 60.0 * (noise == noise.max())
     if kind == "holes":
@@ -266,14 +266,14 @@ def on(device: str, case: Case) -> Case:
 def explore(
     check: Callable[[Any, str], None], drawn: st.SearchStrategy[Any], backend: str, device: str
 ) -> None:
-    """`check(problem, backend)` for what is drawn, a tenth as often where the kernels are interpreted."""
+    """Run `check(problem, backend)` on drawn problems, a tenth as many if the kernels are interpreted."""
     interpreted = backend == "triton" and device == "cpu"
     examples = settings().max_examples // (10 if interpreted else 1)
     settings(max_examples=examples)(given(problem=drawn, backend=st.just(backend))(check))()
 
 
 def for_any(drawn: Callable[..., st.SearchStrategy[Any]], **how: Any) -> Callable[[Any], Any]:
-    """Makes a test of `check(problem, backend)`, for what `drawn(device, **how)` draws."""
+    """Turn `check(problem, backend)` into a test of problems that `drawn(device, **how)` draws."""
 
     def decorate(check: Callable[[Any, str], None]) -> Any:
         def test(backend: str, device: str) -> None:
@@ -286,24 +286,24 @@ def for_any(drawn: Callable[..., st.SearchStrategy[Any]], **how: Any) -> Callabl
 
 
 def flat(out: Any) -> dict[str, Tensor]:
-    """All that a loss returned, by name."""
+    """Return all outputs of a loss by name, in fp64."""
     tensors = {"loss": out.loss, "logps": out.logps, "ref_logps": out.ref_logps, "entropy": out.entropy}
     tensors |= {f"metrics[{name!r}]": value for name, value in out.metrics.items()}
     return {name: x.detach().double() for name, x in tensors.items() if x is not None}
 
 
 def assert_outputs_close(got: Any, expected: Any, rounding: float, scale: float) -> None:
-    """What both returned; the loss is a sum of terms of size `scale`."""
+    """Compare the outputs that both have. The loss is a sum of terms of size `scale`."""
     values, wanted = flat(got), flat(expected)
     for name in values.keys() & wanted.keys():
         x, y = values[name], wanted[name]
         wrong = (x - y).abs() / (1 + y.abs() + (scale if name == "loss" else 0))
-        wrong = torch.where(x == y, 0.0, wrong)  # as infinities may be
+        wrong = torch.where(x == y, 0.0, wrong)  # infinities may be equal
         assert bool((wrong <= rounding).all()), f"{name} errs {wrong.max():.3g}, allowed {rounding:.3g}"
 
 
 def assert_close(got: Result, expected: Result, problem: Problem, *, slack: Tensor | float = 0.0) -> None:
-    """To the precision of the logits, which for a row far from zero is that of its largest."""
+    """Compare to the precision of the logits, which depends on the largest one of each row."""
     dtype = got.grad.dtype
     finite = problem.view(problem.case.logits).double()
     largest = float(torch.where(finite.isfinite(), finite, 0).abs().max())
@@ -332,7 +332,7 @@ def assert_scaled(more: Tensor, once: Tensor, factor: float, what: str) -> None:
 
 
 def spoilt(x: Any, mask: Tensor) -> Any:
-    """`x` with garbage at masked positions, where it has one entry or row for each position."""
+    """Return `x` with garbage at masked positions, if it has an entry or a row for each position."""
     if not isinstance(x, Tensor) or x.shape[: mask.dim()] != mask.shape:
         return x
     where = ~mask.view(mask.shape + (1,) * (x.dim() - mask.dim()))

@@ -1,11 +1,11 @@
-"""What may be compared after a matrix product, whose sums the BLAS library orders and not this package.
+"""Comparisons after a matrix product. The BLAS library, not this package, orders the sums of a product.
 
-The order depends on processor, shape, number of threads and alignment of memory. Whatever it is:
+The order depends on processor, shape, number of threads and alignment of memory. Two things hold in any order:
 
-* Products of numbers with few digits are exact, because every partial sum is. `on_a_grid` makes such factors.
-  Logits, and all that the package computes from them, can then be compared to the bit.
+* Products of numbers with few digits are exact, because every partial sum is. `on_a_grid` makes such operands.
+  Tests can then compare the bits of logits, and of results that the package computes from logits.
 * Gradients of hidden states, weight and bias are products of numbers with all their digits. Two orders of the
-  same terms agree to the bound of `assert_same_products`.
+  same terms agree within the bound of `assert_same_products`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GRID_BITS = 7  # bf16 holds 8
 def on_a_grid(x: Tensor, bits: int = GRID_BITS) -> Tensor:
     """Round each row of `x` to multiples of its step, a power of two; none exceeds `2^bits` steps.
 
-    The product of a row of `a` bits with one of `b` bits is a multiple of the product of their steps, and so
-    is each partial sum in any order. None of `K` terms' exceeds `2^(a + b) K` such steps, and fp32 holds
+    The product of a row of `a` bits with a row of `b` bits is a multiple of the product of their steps, and so
+    is each partial sum in any order. A sum of `K` terms has at most `2^(a + b) K` such steps, and fp32 holds
     multiples up to 2^24. NaN and infinities stay.
     """
     wide = x.double()
@@ -36,11 +36,11 @@ def on_a_grid(x: Tensor, bits: int = GRID_BITS) -> Tensor:
 
 
 def rounding_bound(terms: int, dtype: torch.dtype) -> float:
-    """What a sum of products errs at most in any order, as a share of the sum of their magnitudes.
+    """Return the maximal error of a sum of products, relative to the sum of their magnitudes.
 
     A product is rounded once, and a term takes part in at most `terms - 1` additions, so the share is
     `gamma = K u / (1 - K u)` with `K = terms` and the unit roundoff `u = eps / 2` (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.1). 16-bit factors are summed in fp32.
+    Stability of Numerical Algorithms, section 3.1). Products of 16-bit operands are summed in fp32.
     """
     u = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps / 2
     assert terms * u < 0.5
@@ -49,7 +49,7 @@ def rounding_bound(terms: int, dtype: torch.dtype) -> float:
 
 @contextlib.contextmanager
 def magnitudes() -> Iterator[None]:
-    """Inside, the linear form's gradients are the sums of the magnitudes of their terms."""
+    """Inside this context, the linear form returns sums of magnitudes of terms as its gradients."""
     add = Gradients.add
 
     def add_magnitudes(self: Gradients, chunk: Chunk) -> None:
@@ -61,16 +61,16 @@ def magnitudes() -> Iterator[None]:
 
 
 def lengths(tokens: int, vocab: int) -> dict[str, int]:
-    """How many terms an entry of each gradient is a sum of."""
+    """Return the number of terms in the sum that gives an entry of each gradient."""
     return {"hidden": vocab, "weight": tokens, "bias": tokens}
 
 
 def assert_same_products(got: Tensor, want: Tensor, magnitude: Tensor, terms: int, what: str) -> None:
-    """Two gradients that are sums of the same `terms` products, each in an order of its own.
+    """Compare two gradients that sum the same `terms` products in different orders.
 
-    Each errs at most `rounding_bound`, of `terms` and the factor that scales the sum, times the sum of the
-    magnitudes of the products; the two differ by at most twice that. An entry that is rounded to 16 bits at
-    the end may be rounded to a neighbour besides, or below the smallest normal number by its spacing.
+    The error of each is at most `rounding_bound` times the sum of the magnitudes of the products. The bound
+    includes the factor that scales the sum. The two gradients differ by at most twice that. An entry that is
+    finally rounded to 16 bits may also differ by one spacing.
     """
     assert got.dtype == want.dtype and got.shape == want.shape, what
     x, y, size = (each.double() for each in (got, want, magnitude.abs()))

@@ -28,13 +28,13 @@ def every_term(spec: LossSpec) -> LossSpec:
 
 
 def random_case(spec: LossSpec, *shape: int, **how: Any) -> Case:
-    """A ratio of a sequence has one advantage: that of its first token, for all of them."""
+    """Return a batch with one advantage per sequence."""
     case = padded_case(spec, *shape, **how)
     return case._replace(advantages=case.advantages[:, 0].contiguous())
 
 
 def laid_out(case: Case, packed: bool) -> Case:
-    """Packed, the same tokens end to end, masked ones as well."""
+    """Return the same tokens, packed if `packed`, including masked ones."""
     if not packed:
         return case
     sequences, tokens = case.completion_ids.shape
