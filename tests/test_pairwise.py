@@ -1,4 +1,4 @@
-"""`pytest --pairwise` loses no pair of parameter values, no test, and chooses the same cases every time."""
+"""`pytest --pairwise` keeps every pair of parameter values and every test, and its choice is fixed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def grid(**factors: list[Any]) -> list[dict[str, Any]]:
 
 
 def pairs_in(cases: list[Mapping[str, Any]]) -> set[frozenset[tuple[str, str]]]:
-    """Names the pairs by their representations, so that no mistake is shared with pairwise.py."""
+    """Return the pairs of values by their representations, independently of pairwise.py."""
     return {
         frozenset([(one, repr(case[one])), (other, repr(case[other]))])
         for case in cases
@@ -45,7 +45,7 @@ def test_every_pair_stays(cases: list[dict[str, Any]]) -> None:
 
 
 def test_few_cases_stay() -> None:
-    """7 losses times 3 dtypes is the least possible."""
+    """7 losses times 3 dtypes is the minimum."""
     assert len(grid(**FACTORS)) == 84
     assert 21 <= len(thinned(grid(**FACTORS))) <= 23
 
@@ -120,7 +120,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def collected(folder: Path, *options: str, seed: int = 0) -> list[str]:
-    """Names of the cases that pytest would run, in a process with hash seed `seed`."""
+    """Return the cases that pytest would run in a process with this hash seed."""
     env = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-m", "pytest", "-p", "pairwise", "--collect-only", "-q", *options, "."]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -139,7 +139,7 @@ def test_the_option(example: Path) -> None:
         "test_two": (6, 6),
         "test_one": (6, 5),  # one is marked long
         "test_none": (1, 1),
-        "test_ranks": (6, 3),  # those of 4 ranks are marked long
+        "test_ranks": (6, 3),  # cases with 4 ranks are marked long
     }
 
 
@@ -148,6 +148,6 @@ def test_every_process_chooses_the_same(example: Path) -> None:
     assert collected(example, "--pairwise", seed=1) == collected(example, "--pairwise", seed=2)
 
 
-def test_what_k_deselects_holds_no_pair(example: Path) -> None:
+def test_cases_that_k_deselects_hold_no_pair(example: Path) -> None:
     """Within one backend, all 12 pairs of letter and number are needed."""
     assert len(collected(example, "--pairwise", "-k", "triton and three")) == 12

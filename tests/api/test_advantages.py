@@ -64,7 +64,7 @@ def test_leave_one_out_as_in_rloo() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids(device: str, ids: list[int], dtype: torch.dtype) -> None:
-    """Whatever numbers stand for the groups, and in whatever order their members come."""
+    """Group ids may be any numbers, and members of a group may come in any order."""
     r, group_ids = rewards(3).to(device), torch.tensor(ids, dtype=dtype, device=device)
     order = torch.argsort(group_ids, stable=True)
     want = torch.empty_like(r)
@@ -86,7 +86,7 @@ def test_groups_of_unequal_size() -> None:
 @pytest.mark.parametrize("scale", ["std", "none"])
 @pytest.mark.parametrize("size", SIZES)
 def test_equal_rewards_are_exactly_zero(size: int, scale: str, eps: float) -> None:
-    """Only rows whose advantage is 0 are skipped, and a rounding of the mean, over eps, would be 1e-4."""
+    """Equal rewards give exactly 0, because only rows with an advantage of 0 are skipped."""
     values = torch.rand(100, generator=torch.Generator().manual_seed(1))
     for leave_one_out in (False, True):
         got = group_advantages(
@@ -97,7 +97,7 @@ def test_equal_rewards_are_exactly_zero(size: int, scale: str, eps: float) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    """Half precision counts to 256 or 2048 and no further: sums are not made in it."""
+    """Sums are not computed in half precision, which counts only to 256 or 2048."""
     r = rewards(3000, groups=2).to(dtype)
     got = group_advantages(r, group_size=3000)
     assert got.dtype == dtype
@@ -135,7 +135,7 @@ def test_large_integers() -> None:
 
 
 def test_far_from_zero() -> None:
-    """The spread is taken around the mean: a sum of squares would lose it."""
+    """The standard deviation is computed around the mean, so large rewards do not cancel."""
     r = torch.tensor([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3])
     torch.testing.assert_close(
         group_advantages(r, group_size=4).double(), by_loop(r, 4), rtol=1e-5, atol=1e-5

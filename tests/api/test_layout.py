@@ -1,4 +1,4 @@
-"""How the package hangs together: who imports whom, what is public, and that all of it says what it does."""
+"""Structure of the package: imports between modules, public names, and docstrings."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ TRAINERS = {
     "integrations/verl_heads": {"verl"},
     "integrations/verl_logps": {"verl"},
 }
-# Where a few need more than torch, and what a trainer brings.
+# Imports inside functions, apart from torch and the trainers.
 INSIDE_FUNCTIONS = {
     "testing": {"psutil"},
     "integrations/versions": {"packaging"},
@@ -124,7 +124,7 @@ def tree(module: str) -> ast.Module:
 
 
 def imports(module: str, *, at_import: bool = False) -> set[str]:
-    """Absolute names of what is imported; `at_import`: not in functions, so with the module itself."""
+    """Return absolute names of imports. With `at_import`, leave out imports inside functions."""
     parents = ["grpo_kernels", *module.split("/")[:-1]]
     found = set()
     for statement in tree(module).body:
@@ -172,7 +172,7 @@ def test_imports_point_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("kernels/")])
 def test_kernels_are_imported_inside_functions(module: str) -> None:
-    """Where Triton is not installed, nothing must reach for it before a kernel is wanted."""
+    """Without Triton the package works until a kernel is needed, so no module imports Triton at its top."""
     names = imports(module, at_import=True)
     assert not [name for name in names if name.startswith(("triton", "grpo_kernels.kernels"))]
 
@@ -201,7 +201,7 @@ def python(program: str) -> str:
 
 
 def test_works_without_triton() -> None:
-    """Windows and macOS have none; PyTorch itself does without."""
+    """The package works without Triton, as on Windows and macOS."""
     program = """
 import torch, grpo_kernels
 batch = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3).long(), torch.ones(2)
@@ -216,7 +216,7 @@ except ValueError as error:
 
 
 def test_import_leaves_triton_alone() -> None:
-    """PyTorch may bring it in, this package does not."""
+    """This package does not import Triton. PyTorch may."""
     program = """
 import sys, torch
 before = {name for name in sys.modules if name.split(".")[0] == "triton"}
@@ -256,12 +256,12 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_modules_say_what_they_are(module: str) -> None:
+def test_modules_have_docstrings(module: str) -> None:
     assert ast.get_docstring(tree(module))
 
 
 @pytest.mark.parametrize("name", grpo_kernels.__all__)
-def test_public_names_say_what_they_do(name: str) -> None:
+def test_public_names_have_docstrings(name: str) -> None:
     thing = getattr(grpo_kernels, name)
     # A dataclass or NamedTuple without a docstring is given its signature for one.
     assert thing.__doc__ and not thing.__doc__.startswith(f"{name}(")
@@ -273,7 +273,7 @@ def test_public_names_say_what_they_do(name: str) -> None:
         assert not [key for key in undocumented if not hasattr(super(thing, thing), key)]
 
 
-# Whose docstring explains the arguments that a function's own does not.
+# Functions whose docstrings explain the arguments that a function's own docstring leaves out.
 EXPLAINED_BY = {
     "grpo_loss": [],
     "group_advantages": [],
@@ -291,7 +291,7 @@ def test_docstrings_name_every_argument(name: str) -> None:
 
 
 def test_linear_options() -> None:
-    """The linear form takes all that the logits form takes, but what is about logits."""
+    """The linear form takes all options of the logits form, except those of logits."""
     options, linear = (
         {name: x.default for name, x in inspect.signature(function).parameters.items()}
         for function in (grpo_kernels.grpo_loss, grpo_kernels.linear_grpo_loss)
@@ -301,7 +301,7 @@ def test_linear_options() -> None:
 
 
 @pytest.mark.parametrize("name", ["testing", "reference", "weights"])
-def test_helpers_for_users_say_what_they_do(name: str) -> None:
+def test_helpers_for_users_have_docstrings(name: str) -> None:
     module = importlib.import_module(f"grpo_kernels.{name}")
     functions = [
         x for x in vars(module).values() if inspect.isfunction(x) and x.__module__ == module.__name__

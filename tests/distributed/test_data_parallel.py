@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on several ranks against one process, and the normalizer that makes them equal."""
+"""DDP and FSDP2 on several ranks equal one process, with `global_normalizer`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", data_parallel.cases.params())
 def test_data_parallel(outcomes: dict[str, str], name: str) -> None:
     if "fsdp2" in name and torch.__version__.startswith("2.8."):
-        pytest.skip(
-            "over gloo, FSDP2 of torch 2.8 sums the gradients of the ranks where it should average them"
-        )
+        pytest.skip("over gloo, FSDP2 of torch 2.8 sums the gradients of the ranks instead of averaging them")
     assert outcomes[name] == "ok", outcomes[name]
 
 
@@ -38,7 +36,7 @@ def test_data_parallel(outcomes: dict[str, str], name: str) -> None:
         ([MASK, MASK[:, :2]], {}, 6),
         (MASK.flatten(), {}, 3),
         (MASK, {"aggregation": "token-sum"}, 1),
-        (MASK, {"aggregation": "seq-mean-token-mean"}, 3),  # the empty one counts, as in the loss
+        (MASK, {"aggregation": "seq-mean-token-mean"}, 3),  # an empty sequence counts, as in the loss
         (MASK.flatten(), {"aggregation": "seq-mean-token-sum", "seq_lens": torch.tensor([3, 6])}, 2),
         (iter([MASK, MASK[0]]), {"aggregation": "seq-mean-token-sum", "seq_lens": [torch.tensor([3])]}, 4),
         (MASK[:0], {"aggregation": "seq-mean-token-mean"}, 0),
@@ -51,8 +49,8 @@ def test_one_process(mask: Any, options: dict[str, Any], expected: int) -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "token-sum"])
-def test_the_host_does_not_wait(aggregation: str) -> None:
-    """A tensor on "meta" has no values to wait for."""
+def test_no_device_sync(aggregation: str) -> None:
+    """A tensor on "meta" has no values, so reading one would fail."""
     assert global_normalizer([MASK.to("meta")] * 2, aggregation=aggregation).device.type == "meta"
 
 

@@ -1,8 +1,8 @@
-"""FusedGRPOTrainer on two ranks under DDP and FSDP2, each with a batch of its own, against TRL's trainer
-without a wrapper, whose gradients are averaged by hand.
+"""Worker: FusedGRPOTrainer on two ranks under DDP and FSDP2, compared with TRL's trainer.
 
-FSDP2 gathers parameters when it sees a module's forward, and again when it sees a gradient of its outputs: a
-loss that is made beside them would meet shards.
+Each rank has its own batch. TRL's trainer runs without a wrapper, and its gradients are averaged by hand.
+FSDP2 gathers parameters in a module's forward, and again for the gradient of its outputs. A loss that used the
+parameters outside the module would get shards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grpo_kernels.integrations.trl import FusedGRPOTrainer
 cases = Cases()
 
 V, B, T, P = 23, 4, 6, 3
-# The same sums of fp32 in another order.
+# The fp32 sums run in another order.
 TOLERANCE = 1e-5
 
 
@@ -81,7 +81,7 @@ def trainer(trainer_class: Any, tied: bool, **config: Any) -> Any:
 
 
 def batch() -> dict[str, Tensor]:
-    """Of this rank alone."""
+    """Return the batch of this rank."""
     generator = torch.Generator().manual_seed(5 + dist.get_rank())
     lengths = torch.randint(1, T + 1, (B, 1), generator=generator)
     mask = (torch.arange(T) < lengths).long()
@@ -98,7 +98,7 @@ def batch() -> dict[str, Tensor]:
 
 @functools.cache
 def averaged_gradients(tied: bool, **config: Any) -> dict[str, Tensor]:
-    """Of TRL's trainer, over the ranks."""
+    """Return the gradients of TRL's trainer, averaged over the ranks."""
     stock = trainer(trl.GRPOTrainer, tied, **config)
     stock._compute_loss(stock.model, batch()).backward()
     for p in stock.model.parameters():

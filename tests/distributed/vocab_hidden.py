@@ -66,9 +66,9 @@ def coupled_from_hidden_states(name: str) -> None:
 
 @cases.add(frozen=[False, True])
 def dtensor_head(frozen: bool) -> None:
-    """A head as tensor parallelism leaves it: as it is, it is gathered; with its own shard it stays in parts.
+    """A DTensor head is gathered without `shard` and stays in parts with it.
 
-    In both ways the gradient is that of the whole, in parts.
+    In both cases the gradient is a DTensor that equals the gradient of the whole head.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     case = from_logits(every_branch(FULL, V, torch.float64))
@@ -100,7 +100,7 @@ def dtensor_head(frozen: bool) -> None:
 
 @cases.add(backend=BACKENDS)
 def logps_from_hidden_states(backend: str) -> None:
-    """Differentiable, by random upstream gradients of both outputs."""
+    """Log-probabilities and entropies have the right gradients for random upstream gradients."""
     case = from_logits(every_branch(FULL, V, torch.float64))
     mask = case.options["completion_mask"]
     generator = torch.Generator().manual_seed(1)
@@ -119,8 +119,8 @@ def logps_from_hidden_states(backend: str) -> None:
 
 
 @cases.add(spec=["token-local", "callable"])
-def operations(spec: str) -> None:
-    """In units of a part's T V H: three products in one pass, four in two."""
+def flops(spec: str) -> None:
+    """One pass takes three products and two passes take four, in units of a part's T V H."""
     loss, units = {"token-local": (LossSpec(PPOClip()), 6), "callable": (LossSpec(user_loss), 8)}[spec]
     case = from_logits(every_branch(loss, V, torch.float32, ref=None), bias=False)
     mask = torch.ones_like(case.completion_ids, dtype=torch.bool)
@@ -137,7 +137,7 @@ def operations(spec: str) -> None:
 
 @cases.add(level=["token", "sequence"])
 def parts_of_dhidden(level: str) -> None:
-    """Their sum is left to the caller: in one pass and in two."""
+    """With `sum_dhidden=False` the caller sums the gradients of the hidden states."""
     case = from_logits(every_branch(LossSpec(PPOClip(), level=level), V, torch.float64))
     parts = linear_parts(case, "uneven")
     want = run_linear(parts.case, shard=parts.shard).grads[0].nan_to_num()
@@ -149,7 +149,7 @@ def parts_of_dhidden(level: str) -> None:
 
 @cases.add()
 def ranks_agree_on_chunks() -> None:
-    """The first has memory for all tokens at once, the others for one."""
+    """Ranks agree on chunks if the first has memory for all tokens and the others for one."""
     linear.CPU_CHUNK_BYTES = 1 << 26 if dist.get_rank() == 0 else 1
     case = from_logits(every_branch(FULL, V, torch.float64))
     want, parts = run_linear(case, chunk_tokens=1), linear_parts(case, "uneven")

@@ -69,9 +69,9 @@ def logit_transforms(backend: str, kl: str) -> None:
 
 
 def with_masked_part(case: Case, value: float, names: str) -> Case:
-    """Fill the second rank's columns with `value`. A taken token among them swaps its logit with column 0.
+    """Fill the second rank's columns with `value`. A taken token among them is replaced by token 0.
 
-    Its logit is lowered, because with fewer other tokens 1 - p of the likeliest one would have few digits.
+    The logit of every taken token is lowered, because 1 - p of a likely one would have few digits.
     """
     start, stop = bounds("uneven", V)[1]
     ids = case.completion_ids.clamp(min=0)
@@ -104,7 +104,7 @@ def a_part_of_masks(backend: str, value: float, inplace: bool) -> None:
 
 @cases.add(backend=BACKENDS)
 def a_part_of_masks_of_the_reference(backend: str) -> None:
-    """The exact KL is the policy's probability of these columns times the mask."""
+    """The exact KL is the policy's probability of the masked columns times the mask."""
     case = with_masked_part(every_branch(FULL, V, torch.float32), -1e10, "reference")
     assert_parity(case, backend=backend)
 
@@ -122,7 +122,7 @@ def a_taken_token_in_a_part_of_masks(backend: str, value: float) -> None:
 
 @cases.add(backend=BACKENDS, width=[V, 2 * V])
 def padded_vocabulary(backend: str, width: int) -> None:
-    """Padding at the end of the last part, or all of it."""
+    """Padding is the end of the last part, or all of it."""
     size = V - 2
     case = every_branch(FULL, size, torch.float32).with_options(vocab_size=size)
 
@@ -135,10 +135,10 @@ def padded_vocabulary(backend: str, width: int) -> None:
 
 @cases.add(backend=BACKENDS, kl=["exact", "exact_forward"])
 def parts_without_probability(backend: str, kl: str) -> None:
-    """All columns of a part at -inf: of both models, and of one of them."""
+    """All columns of a part are -inf in both models, or in one of them."""
     case = every_branch(LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1), V, torch.float32)
     start, _ = bounds("uneven", V)[-1]
-    # The part holds the last word, which is one token's: that one is taken elsewhere.
+    # One token takes the last vocabulary entry, which is in this part. It takes another one instead.
     ids = torch.where(case.completion_ids >= start, 3, case.completion_ids)
     hidden = torch.arange(V) >= start
 
@@ -163,7 +163,7 @@ def parts_without_probability(backend: str, kl: str) -> None:
 
 @cases.add(backend=BACKENDS, kl=["exact", "exact_forward"], banned=[-1e9, -200.0])
 def parts_banned_in_two_ways(backend: str, kl: str, banned: float) -> None:
-    """By a finite number of one model, by -inf of the other: nothing weighs the infinite divergence."""
+    """One model masks a part with a finite number and the other with -inf. The KL stays finite."""
     case = every_branch(LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1), V, torch.float32)
     start, _ = bounds("uneven", V)[-1]
     ids = torch.where(case.completion_ids >= start, 3, case.completion_ids)
@@ -184,7 +184,7 @@ def parts_banned_in_two_ways(backend: str, kl: str, banned: float) -> None:
 
 @cases.add(backend=BACKENDS, split=["uneven", "an empty part"])
 def far_rows(backend: str, split: str) -> None:
-    """Parts of one row that lie 2e4 apart, and rows far from zero."""
+    """The parts of one row differ by 2e4, and rows are far from zero."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, V, generator=generator, dtype=torch.float64)
     logits[0] += 1e4
@@ -208,8 +208,8 @@ def far_rows(backend: str, split: str) -> None:
 
 
 @cases.add(backend=BACKENDS)
-def what_nobody_holds(backend: str) -> None:
-    """An id outside the vocabulary is NaN on all ranks, and so is a row with a NaN in any part."""
+def invalid_ids_and_nan(backend: str) -> None:
+    """An id outside the vocabulary gives NaN on all ranks, and so does a NaN in any part of a row."""
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
     logits[1, -1] = torch.nan
     shard = shard_of("uneven", V)
@@ -227,7 +227,7 @@ def what_nobody_holds(backend: str) -> None:
 
 @cases.add(backend=BACKENDS)
 def several_blocks(backend: str) -> None:
-    """Parts as long as several blocks of a kernel, with a tail."""
+    """Each part has several blocks of a kernel and a tail."""
     generator = torch.Generator().manual_seed(0)
     size = 2 * dist.get_world_size() * 4096 // 3
     logits = 3 * torch.randn(3, 2, size, generator=generator)
@@ -239,7 +239,7 @@ def several_blocks(backend: str) -> None:
 
 @cases.add()
 def dtensor_logits() -> None:
-    """As tensor parallelism leaves them: with their shard they stay in parts, else they are refused."""
+    """DTensor logits stay in parts with `shard`, and are refused without it."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     case = every_branch(FULL, V, torch.float64)
     want = run(grpo_loss, case)
@@ -268,7 +268,7 @@ def debug_mode_names_parts_that_do_not_join() -> None:
     try:
         with pytest.raises(ValueError, match="must join"):
             selective_logps(torch.randn(2, 5), torch.tensor([0, 1]), shard=VocabShard(6 * rank, 6 * rank + 5))
-        # An empty part may stand anywhere.
+        # An empty part may have any bounds.
         size = 5 * (dist.get_world_size() - 1)
         start, stop = (2, 2) if rank == 0 else (5 * rank - 5, 5 * rank)
         part = torch.randn(2, stop - start)

@@ -15,12 +15,12 @@ from torch import distributed as dist
 from grpo_kernels import KL, LossSpec, PPOClip, VocabShard, grpo_loss
 
 BACKENDS = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
-V = 37  # divides by no number of ranks
+V = 37  # not divisible by the number of ranks
 FULL = LossSpec(PPOClip(), KL("exact", beta=0.2), entropy_coef=0.1)
 
 
 def bounds(split: str, size: int) -> list[tuple[int, int]]:
-    """The part of each rank."""
+    """Return start and stop of the part of each rank."""
     ranks = dist.get_world_size()
     cuts = [round(size * (i / ranks) ** 1.5) for i in range(ranks + 1)]
     parts = list(itertools.pairwise(cuts))
@@ -39,7 +39,7 @@ def shard_of(split: str, size: int) -> VocabShard:
 
 
 def joined(part: Tensor, split: str, size: int, dim: int) -> Tensor:
-    """The parts of all ranks in the order of the vocabulary."""
+    """Return the parts of all ranks, concatenated in the order of the vocabulary."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, part)
     parts = zip(bounds(split, size), found, strict=True)

@@ -1,4 +1,4 @@
-"""The training loops of the README and of docs/integrations.md, on prompts that are padded on the left."""
+"""The training loops of the README and of docs/integrations.md work with left-padded prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_loops_on_two_ranks(outcomes: dict[str, str], name: str) -> None:
 
 
 def test_loops_of_the_readme() -> None:
-    """Logits and hidden states are those of each sequence without its padding."""
+    """Logits and hidden states equal those of each sequence without padding."""
     text = README.read_text(encoding="utf-8")
     section = text[text.index("## In a training loop") : text.index("## What is supported")]
     blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)

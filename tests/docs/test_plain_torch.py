@@ -1,4 +1,4 @@
-"""The training loop in plain PyTorch learns, and in two processes it goes the same way."""
+"""The training loop in plain PyTorch learns, and two processes give the same losses as one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS, COMPARED = 30, 3
 
 
 def logs(output: str) -> dict[str, torch.Tensor]:
-    """What was printed of each step, by name."""
+    """Return the numbers that were printed for each step, by name."""
     steps = [
         dict(re.findall(r"(\w+) +(-?[\d.]+|nan)(?=\s|$)", line))
         for line in output.splitlines()
@@ -40,7 +40,7 @@ def one_process() -> dict[str, torch.Tensor]:
 
 @pytest.mark.long
 def test_it_learns(one_process: dict[str, torch.Tensor]) -> None:
-    """From a reward of 0.03 to 0.6 and more in half of the steps that it has by default."""
+    """The reward rises from below 0.1 to above 0.4 in half of the default number of steps."""
     reward = one_process["reward"]
     assert len(reward) == STEPS
     assert reward[:3].max() < 0.1 and reward[-3:].min() > 0.4
@@ -49,9 +49,9 @@ def test_it_learns(one_process: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.long
 def test_two_processes(one_process: dict[str, torch.Tensor]) -> None:
-    """The same samples, losses and metrics, to the digits that are printed.
+    """Samples, losses and metrics are equal to the printed digits.
 
-    A rounding that differs makes a sample fall otherwise sooner or later, hence a few steps only.
+    The test compares a few steps only, because a different rounding changes a sample sooner or later.
     """
     output = torchrun(SCRIPT, 2, "--steps", str(COMPARED))
     found = logs(output)

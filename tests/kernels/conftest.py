@@ -65,8 +65,8 @@ def check(monkeypatch: pytest.MonkeyPatch, device: str) -> Callable[..., None]:
             got = call.run(given, leaves, **options)
 
         if inplace:
-            logits, grad = placed["logits"], got["gradient by logits"]
-            got["gradient by logits"] = logits.within(grad)
+            logits, grad = placed["logits"], got["gradient of logits"]
+            got["gradient of logits"] = logits.within(grad)
             assert not logits.around(grad).any()
             assert torch.equal(bits(logits.within(written)), bits(logits.within(grad)))
             assert torch.equal(bits(logits.around(written)), bits(logits.around(before["logits"])))

@@ -1,7 +1,7 @@
 """Every kernel variant in use compiles for seven GPUs without spills, and for sm_90 within a budget.
 
-No GPU is needed: the public functions are called on "meta" tensors, their launches are compiled and not run,
-and the machine code is read. What a loop computes in some turns only is counted as if it did so in all.
+No GPU is needed: the tests call the public functions on "meta" tensors, compile their launches without running
+them, and read the machine code. Instructions that a loop runs in some iterations are counted for all of them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from benchmarks.cases import CASES  # noqa: E402
 from benchmarks.machine_code import PASSES, Figures, compiled  # noqa: E402
 from benchmarks.sass import MAX_THREADS, TARGETS, Sass, launches_for, resources  # noqa: E402
 
-SHARED_BYTES = 48 * 1024  # a block has this much everywhere, without asking for more
+SHARED_BYTES = 48 * 1024  # every GPU gives a block this much by default
 
 BUDGETED = "sm_90"
-# Instructions per element of a row read.
+# Instructions per element of a row.
 PLAIN_STATISTICS, FULL_STATISTICS, GRADIENT = 8, 12, 8
 # Two variants take one more, because an exponent that is exact at the maximum takes two instructions.
 FORWARD_KL_STATISTICS, ENTROPY_GRADIENT = 13, 9
-# One exponential per element; and per thread and block of the row one more, which carries its sums to a new
+# One exponential per element, and one per thread and block of the row, which rescales the sums to a new
 # maximum. A thread holds 16 elements or more.
 EXPONENTIALS = 1 + 1 / 16
-# Of a thread, whatever the vocabulary divides by: six blocks of 128 threads fit a multiprocessor.
+# Registers per thread, for every alignment of the rows. Six blocks of 128 threads fit a multiprocessor.
 REGISTERS = 80
 
 Farm = dict[tuple[str, str], "Future[list[Figures]]"]
@@ -44,10 +44,10 @@ Farm = dict[tuple[str, str], "Future[list[Figures]]"]
 
 @pytest.fixture(scope="module")
 def farm(request: pytest.FixtureRequest) -> Iterator[Farm]:
-    """What the selected tests need, being compiled on all cores."""
+    """Compile on all cores what the selected tests need."""
     params = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     wanted = [(p.params["case"], p.params["target"]) for p in params if p is not None and "case" in p.params]
-    # A compiler's threads do not survive a fork.
+    # The threads of a compiler do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(mp_context=context)
     found = {
@@ -62,14 +62,14 @@ def farm(request: pytest.FixtureRequest) -> Iterator[Farm]:
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case: str, target: str, farm: Farm) -> None:
     for k in farm[case, target].result():
-        # fp64 is for gradcheck, not for speed: there ptxas gives up a register or two for occupancy.
+        # fp64 is for gradcheck and may be slow. There ptxas spills a register or two for occupancy.
         assert k.resources.spills == 0 or k.variant.startswith("fp64"), k
         assert k.resources.shared_bytes <= SHARED_BYTES, k
         assert k.resources.threads <= MAX_THREADS, k
 
 
 def budget(k: Figures, what: str) -> int | None:
-    """Of instructions; None: no budget is set."""
+    """Return the budget of instructions, or None."""
     words = {*k.variant.split()}
     # A softcap computes a tanh per element; rows that are not aligned are read element by element.
     if words & {"capped", "ref_capped", "group=1"}:
@@ -103,16 +103,16 @@ FMA = re.compile(r"fma\.rn\.(?:ftz\.)?f32\s+(%\w+), [^,]+, [^,]+, ([^;]+);")
 
 @pytest.mark.parametrize("name", ["float32 exact KL, entropy", "bfloat16 fused forward KL"])
 def test_no_exponent_is_the_rounding_error_of_a_product(name: str) -> None:
-    """Each exponent is a product with a difference. `fma(k, y, -k * max)` is not 0 at the maximum.
+    """Each exponent is a product with a difference, because `fma(k, y, -k * max)` is not 0 at the maximum.
 
-    For a mask of -1e10 it would be 2^9. The interpreter does not contract, so only the PTX shows it.
+    For a mask of -1e10 it would be 2^9. Only the PTX shows this, because the interpreter does not contract.
     """
     with launches_for(TARGETS[BUDGETED]) as kernels:
         CASES[name]()
     over_rows = [k for k in kernels if k.name in ("row_stats_kernel", "dlogits_kernel", "fused_loss_kernel")]
     assert over_rows
     for kernel in over_rows:
-        assert kernel.metadata.enable_fp_fusion  # asked for, because Triton's default changes
+        assert kernel.metadata.enable_fp_fusion  # set explicitly, because Triton's default changes
         ptx = kernel.asm["ptx"]
         contracted = {register for register, addend in FMA.findall(ptx) if addend != "0f00000000"}
         exponents = {*EX2.findall(ptx)}
@@ -123,13 +123,13 @@ def test_no_exponent_is_the_rounding_error_of_a_product(name: str) -> None:
 def hoarder(x_ptr, SIZE: tl.constexpr):
     columns = tl.arange(0, SIZE)
     x = tl.load(x_ptr + columns)
-    tl.debug_barrier()  # all is loaded before any of it is stored
+    tl.debug_barrier()  # load everything before any store
     tl.store(x_ptr + columns, x + 1)
 
 
 @pytest.mark.parametrize(("target", "size"), [("sm_90", 32 * 512), ("gfx942", 64 * 1024)])
-def test_a_spill_is_seen(target: str, size: int) -> None:
-    """More values per thread than it has registers."""
+def test_a_spill_is_detected(target: str, size: int) -> None:
+    """The kernel holds more values per thread than there are registers."""
     with launches_for(TARGETS[target]) as kernels:
         hoarder[(1,)](torch.empty(size, device="meta"), size, num_warps=1)
     assert resources(kernels[0]).spills > 0
@@ -149,14 +149,14 @@ def two_loops(out_ptr, x_ptr, n, SIZE: tl.constexpr):
 
 
 def test_the_reader_finds_the_loops() -> None:
-    """4 elements per thread and turn; exponentials in some turns of the one loop, in all of the other."""
+    """A thread has 4 elements per iteration. One loop has exponentials in some iterations, the other in all."""
     with launches_for(TARGETS[BUDGETED]) as kernels:
         x = torch.empty(4096, device="meta")
         two_loops[(1,)](x, x, 4096, 128, num_warps=1)
     sass = Sass(kernels[0].asm["cubin"])
     reading, writing = sass.main_loop(stores=False), sass.main_loop(stores=True)
     assert reading is not None and writing is not None
-    turns = reading.loaded_bytes // 16  # of the loop as written in one of the loop as unrolled
+    turns = reading.loaded_bytes // 16  # iterations of the source loop in one iteration of the unrolled loop
     assert reading.count("MUFU.EX2") == 4 * turns
     assert not any(i.opcode.startswith("MUFU") and i.predicate is None for i in reading.every_time)
     assert reading.count("FMNMX") == 4 * turns
@@ -173,8 +173,8 @@ def one_block(out_ptr, x_ptr, mask_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + columns, tl.exp2(tl.load(x_ptr + columns)))
 
 
-def test_the_reader_finds_the_way_through() -> None:
-    """32 elements per thread, past the loads and not past the zeros, whose stores are the other half."""
+def test_the_reader_finds_the_path_through() -> None:
+    """The path has the loads of 32 elements per thread, and not the branch that stores zeros."""
     with launches_for(TARGETS[BUDGETED]) as kernels:
         x = torch.empty(1024, device="meta")
         one_block[(1,)](x, x, x, 1024, num_warps=1)

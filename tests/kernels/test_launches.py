@@ -1,4 +1,4 @@
-"""How many kernels a call launches around its passes over the vocabulary: each costs a GPU about 2 us."""
+"""The number of kernels that a call launches. Each launch costs a GPU about 2 us."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FREE = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that compute: neither views nor allocations."""
+    """Count the operators that compute, without views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def nan_in_new_memory() -> None:
-    """Not here: what fills new memory would be counted."""
+    """Turn the fixture off, because the fills would be counted."""
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Triton's own count as one each: its interpreter moves tensors about with PyTorch."""
+    """Count a Triton kernel as one launch, although the interpreter copies tensors with PyTorch."""
     found = Launches()
 
     @contextmanager
@@ -58,7 +58,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return found
 
 
-# Of the batch, the weights of its tokens, the metrics, autograd. In PyTorch alone the k3 loss takes 90 more.
+# The launches check the batch, and compute token weights, metrics and gradients. PyTorch takes 90 more for k3.
 @pytest.mark.parametrize(
     "form, options, most",
     [

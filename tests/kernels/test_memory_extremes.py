@@ -109,6 +109,6 @@ class TestExtremes:
                 given["logits"].add_(leaves["logits"])
             outcomes.append(call.run(given, leaves, backend=backend, inplace=inplace))
             if inplace:
-                outcomes[-1]["gradient by logits"] = given["logits"].detach().contiguous()
-        assert outcomes[0]["gradient by logits"].any()
+                outcomes[-1]["gradient of logits"] = given["logits"].detach().contiguous()
+        assert outcomes[0]["gradient of logits"].any()
         assert_same(*outcomes)

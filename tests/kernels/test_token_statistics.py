@@ -1,4 +1,4 @@
-"""What `linear_logps` can tell besides: whether the taken token was the likeliest."""
+"""`linear_token_statistics` tells whether the taken token was the likeliest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ B, T, V, H = 3, 5, 2053, 16  # V: two full blocks of a kernel and a partial tail
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_top1_is_argmax(device: str, backend: str, softcap: float | None, temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = (B, T, H), (V, H)  # of exact products: products.py
+    shapes = (B, T, H), (V, H)  # the products are exact: products.py
     hidden, weight = (on_a_grid(torch.randn(shape, generator=generator)).to(device) for shape in shapes)
     likeliest = (hidden @ weight.t()).argmax(-1)
     taken = torch.rand(B, T, generator=generator).to(device) < 0.5
@@ -33,7 +33,7 @@ def test_top1_is_argmax(device: str, backend: str, softcap: float | None, temper
 
 
 def test_the_same_defaults() -> None:
-    """`linear_logps` hands its options on."""
+    """`linear_logps` passes its options on to `linear_token_statistics`."""
     public, private = (signature(f).parameters for f in (linear_logps, linear_token_statistics))
     shared = public.keys() & private.keys()
     assert shared == public.keys() - {"return_entropy"}

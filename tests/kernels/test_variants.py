@@ -19,8 +19,8 @@ if not hasattr(JITFunction, "_do_compile"):
 from benchmarks.sass import TARGETS, variants_for  # noqa: E402
 from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss, linear_losses  # noqa: E402
 
-# 1 and multiples of 16, which Triton treats apart unless told not to; odd ones; and some with which the
-# elements of a sequence's logits, a stride, pass 2^31.
+# 1 and multiples of 16, which Triton specializes by default; odd lengths; and lengths at which the stride of a
+# sequence's logits exceeds 2^31.
 LENGTHS = [1, 2, 3, 16, 17, 32, 48, 100, 512, 513, 999, 4096, 14133, 16384, 32768, *range(700, 4200, 100)]
 TEMPERATURES = [1.0, 0.7, 2.0]
 CLIP_RANGES = [(0.2, 0.2), (0.2, 0.28), (1.0, 3.0)]
@@ -55,9 +55,9 @@ def launch(
 
 
 def launch_linear(length: int, vocab: int, *, local: bool) -> None:
-    """Tokens that begin anywhere in the batch: those without a gradient after a changing number of others.
+    """Call the linear form. Tokens without a gradient start after a changing number of others.
 
-    Addresses are those of a CPU's memory: "meta" has none, and Triton looks at their alignment.
+    Tensors are on the CPU, because Triton looks at the alignment of addresses and "meta" has none.
     """
     hidden, weight = torch.randn(1, length, 8, requires_grad=True), torch.randn(vocab, 8)
     advantages = (torch.arange(length) < length // 3).float()[None]
@@ -120,7 +120,7 @@ def test_no_recompilation_of_the_linear_form(
     assert counted(variants) == dict.fromkeys(kernels, 1)
 
 
-def test_another_variant_is_seen() -> None:
+def test_another_variant_is_detected() -> None:
     with variants_for(TARGETS["sm_90"]) as variants:
         launch(512, 151936)
         launch(512, 151937)  # rows not aligned

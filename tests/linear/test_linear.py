@@ -1,4 +1,4 @@
-"""The loss from hidden states may err no more than the eager product and loss do; and it is `grpo_loss`."""
+"""The loss from hidden states is as accurate as the eager product and loss, and equals `grpo_loss`."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ GRADIENTS = ("hidden", "weight", "bias")
 
 dtypes = pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-V = 1025  # for the kernels a block and a tail, and rows that are aligned only because their buffer is
+V = 1025  # a block and a tail in the kernels; rows are aligned only because their buffer is
 
 
 def assert_linear_parity(expected: LinearOracle, *, what: str = "", **options: object) -> LinearResult:
-    """Gradients row by row of hidden states and weight, and everything that the loss returns."""
+    """Compare all outputs, and the gradients row by row."""
     got = run_linear(expected.case, **options)
     assert_outputs(expected.by_logits, got.out, what=what)
     assert_gradients(got.grads, expected.eager, expected.truth, expected.terms, expected.lengths, what)
@@ -54,7 +54,7 @@ def assert_linear_parity(expected: LinearOracle, *, what: str = "", **options: o
 @dtypes
 @pytest.mark.parametrize("surrogate, kl", PAIRS)
 def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
-    """Chunks of 4 of 12 (packed 8) tokens; aggregations take turns, in the kernels `compact` too."""
+    """Chunks have 4 of 12 tokens (8 if packed). Aggregations take turns, and with Triton `compact` too."""
     turn = list(SURROGATES).index(surrogate) + list(KLS).index(kl) + packed
     spec = LossSpec(
         SURROGATES[surrogate], KLS[kl], aggregation=AGGREGATIONS[turn % len(AGGREGATIONS)], max_tokens=5
@@ -79,7 +79,7 @@ def test_every_level(loss: str, dtype: str, packed: bool, backend: str, device: 
 
 @every_option
 def test_every_option(option: str, packed: bool, backend: str, device: str) -> None:
-    """On a loss whose gradient has every term."""
+    """The loss has every term in its gradient."""
     spec = LossSpec(ImportanceRatio(), KLS["exact"], entropy_coef=0.05, max_tokens=5)
     for dtype in ("fp64", "fp32", "bf16"):
         case = (EITHER | PADDED | PACKED)[option](branches(spec, dtype, packed, device))
@@ -93,10 +93,10 @@ def test_every_option(option: str, packed: bool, backend: str, device: str) -> N
 @pytest.mark.parametrize("kl", ["None", "k3", "exact"])
 @pytest.mark.parametrize("surrogate", ["PPOClip", "callable"])
 def test_chunks_and_the_logits_form(surrogate: str, kl: str, dtype: str, backend: str, device: str) -> None:
-    """Any chunk length gives the same to rounding, and the same as `grpo_loss` of all the logits."""
+    """Results for every chunk length equal those of `grpo_loss` up to rounding."""
     case = from_logits(branches(LossSpec(SURROGATES[surrogate], KLS[kl]), dtype, False, device))
     case = case._replace(hidden=case.hidden.nan_to_num())
-    # The linear form's logits: sums in fp32 whatever the factors are.
+    # The linear form sums logits in fp32 for all dtypes of the operands but fp64.
     wide = case.to(torch.promote_types(DTYPES[dtype], torch.float32))
     inputs = [x.requires_grad_() for x in (wide.hidden, wide.weight, wide.bias)]
     logits = logits_of(wide, *inputs)
@@ -111,7 +111,7 @@ def test_chunks_and_the_logits_form(surrogate: str, kl: str, dtype: str, backend
         torch.testing.assert_close(got.out.logps, want.logps, rtol=tolerance, atol=tolerance)
         for name, ours, theirs in zip(GRADIENTS, got.grads, grads, strict=True):
             error = float(relative_error(ours.flatten(), theirs.flatten()))
-            # In bf16 the gradient of the logits is rounded before its products, as in eager, and then theirs.
+            # In bf16 the gradient of the logits is rounded before the products, and the products are rounded.
             assert error < (8e-3 if dtype == "bf16" else tolerance), (name, chunk_tokens, error)
 
 
@@ -218,7 +218,7 @@ def test_one_word(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("surrogate", ["PPOClip", "callable"])
 def test_masked_and_idle_tokens_never_matter(surrogate: str, backend: str, device: str) -> None:
-    """What a masked position holds, and the hidden states of a token without advantage, touch no gradient."""
+    """Values at masked positions, and hidden states of tokens without advantage, affect no gradient."""
     spec = LossSpec(SURROGATES[surrogate])
     clean = from_logits(branches(spec, "fp32", False, device))
     mask = clean.options["completion_mask"]
@@ -245,7 +245,7 @@ def test_masked_and_idle_tokens_never_matter(surrogate: str, backend: str, devic
 
 
 def test_skip_inactive(backend: str, device: str) -> None:
-    """Rows without an advantage are not run: loss and gradient as ever, their log-probability reads 0."""
+    """Rows without an advantage do not run. Loss and gradient are unchanged, their log-probability is 0."""
     case = from_logits(branches(LossSpec(PPOClip()), "fp32", False, device))
     want, got = (run_linear(case, skip_inactive=skip, backend=backend) for skip in (False, True))
     mask, idle = case.options["completion_mask"], case.advantages == 0
@@ -259,14 +259,14 @@ def test_skip_inactive(backend: str, device: str) -> None:
         backend=backend,
     )
     assert given.out.ref_logps is not None and torch.equal(given.out.ref_logps != 0, mask & ~idle[:, None])
-    # The metrics are means over what ran, but the fraction of active tokens is one of all.
+    # Metrics are means over tokens that ran. The active fraction is relative to all tokens.
     ran = mask & ~idle[:, None]
     log_ratio = (want.out.logps - case.options["old_logps"])[ran].mean()
     torch.testing.assert_close(got.out.metrics["log_ratio"], log_ratio)
     assert got.out.metrics["active_fraction"] == want.out.metrics["active_fraction"]
 
 
-def test_skip_inactive_leaves_nothing_out_of_a_kl(backend: str, device: str) -> None:
+def test_skip_inactive_with_a_kl_skips_nothing(backend: str, device: str) -> None:
     """A KL term and an entropy bonus give every row a gradient."""
     for spec in (LossSpec(PPOClip(), KL("k3")), LossSpec(PPOClip(), entropy_coef=0.1), LossSpec(user_loss)):
         case = from_logits(branches(spec, "fp32", False, device))
@@ -275,7 +275,7 @@ def test_skip_inactive_leaves_nothing_out_of_a_kl(backend: str, device: str) -> 
 
 
 def test_bf16_logits(backend: str, device: str) -> None:
-    """The cheaper choice errs as eager's bf16 logits do; the default by the rounding of fp32 sums."""
+    """bf16 logits err like those of eager PyTorch. fp32 logits, the default, err by fp32 rounding."""
     case = from_logits(branches(LossSpec(PPOClip(), KL("exact")), "bf16", False, device))
     expected = linear_oracle(case)
     exact = expected.by_logits.truth.out.logps

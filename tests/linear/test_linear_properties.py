@@ -1,4 +1,4 @@
-"""What holds for any batch of hidden states: hypothesis draws heads, chunks, layouts, dtypes and losses."""
+"""Properties of the losses from hidden states on random heads, chunks, layouts, dtypes and losses."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_equals_the_reference(problem: LinearProblem, backend: str) -> None:
 
 @for_any(linear_problems)
 def test_equals_the_logits_form(problem: LinearProblem, backend: str) -> None:
-    """Of logits in fp32, as the products are held."""
+    """The logits are fp32, as in the linear form."""
     problem = problem._replace(frozen=(), how=problem.how | {"logits_dtype": torch.float32})
     case, got = problem.plain(), problem.run(backend)
     case = case if case.hidden.dtype == torch.float64 else case.to(torch.float32)
-    # Padding rows are NaN, and 0 * NaN would be the hidden states' gradient.
+    # Padding rows are NaN, and the gradient of the hidden states would contain 0 * NaN.
     parts = [x.nan_to_num(neginf=-torch.inf) for x in (case.hidden, case.weight, case.bias) if x is not None]
     leaves = [x.requires_grad_() for x in parts]
     logits = logits_of(case, leaves[0], leaves[1], leaves[2] if leaves[2:] else None)
@@ -66,7 +66,7 @@ def test_equals_the_logits_form(problem: LinearProblem, backend: str) -> None:
 
 @for_any(linear_problems, exact=True)
 def test_what_is_masked_never_matters(problem: LinearProblem, backend: str) -> None:
-    """Whatever stands there: NaN, infinities, ids outside of the vocabulary."""
+    """NaN, infinities and invalid ids at masked positions have no effect."""
     case, mask = problem.case, problem.mask
     hidden = case.hidden.clone()
     problem.view(hidden).copy_(spoilt(problem.view(case.hidden), mask))
@@ -95,21 +95,21 @@ def test_what_is_frozen_changes_no_other_gradient(problem: LinearProblem, backen
 
 
 @for_any(linear_problems)
-def test_how_it_is_computed_is_no_matter(problem: LinearProblem, backend: str) -> None:
-    """Chunks of another length, rows in another order, rows that are left out."""
+def test_chunks_and_order_do_not_matter(problem: LinearProblem, backend: str) -> None:
+    """Another chunk length, another order of rows and skipped rows give the same results."""
     other = {"chunk_tokens": 2, "compact": not problem.how["compact"], "skip_inactive": False}
     got, expected = problem.run(backend), problem.run(backend, **other)
     assert_near(got.grads, expected.grads, problem)
     size = sum(float(x.double().norm()) for x in expected.grads.values())
     outs = (without_skipped(out, problem) for out in (got.out, expected.out))
-    # Of bf16 logits another order of their sums may round to a neighbour.
+    # Another order of the sums may round a bf16 logit to a neighbor.
     rounding = 0.5 if problem.how["logits_dtype"] == torch.bfloat16 else precision(problem)
     assert_outputs_close(*outs, rounding, size)
 
 
 @for_any(linear_problems, callables=False)
 def test_a_split_batch_adds_up(problem: LinearProblem, backend: str) -> None:
-    """Parts with a common normalizer: losses and gradients of the whole."""
+    """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     count = len(sequences_of(problem.case.completion_ids, problem.case.options))
     halves = [part for part in (range(count // 2), range(count // 2, count)) if part]
     whole = problem.select(list(range(count)), normalizer=6.5)
@@ -128,7 +128,7 @@ def test_a_split_batch_adds_up(problem: LinearProblem, backend: str) -> None:
 
 @for_any(linear_problems, exact=True)
 def test_a_scaled_loss_scales_the_gradient(problem: LinearProblem, backend: str) -> None:
-    """By a power of two, exactly; but what was too small for its dtype had lost digits."""
+    """A power of two scales gradients exactly, except subnormal ones, which have lost digits."""
     once, more = problem.run(backend).grads, problem.run(backend, upstream=64.0).grads
     large = {name: x.abs() > 64 * torch.finfo(x.dtype).smallest_normal for name, x in once.items()}
     kept = {name: torch.where(large[name], x, 0.0) for name, x in more.items()}
@@ -156,7 +156,7 @@ def test_inputs_stay_as_they_are(problem: LinearProblem, backend: str) -> None:
 
 @for_any(linear_problems, callables=False, exact=True)
 def test_statistics_of_tokens(problem: LinearProblem, backend: str) -> None:
-    """Log-probabilities, entropies and who is likeliest; gradients of both, some from upstream zero."""
+    """Test log-probabilities, entropies, top1 and gradients. Some upstream gradients are 0."""
     case, mask = problem.plain(), problem.mask
     names = ("temperature", "logit_scale", "logit_softcap", "vocab_size")
     transform = {name: case.options[name] for name in names if name in case.options}
@@ -195,7 +195,7 @@ def test_statistics_of_tokens(problem: LinearProblem, backend: str) -> None:
     rounding = precision(problem)
     for x, y in ((got.logps, logps), (got.entropy, entropy)):
         assert bool(((x.double() - y).abs() <= rounding * (1 + y.abs())).all())
-    # Of logits nearly as large, rounding decides.
+    # Rounding decides between logits that are nearly equal.
     taken = z.gather(-1, case.completion_ids.long()[..., None])
     others = z.scatter(-1, case.completion_ids.long()[..., None], -torch.inf).amax(-1)
     margin = taken[..., 0] - others

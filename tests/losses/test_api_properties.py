@@ -1,4 +1,4 @@
-"""What holds for the rest of the API, and at the ends of the floating-point range."""
+"""Properties of the rest of the API, and of losses at the ends of the floating-point range."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAN, INF = math.nan, math.inf
 
 @for_any(problems)
 def test_a_loss_of_log_probabilities(problem: Problem, backend: str) -> None:
-    """`policy_loss` of `selective_logps` is `grpo_loss`, unless its KL runs over the vocabulary."""
+    """`policy_loss` of `selective_logps` equals `grpo_loss`, unless the KL is over the vocabulary."""
     case = problem.case
     if case.spec.exact_kl is not None:
         case = case._replace(spec=dataclasses.replace(case.spec, kl=KLS["k1"]))
@@ -56,7 +56,7 @@ def test_a_loss_of_log_probabilities(problem: Problem, backend: str) -> None:
     assert_close(got, problem._replace(case=case).run(backend, return_entropy=True), problem)
 
 
-# What a reward may be: far from zero, beyond the square root of the dtype's range, equal to others.
+# Rewards may be far from zero, have squares beyond the range of the dtype, and equal one another.
 REWARDS = st.one_of(
     st.sampled_from([0.0, 1.0, -1.0, 0.5, 1000.001, 1000.002, 1e30, -1e30, 1e-30]), st.floats(-8, 8, width=32)
 )
@@ -74,7 +74,7 @@ def groups(draw: st.DrawFn) -> tuple[list[float], list[int]]:
 def test_advantages_of_groups(
     drawn: tuple[list[float], list[int]], scale: str, leave_one_out: bool, eps: float
 ) -> None:
-    """To the precision of the rewards: in fp32 one of 1e30 is known to 1e23 only, whatever the spread."""
+    """Advantages are as precise as the rewards. In fp32 a reward of 1e30 is rounded by 1e23."""
     ids, rewards = torch.tensor(drawn[1], dtype=torch.long), torch.tensor(drawn[0], dtype=torch.float32)
     got = group_advantages(rewards, group_ids=ids, scale=scale, leave_one_out=leave_one_out, eps=eps)
     assert got.dtype == torch.float32
@@ -96,7 +96,7 @@ LOGPS = st.one_of(st.floats(-20, 0, width=32), st.just(-300.0))
 
 @st.composite
 def samplers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of trainer and sampler, NaN where that gave none, and the mask."""
+    """Draw log-probabilities of trainer and sampler (NaN if it gave none), and the mask."""
     B, T = draw(st.integers(1, 3)), draw(st.integers(0, 4))
 
     def tensor(values: st.SearchStrategy[Any], dtype: torch.dtype) -> Tensor:
@@ -110,7 +110,7 @@ def samplers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_ratios(drawn: tuple[Tensor, Tensor, Tensor]) -> list[list[float]]:
-    """Of the trainer to the sampler, 0 where either is unknown."""
+    """Return log-ratios of trainer and sampler, and 0 for masked or unknown ones."""
     return [
         [x - y if m and not math.isnan(y) else 0.0 for x, y, m in zip(*rows, strict=True)]
         for rows in zip(*(x.tolist() for x in drawn), strict=True)
@@ -159,7 +159,7 @@ def test_off_policy_sequence_mask(
                 assert keep == float(A >= 0 or drift <= threshold)
 
 
-# Of the taken token, as they are and where fp32 has no exponential of them; probabilities are at most 1.
+# Log-ratios and advantages of taken tokens: ordinary ones, and those that overflow in fp32.
 EXTREME = {
     "ratios": (torch.tensor([-200.0, -30.0, -5.0, 0.1, 5.0, 30.0, 200.0]), torch.tensor([-1.0, 0.0, 1.0])),
     "advantages": (torch.tensor([-0.5, 0.1, 0.5]), torch.tensor([-1e30, -1e-30, 0.0, 1e-30, 1e30])),
@@ -171,9 +171,9 @@ EXTREME_ROWS = ("normal", "huge", "fp16", "shifted", "impossible", "only")
 
 @st.composite
 def extremes(draw: st.DrawFn, device: str) -> Problem:
-    """Logits, ratios or advantages near the ends of their range."""
+    """Draw logits, ratios or advantages near the ends of their range."""
     shape, V = draw(shapes()), draw(st.sampled_from([2, 7, 33]), label="V")
-    # Far from the reference a corrected k3 has no gradient to speak of: test_regressions.py, TestCorrectedK3.
+    # TestCorrectedK3 in test_regressions.py covers the corrected k3 far from the reference.
     spec = draw(specs(callables=False))
     kinds = st.lists(st.sampled_from(EXTREME_ROWS), min_size=shape.tokens, max_size=shape.tokens)
     random = Random(draw(st.integers(0, 2**31), label="seed"))
@@ -198,7 +198,7 @@ def extremes(draw: st.DrawFn, device: str) -> Problem:
         options["seq_lens"] = torch.tensor(shape.seq_lens)
     reinforce = LossSpec(Reinforce())
     logps = reference_loss(case.logits.double(), ids, case.advantages, spec=reinforce, **transform).logps
-    # A taken token at -inf was possible to others.
+    # A taken token at -inf gets an ordinary old log-probability.
     logps = torch.where(logps.isfinite(), logps, -3.0)
     ratios, advantages = EXTREME[draw(st.sampled_from(list(EXTREME)))]
     options["old_logps"] = (logps - random.pick(ratios, *shape.rows)).float().clamp(max=0)
@@ -211,7 +211,7 @@ def extremes(draw: st.DrawFn, device: str) -> Problem:
 
 
 def extreme_row(kind: str, noise: Tensor, target: int) -> Tensor:
-    """Logits of one token. "impossible": it is at -inf; "only": all others are."""
+    """Return logits of one token. With "impossible" it is -inf, and with "only" all others are."""
     taken = torch.arange(len(noise)) == target
     if kind in ("impossible", "only"):
         return noise.masked_fill(taken if kind == "impossible" else ~taken, -INF)
@@ -221,7 +221,7 @@ def extreme_row(kind: str, noise: Tensor, target: int) -> Tensor:
 
 @for_any(extremes)
 def test_the_ends_of_the_range(problem: Problem, backend: str) -> None:
-    """Where the loss is a number that fp32 has, nothing is NaN and every gradient is right."""
+    """If fp32 can represent the loss, nothing is NaN and every gradient is correct."""
     truth = run(reference_loss, problem.case.wide())
     eager, got = run(reference_loss, problem.case), problem.run(backend, return_entropy=True)
     largest = torch.finfo(torch.float32).max / 100
@@ -232,7 +232,7 @@ def test_the_ends_of_the_range(problem: Problem, backend: str) -> None:
     if not truth.out.loss.abs() < largest:
         return
     assert got.out.loss.isfinite()
-    # A logit of -inf may be -softcap, and its token taken.
+    # A softcap turns a logit of -inf into -softcap, and its token may be taken.
     logits, temperature = problem.case.logits.double(), problem.case.options["temperature"]
     size = float(torch.where(logits.isfinite(), logits, 0.0).abs().max()) / temperature
     size = max(size, float(torch.where(truth.out.logps.isfinite(), truth.out.logps, 0.0).abs().max()))
@@ -241,14 +241,14 @@ def test_the_ends_of_the_range(problem: Problem, backend: str) -> None:
         1000 + 80 * size
     )
     ours, theirs, exact = (x.double().flatten(0, -2) for x in (got.grad, eager.grad, truth.grad))
-    # What fp64 loses of a row beside a loss of 1e30.
+    # A loss of 1e30 costs the rows this many digits in fp64.
     lost = 16 * torch.finfo(torch.float64).eps * float(truth.out.loss.detach().abs())
     for row, (x, y, z) in enumerate(zip(ours, theirs, exact, strict=True)):
         if not z.abs().max() < min(largest, torch.finfo(dtype).max / 100):
             continue
         assert x.isfinite().all(), f"row {row}"
         if problem.case.options["logit_softcap"] == 30.0:
-            continue  # saturated: of its slope, 1 - tanh^2, nothing is left
+            continue  # the softcap is saturated: rounding dominates its derivative, 1 - tanh^2
         error, bar = float((x - z).norm()), float((y - z).norm().nan_to_num())
         allowed = 2 * bar + (4 * torch.finfo(dtype).eps + rounding) * (float(z.norm()) + 1e-2) + lost
         assert error <= allowed, f"row {row} errs {error:.3g} of {z.norm():.3g}, allowed {allowed:.3g}"

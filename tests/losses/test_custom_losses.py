@@ -1,4 +1,4 @@
-"""docs/custom_losses.md: its code runs as it stands there, and does what the page says of it."""
+"""The code of docs/custom_losses.md runs unchanged and does what the page says."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def loss_and_gradient(
 
 
 def random_batch(seed: int = 0) -> RandomBatch:
-    """fp64, so that two ways to the same derivative agree to the last digits."""
+    """Return a batch in fp64, in which two forms of a derivative agree to the last digits."""
     batch = make_batch(6, 7, 33, dtype=torch.float64, seed=seed)
     return batch._replace(old_logps=batch.old_logps.double(), advantages=batch.advantages.double())
 
@@ -88,7 +88,7 @@ def test_a_callable_equals_the_built_in_loss(
 
 
 def test_a_callable_from_hidden_states(backend: str, device: str) -> None:
-    """The page's coupled loss, as `linear_grpo_loss` takes it."""
+    """The coupled loss of the page works with `linear_grpo_loss`."""
     batch = random_batch()
     generator = torch.Generator().manual_seed(1)
     hidden, head = (torch.randn(*shape, 5, generator=generator).double() for shape in ((6, 7), (33,)))
@@ -121,7 +121,7 @@ def test_a_callable_from_hidden_states(backend: str, device: str) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_what_a_callable_gets(packed: bool, dtype: torch.dtype, backend: str, device: str) -> None:
-    """As in the page's table: shapes, dtypes, None for what was not given, zeros where the mask is off."""
+    """A callable gets the shapes and dtypes of the page's table, None if absent, and 0 where masked."""
     batch = RandomBatch(*(x.to(device) for x in make_batch(4, 5, 17, dtype=dtype, masked=0.4)))
     mask = batch.completion_mask
     assert 0 < int(mask.sum()) < mask.numel()
@@ -133,7 +133,7 @@ def test_what_a_callable_gets(packed: bool, dtype: torch.dtype, backend: str, de
 
     def spy(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         seen.update(logps=logps, old_logps=old_logps, ref_logps=ref_logps, advantages=advantages, mask=mask)
-        # What comes of a masked position does not matter: a value of NaN, a derivative at 0 of infinity.
+        # Masked positions may have a value of NaN and an infinite derivative.
         return torch.where(mask, -advantages * logps + (-logps).sqrt(), torch.nan)
 
     for given in ({}, {"old_logps": batch.old_logps}, {"ref_logits": batch.ref_logits}):
@@ -168,14 +168,14 @@ def test_what_a_callable_gets(packed: bool, dtype: torch.dtype, backend: str, de
 
 
 def covariances(batch: RandomBatch, out: LossOutput) -> Tensor:
-    """`[B, T]`; NaN where masked."""
+    """Return `[B, T]` covariances, with NaN at masked positions."""
     mask, advantages = batch.completion_mask, batch.advantages[:, None].expand(batch.completion_mask.shape)
     product = (out.logps - out.logps[mask].mean()) * (advantages - advantages[mask].mean())
     return product.where(mask, torch.nan)
 
 
 def test_clip_cov_drops_some_tokens_of_high_covariance() -> None:
-    """Those have no gradient; the others have PPO-clip's."""
+    """Dropped tokens have no gradient. The others have the gradient of PPO-clip."""
     dropped_in_all = 0
     for seed in range(5):
         batch = random_batch(seed)
@@ -193,7 +193,7 @@ def test_clip_cov_drops_some_tokens_of_high_covariance() -> None:
 
 
 def test_kl_cov_holds_the_tokens_of_highest_covariance() -> None:
-    """To the old policy, with `coef` times the absolute log-ratio; the others have the importance ratio."""
+    """Chosen tokens have a penalty of `coef` times the absolute log-ratio. The others are unchanged."""
     for seed in range(5):
         batch = random_batch(seed)
         spec = LossSpec(functools.partial(page()["kl_cov"], fraction=0.1, coef=0.7), aggregation="token-sum")
@@ -204,7 +204,7 @@ def test_kl_cov_holds_the_tokens_of_highest_covariance() -> None:
         assert torch.equal(differs, cov >= cov[batch.completion_mask].topk(count).values[-1])
         log_ratio = (out.logps - batch.old_logps)[differs]
         torch.testing.assert_close(out.loss - plain.loss, 0.7 * log_ratio.abs().sum())
-        # The derivative by the taken token's logit is dlogp * (1 - p).
+        # The derivative with respect to the taken token's logit is dlogp * (1 - p).
         taken = (grad - unchanged)[differs].gather(-1, batch.completion_ids[differs][:, None])[:, 0]
         torch.testing.assert_close(taken, 0.7 * log_ratio.sign() * (1 - out.logps[differs].exp()))
 
@@ -243,7 +243,7 @@ for backend in sys.argv[1:]:
 
 
 def test_a_surrogate_in_three_places(tmp_path: Path) -> None:
-    """The page's diff applies to a copy of the package, which then has the loss on both backends."""
+    """The diff of the page applies to a copy of the package and adds the loss to both backends."""
     (diff,) = re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) == 3
     shutil.copytree(PAGE.parents[1] / "grpo_kernels", tmp_path / "grpo_kernels")

@@ -1,4 +1,4 @@
-"""Logits masked by a finite number, and rows at either end of the range of fp32."""
+"""Logits that are masked with a finite number, and rows at both ends of the range of fp32."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reference_only(value: float, dtype: torch.dtype, path: dict[str, Any]) 
 
 @pytest.mark.parametrize("value", [-1e10, -torch.inf])
 def test_forward_kl_to_a_masked_reference(value: float, path: dict[str, Any]) -> None:
-    """It is finite: what the reference excludes has no weight. The reverse KL, a metric, may be infinite."""
+    """The forward KL is finite, because tokens without probability in the reference have no weight."""
     for what, case in cases(value, ("reference",), torch.float32, "exact_forward"):
         assert_parity(oracle(case), what=what, return_entropy=True, **path)
 

@@ -1,4 +1,4 @@
-"""Loss and gradient may err from fp64 truth no more than eager PyTorch does in the inputs' own dtype."""
+"""Loss and gradient are as close to fp64 as those of eager PyTorch in the dtype of the inputs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packe
 @dtypes
 @pytest.mark.parametrize("surrogate, kl", PAIRS)
 def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
-    """Every surrogate x KL x layout x dtype x aggregation, its gradient made in place and not.
+    """Test every surrogate x KL x layout x dtype x aggregation, with the gradient in place and not.
 
-    An aggregation is a weight per row, made before any kernel runs: in the kernels the aggregations take
-    turns, and so do the two ways of the gradient in fp64 and fp16, where both have the same kernels.
+    An aggregation is a weight per row, which is computed before any kernel runs. So with Triton the
+    aggregations take turns. In fp64 and fp16 `inplace` takes turns as well, because the kernels are the same.
     """
     aggregations, inplaces = AGGREGATIONS, (False, True)
     if backend == "triton":
@@ -54,7 +54,7 @@ def test_every_loss(surrogate: str, kl: str, dtype: str, packed: bool, backend: 
 @pytest.mark.parametrize("kl", ["None", "ratio_corrected"])
 @pytest.mark.parametrize("loss", SEQUENCE_LEVEL)
 def test_every_level(loss: str, kl: str, dtype: str, packed: bool, backend: str, device: str) -> None:
-    """Per-token advantages too, of which each token keeps its own; aggregations take turns."""
+    """Test advantages per sequence and per token. Aggregations take turns."""
     name, level = SEQUENCE_LEVEL[loss]
     turn = list(SEQUENCE_LEVEL).index(loss) + packed
     spec = LossSpec(
@@ -70,7 +70,7 @@ def test_every_level(loss: str, kl: str, dtype: str, packed: bool, backend: str,
 
 @every_option
 def test_every_option(option: str, packed: bool, backend: str, device: str) -> None:
-    """On a loss whose gradient has every term; in place, fp32 and bf16 take the fused kernel."""
+    """The loss has every term in its gradient. In place, fp32 and bf16 take the fused kernel."""
     spec = LossSpec(ImportanceRatio(), KLS["exact"], entropy_coef=0.05, max_tokens=5)
     for dtype, inplace in (("fp64", False), ("fp32", False), ("fp32", True), ("bf16", True)):
         case = (EITHER | PADDED | PACKED)[option](branches(spec, dtype, packed, device))
@@ -83,16 +83,16 @@ def test_every_option(option: str, packed: bool, backend: str, device: str) -> N
     "V",
     [
         2,
-        37,  # part of a block alone
+        37,  # less than a block
         1024,  # one block, no tail
         2053,  # a block of 2048 and a tail, rows unaligned
         4104,  # with a reference, two blocks of 2048 and a tail
-        8200,  # without, two of 4096 and a tail: the taken token's block and another
+        8200,  # without a reference, two blocks of 4096 and a tail
     ],
 )
 @pytest.mark.parametrize("kl", ["None", "exact", "exact_forward"])
-def test_every_cut_of_the_vocabulary(V: int, kl: str, backend: str, device: str) -> None:
-    """The taken token in the first, a middle and the last block."""
+def test_every_partition_of_the_vocabulary(V: int, kl: str, backend: str, device: str) -> None:
+    """The taken token is in the first, a middle or the last block."""
     generator = torch.Generator().manual_seed(V)
     spec = LossSpec(ImportanceRatio(), KLS[kl], aggregation="token-sum", entropy_coef=0.05 * (kl == "exact"))
     ids = torch.tensor([[0, V // 2, V - 1]], device=device)
@@ -110,7 +110,7 @@ def test_every_cut_of_the_vocabulary(V: int, kl: str, backend: str, device: str)
 @dtypes
 @layouts
 def test_selective_logps(dtype: str, packed: bool, backend: str, device: str) -> None:
-    """Both outputs, and the gradient of each alone and of both; some upstream gradients are exactly zero."""
+    """Test both outputs, and gradients of each and of both. Some upstream gradients are 0."""
     case = branches(LossSpec(), dtype, packed, device)
     mask, ids = case.options["completion_mask"], case.completion_ids
     by_logps = values(case, -1, 1).nan_to_num().to(DTYPES["fp64" if dtype == "fp64" else "fp32"])
@@ -144,7 +144,7 @@ def test_selective_logps(dtype: str, packed: bool, backend: str, device: str) ->
             torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-12 if dtype == "fp64" else 1e-5)
 
 
-# Whose weight is held constant: their gradient is not that of their value, by design.
+# These surrogates detach their weight, so their gradient is not the derivative of their value.
 DETACHED = ("CISPO", "DPPO(tv)", "DPPO(kl)", "VESPO")
 GRADCHECKED = {
     **{
@@ -155,7 +155,7 @@ GRADCHECKED = {
         for loss, (name, level) in SEQUENCE_LEVEL.items()
         if name not in DETACHED and level == "sequence"
     },
-    # Not straight_through, whose gradient is not that of its value by design.
+    # The gradient of straight_through is not the derivative of its value.
     **{f"PPOClip, {name}": LossSpec(PPOClip(), kl) for name, kl in KLS.items() if name != "straight_through"},
     "Reinforce, exact, entropy": LossSpec(SURROGATES["Reinforce"], KL("exact"), entropy_coef=0.1),
 }

@@ -1,4 +1,4 @@
-"""Where training runs the losses from: several threads, and forked workers."""
+"""The losses give the same results in several threads and in forked workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = LossSpec.preset("grpo", kl=KL("exact", beta=0.1), entropy_coef=0.01)
 
 
 def results(seed: int, device: str, backend: str, *, linear: bool) -> list[Tensor]:
-    """Loss, log-probabilities and gradient of a batch of its own shape."""
+    """Return loss, log-probabilities and gradient of a batch with a shape that depends on the seed."""
     x = make_batch(2, 3 + seed % 4, 300 + seed, seed=seed, device=device)
     options = {
         "spec": SPEC,
@@ -44,7 +44,7 @@ def results(seed: int, device: str, backend: str, *, linear: bool) -> list[Tenso
 
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 def test_two_threads_at_once(backend: str, device: str, linear: bool) -> None:
-    """The same as one after the other. A thread of its own runs the backward of each device."""
+    """Two threads at once give the results of one. Autograd runs the backward of each device in a thread."""
     if backend == "triton" and device == "cpu":
         pytest.skip("Triton's interpreter keeps one program's state for the whole process")
     seeds = range(8)
@@ -68,9 +68,9 @@ def test_two_threads_at_once(backend: str, device: str, linear: bool) -> None:
 
 
 class Losses(Dataset):
-    """Computed in the worker, on its CPU, as a loader that scores completions may.
+    """Losses that a worker of a data loader computes on the CPU.
 
-    Without a gradient: PyTorch built for GPUs refuses a backward where its parent has run one.
+    They have no gradient, because PyTorch for GPUs refuses a backward in a fork if the parent ran one.
     """
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Losses(Dataset):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forked_workers() -> None:
-    """After the parent has used the losses, threads and all."""
+    """Forked workers compute losses after the parent has run a backward."""
     results(0, "cpu", "torch", linear=False)
     alone = [Losses()[index] for index in range(4)]
     loader = DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=600)

@@ -1,4 +1,4 @@
-"""What holds for any batch: hypothesis draws layouts, strides, masks, dtypes, values and losses."""
+"""Properties of the losses from logits on random layouts, strides, masks, dtypes, values and losses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_backends_agree(device: str) -> None:
 
 @for_any(problems)
 def test_what_is_masked_never_matters(problem: Problem, backend: str) -> None:
-    """To the bit, whatever stands there: NaN, infinities, ids outside of the vocabulary."""
+    """NaN, infinities and invalid ids at masked positions do not change a bit."""
     case, mask = problem.case, problem.mask
     logits = case.logits.clone()
     problem.view(logits).copy_(spoilt(problem.view(case.logits), mask))
@@ -57,7 +57,7 @@ def test_what_is_masked_never_matters(problem: Problem, backend: str) -> None:
 
 @for_any(problems, callables=False)
 def test_permuting_sequences_permutes_results(problem: Problem, backend: str) -> None:
-    """Bit for bit, but for sums over tokens."""
+    """Bits are equal, except in sums over tokens."""
     count = len(problem.sequences)
     order = list(reversed(range(count)))
     straight, permuted = problem.select(list(range(count))), problem.select(order)
@@ -73,7 +73,7 @@ def test_permuting_sequences_permutes_results(problem: Problem, backend: str) ->
 
 @for_any(problems, callables=False)
 def test_a_split_batch_adds_up(problem: Problem, backend: str) -> None:
-    """Parts with a common normalizer: losses and gradients of the whole."""
+    """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     count = len(problem.sequences)
     halves = [part for part in (range(count // 2), range(count // 2, count)) if part]
     whole = problem.select(list(range(count)), normalizer=6.5).run(backend)
@@ -95,7 +95,7 @@ def test_a_scaled_loss_scales_the_gradient(problem: Problem, backend: str) -> No
 
 @for_any(problems)
 def test_inputs_stay_as_they_are(problem: Problem, backend: str) -> None:
-    """To the bit; with inplace=True all but the logits themselves, and what lies between them too."""
+    """No input changes a bit. With inplace=True only the logits change, not the memory between them."""
     case = problem.case
     before = {name: x.clone() for name, x in case.options.items() if isinstance(x, Tensor)}
     ids, advantages = case.completion_ids.clone(), case.advantages.clone()
@@ -118,7 +118,7 @@ def test_inputs_stay_as_they_are(problem: Problem, backend: str) -> None:
 
 @for_any(problems)
 def test_any_number_of_rows_at_a_time(problem: Problem, backend: str) -> None:
-    """Bit for bit: how many rows the torch backend computes at once is no matter."""
+    """The number of rows that the torch backend computes at once does not change a bit."""
     expected = problem.run(backend)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):

@@ -1,4 +1,4 @@
-"""A reference whose vocabulary is padded to another width; `vocab_size` is what both have in common."""
+"""A reference whose vocabulary is padded to another width. `vocab_size` is the common part."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From logits the bits of a token depend on that token alone: for every loss, position and number of threads.
+"""From logits, the bits of a token depend on that token alone, for every loss, position and thread count.
 
-Long rows: test_hard_invariants.py. Losses that couple tokens are the same to rounding only.
+test_hard_invariants.py covers long rows. Losses that couple tokens agree up to rounding only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo_kernels import LossSpec, grpo_loss
 from grpo_kernels.testing import make_batch
 
-TOKENS, V = 331, 137  # enough for PyTorch to use its threads; vector loops leave a remainder of either
+TOKENS, V = 331, 137  # PyTorch uses its threads for these sizes, and vector loops leave a remainder in both
 
 
 @pytest.fixture(params=[1, 4])
@@ -30,7 +30,7 @@ def is_token_local(name: str) -> bool:
     return name != "callable" and "token" in getattr(SURROGATES[name], "levels", ("token",))
 
 
-# Each statement once: every surrogate by itself, and every KL.
+# Every surrogate alone, and every KL alone.
 ALONE = [("None", kl) for kl in KLS if kl != "None"]
 ALONE += [
     (surrogate, "None") for surrogate in SURROGATES if surrogate != "None" and is_token_local(surrogate)
@@ -40,7 +40,7 @@ ALONE += [
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("surrogate, kl", ALONE)
 def test_every_loss(surrogate: str, kl: str, device: str) -> None:
-    """In the PyTorch backend. A Triton program has one row: test_hard_invariants.py."""
+    """This test runs the torch backend. With Triton each program has one row: test_hard_invariants.py."""
     batch = make_batch(TOKENS, 1, V, masked=0, inactive=0.1, device=device)
     spec = LossSpec(SURROGATES[surrogate], KLS[kl], aggregation="token-sum", entropy_coef=0.1)
 
@@ -62,7 +62,7 @@ def test_every_loss(surrogate: str, kl: str, device: str) -> None:
 
     everything = torch.arange(TOKENS, device=device)
     whole = run(everything)
-    # Parts that no vector loop takes, one that it takes whole, and other places in it.
+    # Parts too short for a vector loop, a part without a remainder, and other positions.
     parts = *everything.split(7)[::3], everything[:320], everything.flip(0), everything[::2], everything[-1:]
     for at in parts:
         for name, x, y in zip(("gradient", "logps", "ref_logps", "entropy"), run(at), whole, strict=True):

@@ -1,4 +1,4 @@
-"""A token-local loss and its metrics in one launch each: what PyTorch makes of the same statistics."""
+"""The token-loss kernels give the loss and metrics that PyTorch computes from the same statistics."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ KLS = [
     KL("k2", 0.2, output_clamp=0.1),
 ]
 PAIRS = [pair for pair in itertools.product(SURROGATES, KLS) if any(pair)]
-B, T = 3, 101  # more tokens than two programs take
+B, T = 3, 101  # more tokens than two programs process
 
 
 def assert_same(got: LossOutput, want: LossOutput) -> None:
-    """To the roundings of a few exponentials and of sums in another order."""
+    """Compare up to roundings of exponentials and of sums in another order."""
     assert got.metrics.keys() == want.metrics.keys()
     for name, x in (("loss", want.loss), *want.metrics.items()):
         found = got.loss if name == "loss" else got.metrics[name]
@@ -76,7 +76,7 @@ def test_of_log_probabilities(surrogate: object, kl: KL | None, device: str) -> 
     for x in (given["old_logps"], given["ref_logps"], logps):
         x[~given["completion_mask"]] = torch.nan
     advantages = normal(B, T) * (normal(B, T) > -0.5)
-    # More tokens are pushed up than down, so that the two sides of a clip differ.
+    # More advantages are positive than negative, so that the two clip fractions differ.
     advantages = torch.where(normal(B, T) > 0, advantages.abs(), advantages)
     spec = LossSpec(surrogate, kl, entropy_coef=0.1, log_ratio_clamp=1.0)
     found = {}

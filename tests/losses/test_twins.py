@@ -1,4 +1,4 @@
-"""objective.py has the losses in PyTorch, kernels/device.py in Triton: the same functions, ties and all."""
+"""The losses in PyTorch and in Triton are the same functions, at ties as well."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ SURROGATES = [
     Reinforce(),
     ImportanceRatio(),
     ImportanceRatio(max_ratio=1.4),
-    ImportanceRatio(max_ratio=1.0),  # met exactly by a ratio of 1
+    ImportanceRatio(max_ratio=1.0),  # equals a ratio of 1
     PPOClip(),
     PPOClip(eps_low=0.1, eps_high=0.28, dual_clip=3.0),
-    PPOClip(eps_low=0.0, eps_high=0.0),  # both bounds met by a ratio of 1
-    PPOClip(eps_low=1.0, eps_high=3.0),  # the lower bound met by a ratio of 0
+    PPOClip(eps_low=0.0, eps_high=0.0),  # both bounds equal a ratio of 1
+    PPOClip(eps_low=1.0, eps_high=3.0),  # the lower bound equals a ratio of 0
     PPOClip(delta=4.0),
     PPOClip(delta=1.0),  # within the clip band
     PPOClip(delta=0.5),  # and below it
     CISPO(ratio_max=1.25),
     CISPO(ratio_max=1.25, ratio_min=0.75),
-    CISPO(ratio_max=1.0),  # met exactly by a ratio of 1
+    CISPO(ratio_max=1.0),  # equals a ratio of 1
     SAPO(),
     SAPO(tau_pos=2.0, tau_neg=0.5),
     DRO(beta=0.3),
     DRO(beta=0.3, anchor="ref"),
     DPPO("tv", low=0.01, high=0.02),
-    DPPO("tv", low=0.0, high=0.0),  # met exactly by an unmoved probability
+    DPPO("tv", low=0.0, high=0.0),  # equals an unchanged probability
     DPPO("kl", low=0.002, high=0.005, ratio_cap=1.2),
     DPPO("kl", low=0.0, high=0.0),
 ]
@@ -66,7 +66,7 @@ KLS = [
 ]
 CLAMPS = (INF, 2.0)
 ADVANTAGES = (-2.0, -0.0, 0.0, 1.0)
-# Either side of every bound above, the clamps exactly, and what overflows exp in fp32.
+# Values on both sides of every bound above, on the clamps, and beyond the range of exp in fp32.
 MAGNITUDES = (1e-4, 0.15, 0.21, 0.25, 0.26, 0.5, 0.75, 1.0, 1.5, 2.0, 8.0)
 MODERATE = (0.0, *MAGNITUDES, *(-x for x in MAGNITUDES))
 EXTREME = (-INF, -200.0, 200.0, INF, NAN)
@@ -174,7 +174,7 @@ def with_zeros(statement: Statement) -> Statement:
 
 
 def at_token_level(statement: Statement) -> TokenLoss:
-    """Where log-probability and log-ratio move alike."""
+    """Return the total derivative, for equal changes of log-probability and log-ratio."""
     value, by_logp, by_log_ratio = with_zeros(statement)
     assert by_logp is not None and by_log_ratio is not None
     return TokenLoss(value, by_logp + by_log_ratio)
@@ -185,10 +185,10 @@ def grid(*axes: tuple[float, ...], dtype: torch.dtype = torch.float32, device: s
 
 
 def assert_same(got: Any, expected: Any, rtol: float = 2e-6) -> None:
-    """To a few roundings, and exactly where zero, infinite or NaN.
+    """Compare up to a few roundings, and exactly if a value is zero, infinite or NaN.
 
-    The derivative of a ratio-corrected KL is a difference of two terms of the size of the value, whose
-    roundings it keeps.
+    The derivative of a ratio-corrected KL is a difference of two terms of the size of the value, and has their
+    rounding errors.
     """
     for name, one, other in zip(expected._fields, got, expected, strict=True):
         scale = other.abs() + (0 if name == "value" else expected.value.abs().nan_to_num(0, 0, 0))
@@ -198,8 +198,8 @@ def assert_same(got: Any, expected: Any, rtol: float = 2e-6) -> None:
         assert not wrong, f"{name} at {wrong}: {one[wrong].tolist()}, expected {other[wrong].tolist()}"
 
 
-def test_all_three_lists_know_the_same_names() -> None:
-    """Those of surrogates.py, objective.py and device.py. What couples tokens, sequences.py knows."""
+def test_all_three_lists_have_the_same_names() -> None:
+    """The lists are the surrogates, their functions in PyTorch and their functions in Triton."""
     in_torch = {name: function.__name__ for name, function in objective.SURROGATES.items()}
     in_triton = {name: function.__name__ for name, function in twins.SURROGATES.items()}
     assert in_torch == in_triton and all(name == function for name, function in in_torch.items())
@@ -221,7 +221,7 @@ def test_surrogates(surrogate: Surrogate, on_policy: bool, clamp: float, device:
     if on_policy and surrogate.anchor == "ref":
         pytest.skip("the reference is always given")
     log_ratio, advantage = grid(MODERATE + EXTREME, ADVANTAGES, device=device)
-    # With an anchor of -3 the clamps, -2 and 2, are met exactly; of -inf the log-ratio of a -inf is NaN.
+    # An anchor of -3 gives log-ratios on the clamps, -2 and 2. An anchor of -inf gives log-ratios of NaN.
     for base in (-3.0, -INF):
         anchor = torch.full_like(log_ratio, base)
         logp = log_ratio - 3.0
@@ -244,7 +244,7 @@ def test_kl_estimates(kl: KL, on_policy: bool, clamp: float, device: str) -> Non
 @pytest.mark.parametrize("language", [surrogate_in_triton, surrogate_in_torch])
 @pytest.mark.parametrize("log_ratio", [-0.22, 0.0, 0.18])
 def test_a_tie_counts_as_unclipped(language: Any, log_ratio: float, device: str) -> None:
-    """The bounds are what this language's exp makes of the log-ratio, to the last bit."""
+    """The bounds equal the exponential of the log-ratio in this language to the last bit."""
     logp, anchor = torch.tensor([log_ratio], device=device), torch.zeros(1, device=device)
     one = torch.ones(1, device=device)
 
@@ -258,7 +258,7 @@ def test_a_tie_counts_as_unclipped(language: Any, log_ratio: float, device: str)
     assert_same(of(PPOClip(eps_low=eps, eps_high=eps), one), gain)
     assert_same(of(PPOClip(eps_low=eps, eps_high=eps), -one), loss)
     assert_same(of(PPOClip(delta=float(ratio)), -one), loss)
-    # Under a lower delta the clipped branch is taken, and the tie is with its bound.
+    # A lower delta selects the clipped branch, and the tie is with its bound.
     assert_same(of(PPOClip(eps_low=eps, eps_high=eps, delta=0.5), -one), loss)
     if eps:
         tight = PPOClip(eps_low=eps - 1e-6, eps_high=eps - 1e-6)
@@ -269,7 +269,7 @@ def test_a_tie_counts_as_unclipped(language: Any, log_ratio: float, device: str)
 @on_policy
 @surrogates
 def test_surrogates_are_the_references(surrogate: Surrogate, on_policy: bool, clamp: float) -> None:
-    """Value, and derivative by autograd, of the oracle's formula, where it is finite."""
+    """Value and derivative equal those of the oracle, on finite inputs."""
     if on_policy and surrogate.anchor == "ref":
         pytest.skip("the reference is always given")
     log_ratio, advantage = grid(MODERATE, ADVANTAGES, dtype=torch.float64)

@@ -11,13 +11,13 @@ PAGE = Path(__file__).parents[2] / "docs" / "custom_losses.md"
 
 
 def page_code() -> list[str]:
-    """The page's Python blocks, in order."""
+    """Return the Python blocks of the page in order."""
     return re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @functools.cache
 def page() -> dict[str, Any]:
-    """What the page's code defines, each block in the names of those before it."""
+    """Run all blocks of the page in one namespace and return it."""
     names: dict[str, Any] = {}
     for number, code in enumerate(page_code()):
         exec(compile(code, f"{PAGE.name}, block {number}", "exec"), names)

@@ -69,7 +69,7 @@ class Call(NamedTuple):
             if x.requires_grad
         ]
         grads = torch.autograd.grad(sum(terms), by)
-        found |= {f"gradient by {name}": x for name, x in zip(self.learns, grads, strict=True)}
+        found |= {f"gradient of {name}": x for name, x in zip(self.learns, grads, strict=True)}
         return {name: x.detach().clone() for name, x in found.items()}
 
 
@@ -220,7 +220,7 @@ def of_products(call: Call, given: dict[str, Tensor], **options: Any) -> dict[st
     counts = lengths(ids.numel(), given["lm_head_weight"].shape[0]).values()
     return {
         "sizes": sizes,
-        "terms": dict(zip((f"gradient by {x}" for x in call.learns), counts, strict=True)),
+        "terms": dict(zip((f"gradient of {x}" for x in call.learns), counts, strict=True)),
     }
 
 

@@ -201,10 +201,10 @@ def assert_gradients(
 ) -> None:
     """Assert that each row errs at most twice as much as eager PyTorch, plus some roundings of its terms.
 
-    The order of summation contributes `rounding_bound`. The terms are gradients of logits. parity.py allows 32
-    roundings in a row of them, and 1e-12 in fp64. A single entry may err more than its row, because its parts
-    may cancel, such as `p - q` in a KL penalty. So this function allows twice as much, and the same share of an
-    average row's terms. `lengths` is the number of terms of an entry.
+    The order of summation contributes `rounding_bound`. The terms are gradients of logits. parity.py allows
+    32 roundings in a row of them, and 1e-12 in fp64. A single entry may err more than its row, because its
+    parts may cancel, such as `p - q` in a KL penalty. So this function allows twice as much, and the same
+    share of an average row's terms. `lengths` is the number of terms of an entry.
     """
     for name, *gradients in zip(("hidden", "weight", "bias"), got, eager, truth, terms, strict=False):
         ours, theirs, exact, magnitude = (x if x.dim() > 1 else x[None] for x in gradients)

@@ -198,8 +198,8 @@ def assert_gradient_close(
 ) -> None:
     """Compare a gradient up to rounding plus twice the error of eager PyTorch.
 
-    A 16-bit gradient is rounded once at its end, and the gradient of the logits once as well. Another order of
-    the sums may round a bf16 logit to a neighbor.
+    A 16-bit gradient is rounded once at its end, and the gradient of the logits once as well. Another order
+    of the sums may round a bf16 logit to a neighbor.
 
     Args:
         name: Name of the gradient.
@@ -233,7 +233,7 @@ def assert_same_gradients(
         sizes = problem.run(backend, **how).grads
     terms = lengths(problem.mask.numel(), problem.case.weight.shape[0])
     for name, grad in got.items():
-        assert_same_products(grad, expected[name], sizes[name], terms[name], f"gradient by {name}")
+        assert_same_products(grad, expected[name], sizes[name], terms[name], f"gradient of {name}")
 
 
 def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], problem: LinearProblem) -> None:

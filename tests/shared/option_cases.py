@@ -13,13 +13,13 @@ from torch import Tensor
 
 from grpo_kernels import LossSpec
 
-# A full block or more and a tail. 1032 columns are a multiple of 16 bytes in every dtype and so take the
-# kernels' vectorised rows; 1025 are not.
+# Both have a full block or more and a tail. Rows of 1032 columns are multiples of 16 bytes in every dtype and
+# take the vectorized path of the kernels. Rows of 1025 do not.
 PADDED_V, PACKED_V = 1032, 1025
 
 
 def branches(spec: LossSpec, dtype: str, packed: bool, device: str) -> Case:
-    """The reference comes as logits or as log-probabilities, as logits where the KL is exact."""
+    """Return a case that takes every branch. A packed case has reference logits only for an exact KL."""
     exact = spec.kl is not None and spec.kl.kind.startswith("exact")
     ref = None
     if spec.kl is not None or getattr(spec.surrogate, "anchor", None) == "ref":
@@ -30,7 +30,7 @@ def branches(spec: LossSpec, dtype: str, packed: bool, device: str) -> Case:
 
 
 def values(case: Case, low: float, high: float) -> Tensor:
-    """One value per token; NaN at masked positions, where it must not matter."""
+    """Return one value per token, and NaN at masked positions, which must have no effect."""
     mask = case.options["completion_mask"]
     return torch.linspace(low, high, mask.numel(), device=mask.device).view(mask.shape).where(mask, torch.nan)
 
@@ -44,7 +44,7 @@ def with_spec(case: Case, **changes: Any) -> Case:
 
 
 def vocabulary_padded(case: Case) -> Case:
-    """Columns that hold anything at all, and more of them in the reference."""
+    """Add padding columns of NaN and infinity, more to the reference than to the policy."""
     V, ref_logits = case.logits.shape[-1], case.options["ref_logits"]
 
     def wider(x: Tensor, columns: int, value: float) -> Tensor:
@@ -55,7 +55,7 @@ def vocabulary_padded(case: Case) -> Case:
 
 
 def no_mask(case: Case) -> Case:
-    """What was masked becomes the first token, over and over."""
+    """Remove the mask. Masked positions become copies of the first token."""
     mask = case.options["completion_mask"]
 
     def filled(x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ every_option = pytest.mark.parametrize(
 
 
 def tiny(spec: LossSpec, device: str) -> Case:
-    """Two tokens of a vocabulary of four, either side of every bound."""
+    """Return two tokens of a vocabulary of four, on different sides of every bound."""
     case = every_branch(spec, 4, torch.float64, device=device)
     two = (slice(1, 2), slice(1, 3))
     options = {name: value[two] for name, value in case.options.items()}

@@ -87,8 +87,8 @@ KLS: dict[str, KL | None] = {
 }
 
 
-# Every surrogate without a KL, with a KL that shares its ratio and with a KL over the vocabulary; every KL with
-# PPO-clip and alone.
+# Every surrogate without a KL, with a KL that shares its ratio and with a KL over the vocabulary. Every KL
+# with PPO-clip and alone.
 PAIRS = [
     (surrogate, kl)
     for surrogate in SURROGATES

@@ -1,9 +1,9 @@
 """Comparisons after a matrix product. The BLAS library, not this package, orders the sums of a product.
 
-The order depends on processor, shape, number of threads and alignment of memory. Two things hold in any order:
+The order depends on processor, shape, number of threads and memory alignment. Two things hold in any order:
 
-* Products of numbers with few digits are exact, because every partial sum is. `on_a_grid` makes such operands.
-  Tests can then compare the bits of logits, and of results that the package computes from logits.
+* Products of numbers with few digits are exact, because every partial sum is. `on_a_grid` makes such
+  operands. Tests can then compare the bits of logits, and of results that are computed from logits.
 * Gradients of hidden states, weight and bias are products of numbers with all their digits. Two orders of the
   same terms agree within the bound of `assert_same_products`.
 """
@@ -25,9 +25,9 @@ GRID_BITS = 7  # bf16 holds 8
 def on_a_grid(x: Tensor, bits: int = GRID_BITS) -> Tensor:
     """Round each row of `x` to multiples of its step, a power of two; none exceeds `2^bits` steps.
 
-    The product of a row of `a` bits with a row of `b` bits is a multiple of the product of their steps, and so
-    is each partial sum in any order. A sum of `K` terms has at most `2^(a + b) K` such steps, and fp32 holds
-    multiples up to 2^24. NaN and infinities stay.
+    The product of a row of `a` bits with a row of `b` bits is a multiple of the product of their steps, and
+    so is each partial sum in any order. A sum of `K` terms has at most `2^(a + b) K` such steps, and fp32
+    holds multiples up to 2^24. NaN and infinities stay.
     """
     wide = x.double()
     largest = torch.where(wide.isfinite(), wide, 0.0).abs().amax(-1, keepdim=True) if x.numel() else wide
