@@ -1,8 +1,8 @@
 """Worker: FusedGRPOTrainer on two ranks under DDP and FSDP2, compared with TRL's trainer.
 
 Each rank has its own batch. TRL's trainer runs without a wrapper, and its gradients are averaged by hand.
-FSDP2 gathers parameters in a module's forward, and again for the gradient of its outputs. A loss that used the
-parameters outside the module would get shards.
+FSDP2 gathers parameters in a module's forward, and again for the gradient of its outputs. A loss that used
+the parameters outside the module would get shards.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kernel variant in use compiles for seven GPUs without spills, and for sm_90 within a budget.
 
-No GPU is needed: the tests call the public functions on "meta" tensors, compile their launches without running
-them, and read the machine code. Instructions that a loop runs in some iterations are counted for all of them.
+No GPU is needed: the tests call the public functions on "meta" tensors, compile their launches without
+running them, and read the machine code. Instructions that a loop runs in some iterations are counted for all.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def two_loops(out_ptr, x_ptr, n, SIZE: tl.constexpr):
 
 
 def test_the_reader_finds_the_loops() -> None:
-    """A thread has 4 elements per iteration. One loop has exponentials in some iterations, the other in all."""
+    """A thread has 4 elements per iteration. Only one loop has exponentials in every iteration."""
     with launches_for(TARGETS[BUDGETED]) as kernels:
         x = torch.empty(4096, device="meta")
         two_loops[(1,)](x, x, 4096, 128, num_warps=1)

@@ -58,7 +58,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return found
 
 
-# The launches check the batch, and compute token weights, metrics and gradients. PyTorch takes 90 more for k3.
+# The launches check the batch and compute weights, metrics and gradients. PyTorch takes 90 more for k3.
 @pytest.mark.parametrize(
     "form, options, most",
     [

@@ -19,8 +19,8 @@ if not hasattr(JITFunction, "_do_compile"):
 from benchmarks.sass import TARGETS, variants_for  # noqa: E402
 from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss, linear_losses  # noqa: E402
 
-# 1 and multiples of 16, which Triton specializes by default; odd lengths; and lengths at which the stride of a
-# sequence's logits exceeds 2^31.
+# 1 and multiples of 16, which Triton specializes by default; odd lengths; and lengths at which the stride
+# of a sequence's logits exceeds 2^31.
 LENGTHS = [1, 2, 3, 16, 17, 32, 48, 100, 512, 513, 999, 4096, 14133, 16384, 32768, *range(700, 4200, 100)]
 TEMPERATURES = [1.0, 0.7, 2.0]
 CLIP_RANGES = [(0.2, 0.2), (0.2, 0.28), (1.0, 3.0)]

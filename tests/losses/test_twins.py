@@ -187,8 +187,8 @@ def grid(*axes: tuple[float, ...], dtype: torch.dtype = torch.float32, device: s
 def assert_same(got: Any, expected: Any, rtol: float = 2e-6) -> None:
     """Compare up to a few roundings, and exactly if a value is zero, infinite or NaN.
 
-    The derivative of a ratio-corrected KL is a difference of two terms of the size of the value, and has their
-    rounding errors.
+    The derivative of a ratio-corrected KL is a difference of two terms of the size of the value, and has
+    their rounding errors.
     """
     for name, one, other in zip(expected._fields, got, expected, strict=True):
         scale = other.abs() + (0 if name == "value" else expected.value.abs().nan_to_num(0, 0, 0))
