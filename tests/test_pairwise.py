@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 from pairwise import MOST, few, thinned
 
-# Equal values of different types are different: 1 == 1.0 == True.
-FACTORS = {"loss": list("abcdefg"), "dtype": [1, 1.0, True], "packed": [False, True], "backend": ["x", "y"]}
+# Equal values of different types count as different: 1 == 1.0 == True.
+PARAMETERS = {
+    "loss": list("abcdefg"),
+    "dtype": [1, 1.0, True],
+    "packed": [False, True],
+    "backend": ["x", "y"],
+}
 
 
-def grid(**factors: list[Any]) -> list[dict[str, Any]]:
-    return [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+def grid(**parameters: list[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(parameters, values, strict=True)) for values in product(*parameters.values())]
 
 
 def pairs_in(cases: list[Mapping[str, Any]]) -> set[frozenset[tuple[str, str]]]:
@@ -33,9 +38,9 @@ def pairs_in(cases: list[Mapping[str, Any]]) -> set[frozenset[tuple[str, str]]]:
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param(grid(**FACTORS), id="every combination"),
-        pytest.param([c for i, c in enumerate(grid(**FACTORS)) if i % 5 != 2], id="some combinations"),
-        pytest.param([*grid(**FACTORS)[::7], {"loss": "a", "packed": True}], id="a parameter missing"),
+        pytest.param(grid(**PARAMETERS), id="every combination"),
+        pytest.param([c for i, c in enumerate(grid(**PARAMETERS)) if i % 5 != 2], id="some combinations"),
+        pytest.param([*grid(**PARAMETERS)[::7], {"loss": "a", "packed": True}], id="a parameter missing"),
     ],
 )
 def test_every_pair_stays(cases: list[dict[str, Any]]) -> None:
@@ -46,8 +51,8 @@ def test_every_pair_stays(cases: list[dict[str, Any]]) -> None:
 
 def test_few_cases_stay() -> None:
     """7 losses times 3 dtypes is the minimum."""
-    assert len(grid(**FACTORS)) == 84
-    assert 21 <= len(thinned(grid(**FACTORS))) <= 23
+    assert len(grid(**PARAMETERS)) == 84
+    assert 21 <= len(thinned(grid(**PARAMETERS))) <= 23
 
 
 def test_every_value_stays_of_many_pairs() -> None:
@@ -58,7 +63,7 @@ def test_every_value_stays_of_many_pairs() -> None:
     assert len(kept) == 9
     values = [{(name, value) for case in given for name, value in case.items()} for given in (kept, cases)]
     assert values[0] == values[1]
-    others = {name: values for name, values in FACTORS.items() if name != "loss"}
+    others = {name: values for name, values in PARAMETERS.items() if name != "loss"}
     assert few(grid(**others)) == thinned(grid(**others))
 
 

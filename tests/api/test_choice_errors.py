@@ -94,7 +94,7 @@ class TestChoices:
 
 
 def test_kernels_on_cpu_tensors_without_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET once."""
+    """The program runs in its own process, because Triton reads TRITON_INTERPRET once."""
     program = """
 import torch, grpo_kernels
 ids = torch.zeros(2, 3).long()

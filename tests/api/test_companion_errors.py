@@ -1,4 +1,4 @@
-"""Arguments that are missing or do not fit one another raise at the call, before the logits are read."""
+"""Missing arguments, and arguments that contradict others, raise before the logits are read."""
 
 from __future__ import annotations
 

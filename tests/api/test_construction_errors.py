@@ -148,7 +148,7 @@ class TestConstruction:
         check(make, {}, TypeError, *parts)
 
     def test_every_preset(self) -> None:
-        """Those that the documentation names; each can be built anew, and its numbers replaced."""
+        """Every documented preset exists, accepts its own numbers as options, and accepts other numbers."""
         names = (
             "log_ratio importance_ratio grpo bnpo dapo dr_grpo cispo sapo gspo gspo_token luspo vespo gmpo "
         )

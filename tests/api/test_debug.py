@@ -1,4 +1,4 @@
-"""GRPO_KERNELS_DEBUG=1 names what would otherwise show as a NaN: argument, position and value."""
+"""GRPO_KERNELS_DEBUG=1 turns a silent NaN into an error with argument, position and value."""
 
 from __future__ import annotations
 

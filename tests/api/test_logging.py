@@ -156,7 +156,7 @@ def test_level_set_later(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == [message]
 
 
-# What is configured before the first call. Only with the last one is the record of that call output.
+# Configurations of logging before the first call. Only the last one outputs the record of that call.
 ORDERS = {
     "nothing": "",
     "level alone": "logging.getLogger('grpo_kernels').setLevel(logging.INFO)",

@@ -41,7 +41,7 @@ N, LENGTHS = B * T, [5, 0, 7]
 
 
 class Place(NamedTuple):
-    """Where the tensors of a call are, and whether they have values."""
+    """The device of the tensors of a call, and whether they have values."""
 
     name: str
     device: str

@@ -294,7 +294,7 @@ def test_helpers(kind: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled(dynamic: bool | None) -> None:
-    """np.float64 is a float to torch.compile, which makes it symbolic when its value changes."""
+    """torch.compile treats np.float64 as a float, which becomes symbolic when its value changes."""
     torch._dynamo.reset()
     compiled = torch.compile(grpo_loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for value in (0.5, 0.75, 1.25):

@@ -10,7 +10,7 @@ import torch
 from grpo_kernels.weights import importance_weights, off_policy_sequence_mask
 
 NAN = math.nan
-# Log-ratios of trainer and sampler; the sampler gave none for one token, and the last of each row is masked.
+# Log-ratios of trainer and sampler. One is missing, and the last token of each row is masked.
 LOG_RATIO = torch.tensor([[0.5, -1.0, 9.0], [0.2, 1.0, 9.0]])
 SAMPLER = torch.tensor([[-1.0, -2.0, NAN], [-3.0, NAN, -1.0]])
 MASK = torch.tensor([[1, 1, 0], [1, 1, 0]])

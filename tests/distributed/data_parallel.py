@@ -104,8 +104,8 @@ FORMS = {"logits": from_logits, "hidden": from_hidden, "packed": from_packed}
 
 class Task(NamedTuple):
     policy: Policy
-    batch: Batch  # of all ranks
-    micro_batches: list[Batch]  # of this one
+    batch: Batch  # the batch of all ranks
+    micro_batches: list[Batch]  # the micro-batches of this rank
     spec: LossSpec
 
 

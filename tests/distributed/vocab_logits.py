@@ -152,7 +152,7 @@ def parts_without_probability(backend: str, kl: str) -> None:
     assert bool(got.out.loss.isfinite()) and bool(got.out.metrics["kl_exact"].isfinite())
     torch.testing.assert_close(got.out.loss, want.out.loss)
     torch.testing.assert_close(joined(got.grad, "uneven", V, -1), want.grad, rtol=1e-4, atol=1e-7)
-    # What the reference rules out makes one divergence infinite; what the policy does, the other.
+    # A part without probability in one model only makes one direction of the KL infinite.
     alone = "policy" if kl == "exact_forward" else "reference"
     one = both._replace(logits=case.logits) if alone == "reference" else both
     if alone == "policy":

@@ -71,7 +71,7 @@ def test_compiles_without_spills(case: str, target: str, farm: Farm) -> None:
 def budget(k: Figures, what: str) -> int | None:
     """Return the budget of instructions, or None."""
     words = {*k.variant.split()}
-    # A softcap computes a tanh per element; rows that are not aligned are read element by element.
+    # A softcap computes a tanh per element. Unaligned rows are read element by element.
     if words & {"capped", "ref_capped", "group=1"}:
         return None
     if what == "gradient":

@@ -86,7 +86,7 @@ def counted(variants: dict[str, set[str]]) -> dict[str, int]:
         ("sm_90", 151936, 1),
         ("sm_90", 50264, 1),  # rows aligned to 16 bytes, but not to 16 elements
         ("sm_90", 50257, 1),  # rows not aligned
-        ("gfx942", 151936, 2),  # AMD's compiler makes a variant of its own for tensors below 2 GiB
+        ("gfx942", 151936, 2),  # AMD's compiler has another variant for tensors below 2 GiB
     ],
 )
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_chunks_and_the_logits_form(surrogate: str, kl: str, dtype: str, backend
 @pytest.mark.parametrize("compact", [True, False])
 @dtypes
 def test_linear_logps(dtype: str, compact: bool, backend: str, device: str) -> None:
-    """Both outputs, and gradients of each alone and of both; some upstream gradients are exactly zero."""
+    """Test both outputs, and gradients of each and of both. Some upstream gradients are 0."""
     case = from_logits(branches(LossSpec(), dtype, False, device))
     mask, ids = case.options["completion_mask"], case.completion_ids
     by_logps = torch.linspace(-1, 1, mask.numel(), device=device).view(mask.shape)
@@ -158,7 +158,7 @@ def test_linear_logps(dtype: str, compact: bool, backend: str, device: str) -> N
         (got, grads), (_, by_eager), (exact, truth) = found
         for x, y in zip(got, exact, strict=True):
             torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-11 if dtype == "fp64" else 1e-5)
-        # Of two unmasked tokens a word, and of few words a token: their terms do not cancel much.
+        # An entry has few terms, which do not cancel much: their magnitudes sum to at most 8 times it.
         terms = tuple(8 * x.abs() for x in truth)
         assert_gradients(grads, by_eager, truth, terms, lengths(mask.numel(), case.weight.shape[0]), "")
 
@@ -190,12 +190,12 @@ def test_gradcheck(spec: LossSpec, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (1, 1), (3, 5)], ids=str)
 @pytest.mark.parametrize("H", [1, 7])
-@pytest.mark.parametrize("words", [2, 151, 1025])
-def test_sizes(shape: tuple[int, int], H: int, words: int, backend: str, device: str) -> None:
-    """No tokens, one, hidden states of odd length, vocabularies that nothing divides."""
+@pytest.mark.parametrize("vocab", [2, 151, 1025])
+def test_sizes(shape: tuple[int, int], H: int, vocab: int, backend: str, device: str) -> None:
+    """Test no token, one token, hidden states of odd length and odd vocabularies."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(size, generator=generator).to(device) for size in ((*shape, H), (words, H)))
-    ids = torch.randint(words, shape, generator=generator).to(device)
+    hidden, weight = (torch.randn(size, generator=generator).to(device) for size in ((*shape, H), (vocab, H)))
+    ids = torch.randint(vocab, shape, generator=generator).to(device)
     case = LinearCase(
         LossSpec(PPOClip()),
         hidden,
@@ -209,7 +209,7 @@ def test_sizes(shape: tuple[int, int], H: int, words: int, backend: str, device:
     assert got.out.logps.shape == shape
 
 
-def test_one_word(backend: str, device: str) -> None:
+def test_one_vocabulary_entry(backend: str, device: str) -> None:
     hidden, weight = torch.randn(2, 3, 7, device=device), torch.randn(1, 7, device=device)
     ids, ones = torch.zeros(2, 3, dtype=torch.long, device=device), torch.ones(2, device=device)
     got = run_linear(LinearCase(LossSpec(Reinforce()), hidden, weight, None, ids, ones, {}), backend=backend)

@@ -66,7 +66,7 @@ def test_the_page_runs() -> None:
 def test_a_callable_equals_the_built_in_loss(
     name: str, built_in: LossSpec, aggregation: str, backend: str, device: str
 ) -> None:
-    """Loss, metrics that both report, and gradient; over the logits and beside them."""
+    """Loss and gradient are equal, in place and not."""
     surrogate = page()[name]
     if aggregation == "token-mean":
         assert page()["coupled"].surrogate is page()["squared_sequence_ratio"]

@@ -99,7 +99,7 @@ def test_forward_kl_to_a_masked_reference(value: float, path: dict[str, Any]) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("value", [*MASKS, 1e10, 1e20, 1e38, -LOWEST])
 def test_a_row_of_one_number(value: float, dtype: torch.dtype, path: dict[str, Any]) -> None:
-    """The distribution is uniform, whatever the number."""
+    """The distribution is uniform for any number."""
     value = min(max(value, torch.finfo(dtype).min), torch.finfo(dtype).max)
     logits = torch.full((1, 2, V), value, dtype=dtype, requires_grad=True)
     ids = torch.tensor([[0, V - 1]])

@@ -227,7 +227,7 @@ def test_a_mixed_derivative_raises() -> None:
             torch.autograd.grad(dweight.sum(), hidden)
 
 
-def test_by_a_factor_of_the_log_probabilities_raises() -> None:
+def test_with_respect_to_a_factor_of_the_log_probabilities_raises() -> None:
     """The gradient depends on the factor only through the incoming gradient."""
     logits, factor = LOGITS.clone().requires_grad_(), torch.ones(B, T, requires_grad=True)
     (grad,) = torch.autograd.grad((factor * selective_logps(logits, IDS)).sum(), logits, create_graph=True)

@@ -45,7 +45,7 @@ SURROGATES = [
     PPOClip(eps_low=1.0, eps_high=3.0),  # the lower bound equals a ratio of 0
     PPOClip(delta=4.0),
     PPOClip(delta=1.0),  # within the clip band
-    PPOClip(delta=0.5),  # and below it
+    PPOClip(delta=0.5),  # below the clip band
     CISPO(ratio_max=1.25),
     CISPO(ratio_max=1.25, ratio_min=0.75),
     CISPO(ratio_max=1.0),  # equals a ratio of 1

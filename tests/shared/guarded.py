@@ -99,7 +99,7 @@ class Allocations:
             whole = torch.full((extent + 2 * GUARD,), poison(new.dtype), dtype=new.dtype, device=new.device)
             self.found.append(whole)
             inside = torch.tensor([], dtype=new.dtype, device=new.device)
-            # Not a view, which autograd would treat as one.
+            # Autograd would treat a view differently.
             return inside.set_(whole.untyped_storage(), GUARD, new.shape, new.stride()).copy_(new)
 
         return allocate_guarded

@@ -324,9 +324,9 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:
 
 
 def assert_scaled(more: Tensor, once: Tensor, factor: float, what: str) -> None:
-    """A power of two scales exactly, except what was too small for its dtype, or a term of it for fp32."""
+    """Assert that a power of two scales exactly, except subnormal numbers or those with subnormal terms."""
     smallest = max(torch.finfo(once.dtype).smallest_normal, 2.0**-100)
-    large = once.abs() > smallest  # to which what was smaller may have been rounded
+    large = once.abs() > smallest  # smaller ones may have lost digits
     assert_same_bits(more[large], factor * once[large], what)
     assert bool((more[~large].abs() <= factor * smallest).all()), what
 

@@ -23,7 +23,7 @@ GRID_BITS = 7  # bf16 holds 8
 
 
 def on_a_grid(x: Tensor, bits: int = GRID_BITS) -> Tensor:
-    """Round each row of `x` to multiples of its step, a power of two; none exceeds `2^bits` steps.
+    """Round each row of `x` to multiples of a power of two, the step. No entry exceeds `2^bits` steps.
 
     The product of a row of `a` bits with a row of `b` bits is a multiple of the product of their steps, and
     so is each partial sum in any order. A sum of `K` terms has at most `2^(a + b) K` such steps, and fp32

@@ -1,4 +1,4 @@
-"""Calls that must pass a type checker; test_typing.py runs mypy on them and executes nothing."""
+"""Calls that must pass a type checker. test_typing.py runs mypy on them and executes nothing."""
 
 from __future__ import annotations
 

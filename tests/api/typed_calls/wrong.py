@@ -1,4 +1,4 @@
-"""Calls that a type checker must refuse, each with the code of mypy's error; test_typing.py compares them."""
+"""Calls that a type checker must refuse, each with the code of the error that test_typing.py expects."""
 
 from __future__ import annotations
 
