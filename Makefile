@@ -19,9 +19,9 @@ QUICK := --pairwise --hypothesis-profile=quick
 # The one target with a budget, and of its variants those with the most code and those with unaligned rows.
 COMPILED := -m compile -k "sm_90 and budget and (entropy or unaligned or odd) or reader"
 # Tests of loss and gradient, whose numbers depend on the processor's matrix products and vector instructions.
-NUMERIC := $(addprefix tests/test_, $(addsuffix .py, parity hard_cases linear linear_hard_cases linear_paths \
-	linear_properties sequence_hard_cases properties api_properties autograd custom_losses token_loss twins \
-	regressions))
+NUMERIC := tests/linear $(addprefix tests/losses/test_, $(addsuffix .py, parity hard_values hard_shapes hard_invariants \
+	coupled_tokens sequence_hard_values sequence_hard_shapes sequence_invariants properties api_properties autograd \
+	torch_compile modules selective_logps custom_losses token_loss twins regressions))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -36,7 +36,7 @@ demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS
 # pytest's status 5 is no error: ARGS may select no test of compiled kernels.
 test: $(VENV)/.test  ## run the tests with a choice of their cases: five minutes on two cores, no GPU needed
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(QUICK) $(ARGS)
-	env -u TRITON_INTERPRET $(PY) -m pytest tests/test_compile.py $(COMPILED) $(ARGS) || test $$? -eq 5
+	env -u TRITON_INTERPRET $(PY) -m pytest tests/kernels/test_compile.py $(COMPILED) $(ARGS) || test $$? -eq 5
 
 test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile (verl's tests: test-verl)
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
@@ -52,7 +52,7 @@ test-gpu:  ## run the tests on the GPU, with the Python at hand
 # Without PyTorch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
 sanitize-gpu:  ## run every kernel under compute-sanitizer's memcheck, with the Python at hand
 	env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -m pytest -q tests/test_launches.py tests/test_token_statistics.py
+		$(PYTHON) -m pytest -q tests/kernels/test_launches.py tests/kernels/test_token_statistics.py
 
 test-compile: $(VENV)/.test  ## compile every kernel for seven GPUs and read its machine code; needs none of them
 	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile $(ARGS)

@@ -1,6 +1,6 @@
 """Types of keyword options that are passed on as `**options`, so that type checkers refuse a misspelt name.
 
-Each class has the names and types of a function's keyword arguments. tests/test_typing.py compares them.
+Each class has the names and types of a function's keyword arguments. tests/api/test_typing.py compares them.
 """
 
 from __future__ import annotations

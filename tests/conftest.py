@@ -1,4 +1,4 @@
-"""Fixtures of all tests: device and backend, memory that holds NaN until written, a quicker interpreter."""
+"""Fixtures of all tests: device and backend, NaN in new memory, a faster interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pairwise import pytest_addoption, pytest_collection_modifyitems  # noqa: F4
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
 
-    # The same examples every time; pytest --hypothesis-profile=nightly looks for others, and longer.
+    # The examples are the same every time, except with pytest --hypothesis-profile=nightly.
     # `make test` uses "quick", `make test-all` "default".
     slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("default", max_examples=100, derandomize=True, **slow)
@@ -22,7 +22,7 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.register_profile("nightly", max_examples=2000, **slow)
     settings.load_profile("default")
 
-# Dynamo looks up by name, once, what it may trace. A fixture below replaces some of that.
+# Dynamo looks up once, by name, the functions that it may trace. A fixture below replaces some of them.
 torch.compile(lambda: torch.empty(1), backend="eager")()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +36,7 @@ NEEDS_TRITON = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The interpreter runs on NumPy, which warns of the infinities that the kernels are meant to survive.
+    # The interpreter runs on NumPy, which warns of infinities. The kernels handle them on purpose.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where the tensors of a test live: the GPU where there is one."""
+    """Device of a test's tensors: the GPU if there is one."""
     return DEVICE
 
 
@@ -55,19 +55,19 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def needs_triton() -> None:
-    """For tests of the kernels by themselves."""
+    """Skip a test that needs the kernels if they cannot run here."""
     if NO_TRITON is not None:
         pytest.skip(NO_TRITON)
 
 
 @pytest.fixture(autouse=True)
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` and its kin hand out NaN, so that an output that nobody wrote cannot pass for a zero."""
+    """Fill the results of `torch.empty` and similar functions with NaN, which reveals unwritten outputs."""
 
     def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
             new = allocate(*args, **kwargs)
-            if new.is_floating_point() and not new.is_meta:  # there is nothing to fill
+            if new.is_floating_point() and not new.is_meta:  # "meta" tensors have no memory
                 new.detach().fill_(torch.nan)
             return new
 

@@ -1,4 +1,4 @@
-"""`pytest --pairwise` loses no pair of parameter values, no test, and chooses the same cases every time."""
+"""`pytest --pairwise` keeps every pair of parameter values and every test, and its choice is fixed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from typing import Any
 import pytest
 from pairwise import MOST, few, thinned
 
-# Equal values of different types are different: 1 == 1.0 == True.
-FACTORS = {"loss": list("abcdefg"), "dtype": [1, 1.0, True], "packed": [False, True], "backend": ["x", "y"]}
+# Equal values of different types count as different: 1 == 1.0 == True.
+PARAMETERS = {
+    "loss": list("abcdefg"),
+    "dtype": [1, 1.0, True],
+    "packed": [False, True],
+    "backend": ["x", "y"],
+}
 
 
-def grid(**factors: list[Any]) -> list[dict[str, Any]]:
-    return [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+def grid(**parameters: list[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(parameters, values, strict=True)) for values in product(*parameters.values())]
 
 
 def pairs_in(cases: list[Mapping[str, Any]]) -> set[frozenset[tuple[str, str]]]:
-    """Names the pairs by their representations, so that no mistake is shared with pairwise.py."""
+    """Return the pairs of values by their representations, independently of pairwise.py."""
     return {
         frozenset([(one, repr(case[one])), (other, repr(case[other]))])
         for case in cases
@@ -33,9 +38,9 @@ def pairs_in(cases: list[Mapping[str, Any]]) -> set[frozenset[tuple[str, str]]]:
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param(grid(**FACTORS), id="every combination"),
-        pytest.param([c for i, c in enumerate(grid(**FACTORS)) if i % 5 != 2], id="some combinations"),
-        pytest.param([*grid(**FACTORS)[::7], {"loss": "a", "packed": True}], id="a parameter missing"),
+        pytest.param(grid(**PARAMETERS), id="every combination"),
+        pytest.param([c for i, c in enumerate(grid(**PARAMETERS)) if i % 5 != 2], id="some combinations"),
+        pytest.param([*grid(**PARAMETERS)[::7], {"loss": "a", "packed": True}], id="a parameter missing"),
     ],
 )
 def test_every_pair_stays(cases: list[dict[str, Any]]) -> None:
@@ -45,9 +50,9 @@ def test_every_pair_stays(cases: list[dict[str, Any]]) -> None:
 
 
 def test_few_cases_stay() -> None:
-    """7 losses times 3 dtypes is the least possible."""
-    assert len(grid(**FACTORS)) == 84
-    assert 21 <= len(thinned(grid(**FACTORS))) <= 23
+    """7 losses times 3 dtypes is the minimum."""
+    assert len(grid(**PARAMETERS)) == 84
+    assert 21 <= len(thinned(grid(**PARAMETERS))) <= 23
 
 
 def test_every_value_stays_of_many_pairs() -> None:
@@ -58,7 +63,7 @@ def test_every_value_stays_of_many_pairs() -> None:
     assert len(kept) == 9
     values = [{(name, value) for case in given for name, value in case.items()} for given in (kept, cases)]
     assert values[0] == values[1]
-    others = {name: values for name, values in FACTORS.items() if name != "loss"}
+    others = {name: values for name, values in PARAMETERS.items() if name != "loss"}
     assert few(grid(**others)) == thinned(grid(**others))
 
 
@@ -120,7 +125,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def collected(folder: Path, *options: str, seed: int = 0) -> list[str]:
-    """Names of the cases that pytest would run, in a process with hash seed `seed`."""
+    """Return the cases that pytest would run in a process with this hash seed."""
     env = os.environ | {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-m", "pytest", "-p", "pairwise", "--collect-only", "-q", *options, "."]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
@@ -139,7 +144,7 @@ def test_the_option(example: Path) -> None:
         "test_two": (6, 6),
         "test_one": (6, 5),  # one is marked long
         "test_none": (1, 1),
-        "test_ranks": (6, 3),  # those of 4 ranks are marked long
+        "test_ranks": (6, 3),  # cases with 4 ranks are marked long
     }
 
 
@@ -148,6 +153,6 @@ def test_every_process_chooses_the_same(example: Path) -> None:
     assert collected(example, "--pairwise", seed=1) == collected(example, "--pairwise", seed=2)
 
 
-def test_what_k_deselects_holds_no_pair(example: Path) -> None:
+def test_cases_that_k_deselects_hold_no_pair(example: Path) -> None:
     """Within one backend, all 12 pairs of letter and number are needed."""
     assert len(collected(example, "--pairwise", "-k", "triton and three")) == 12

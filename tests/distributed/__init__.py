@@ -1,1 +1,1 @@
-"""Tests of several processes: a worker script runs on every rank, pytest reads what became of its cases."""
+"""Tests of several processes: a worker script runs its cases on every rank, and pytest reads the outcomes."""

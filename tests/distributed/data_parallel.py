@@ -1,7 +1,7 @@
 """Ragged micro-batches over several ranks give the loss and the gradients of one process with all sequences.
 
-Each rank accumulates three micro-batches under a common normalizer. Policy, batch and one process' result are
-made alike on every rank: nothing but the data-parallel wrapper and the normalizer communicates.
+Each rank accumulates three micro-batches with a common normalizer. Every rank computes the policy, the batch
+and the expected result itself. Only the data-parallel wrapper and the normalizer communicate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from grpo_kernels.spec import AGGREGATIONS
 cases = Cases()
 
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
-# Relative, in the L2 norm of each parameter's gradient: the same terms are summed in another order.
+# Relative tolerance in the L2 norm of each gradient, whose terms are summed in another order.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 MICRO_BATCHES = 3
 V, H, T = 23, 7, 9  # no dimension divides by the number of ranks: the shards are uneven
@@ -42,13 +42,13 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(H, 13), nn.Linear(13, H)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each position sees the mean of those up to it."""
+        """Add a function of the mean over all positions so far."""
         seen = torch.arange(1, x.shape[1] + 1)[:, None]
         return x + self.down(torch.tanh(self.up(x.cumsum(1) / seen)))
 
 
 class Policy(nn.Module):
-    """A causal language model: hidden states, or the loss that is made of them and the head."""
+    """A causal language model that returns hidden states, or a loss of hidden states and head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class Policy(nn.Module):
 
 class Batch(NamedTuple):
     ids: Tensor  # [B, T + 1]
-    mask: Tensor  # [B, T] bool: the first tokens of a sequence, of some sequences none
+    mask: Tensor  # [B, T] bool: a prefix of each sequence, which may be empty
     advantages: Tensor  # [B]
     old_logps: Tensor  # [B, T]
     ref_logps: Tensor  # [B, T]
 
     def of(self, rows: Tensor) -> Batch:
-        """These sequences, as wide as the longest of them."""
+        """Return these sequences, cut to the longest of them."""
         part = Batch(*(x[rows] for x in self))
         width = max(1, int(part.mask.sum(1).max()))
         narrow = {name: getattr(part, name)[:, :width] for name in ("mask", "old_logps", "ref_logps")}
@@ -89,7 +89,7 @@ def from_hidden(hidden: Tensor, lm_head: nn.Linear, *, batch: Batch, **options: 
 
 
 def from_packed(hidden: Tensor, lm_head: nn.Linear, *, batch: Batch, **options: Any) -> LossOutput:
-    """Without the masked tokens, end to end."""
+    """Compute the loss of the packed batch without masked tokens."""
     mask = batch.mask
     per_token = {"old_logps": batch.old_logps[mask], "ref_logps": batch.ref_logps[mask]}
     head = {"lm_head_bias": lm_head.bias, "seq_lens": mask.sum(1)}
@@ -104,13 +104,13 @@ FORMS = {"logits": from_logits, "hidden": from_hidden, "packed": from_packed}
 
 class Task(NamedTuple):
     policy: Policy
-    batch: Batch  # of all ranks
-    micro_batches: list[Batch]  # of this one
+    batch: Batch  # the batch of all ranks
+    micro_batches: list[Batch]  # the micro-batches of this rank
     spec: LossSpec
 
 
 def make_task(aggregation: str, dtype: torch.dtype, lengths: str) -> Task:
-    """`lengths`: "ragged", or "idle": all tokens of the last rank are masked."""
+    """Return the task. With `lengths="idle"` all tokens of the last rank are masked, else ("ragged") some."""
     torch.manual_seed(0)
     policy = Policy().to(dtype)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -127,7 +127,7 @@ def make_task(aggregation: str, dtype: torch.dtype, lengths: str) -> Task:
     advantages = torch.randn(len(tokens), dtype=dtype)
     batch = Batch(ids, torch.arange(T) < tokens[:, None], advantages, old_logps, ref_logps)
     mine = rows[rank * MICRO_BATCHES : (rank + 1) * MICRO_BATCHES]
-    # None would be each micro-batch's own width.
+    # None would mean the width of each micro-batch.
     max_tokens = MAX_TOKENS if aggregation == "seq-mean-token-sum-norm" else None
     spec = LossSpec(PPOClip(), KL("k3", beta=0.1), aggregation=aggregation, max_tokens=max_tokens)
     return Task(policy, batch, [batch.of(x) for x in mine], spec)
@@ -139,7 +139,7 @@ def mesh() -> DeviceMesh:
 
 
 def wrap(wrapper: str, policy: Policy) -> nn.Module:
-    """FSDP2 changes the module itself: where they are not in use, its parameters are DTensors."""
+    """Wrap the policy. FSDP2 turns the parameters of the module itself into DTensors."""
     if wrapper == "ddp":
         return DistributedDataParallel(policy)
     for module in (*policy.backbone[1:], policy.backbone, policy):
@@ -148,7 +148,7 @@ def wrap(wrapper: str, policy: Policy) -> nn.Module:
 
 
 def accumulating(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Gradients are communicated with the last micro-batch only."""
+    """Communicate gradients in the last micro-batch only."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
@@ -165,7 +165,7 @@ def result(policy: Policy, loss: Tensor) -> Result:
 
 
 def alone(task: Task) -> Result:
-    """One process, all sequences at once, and the aggregation's own denominator."""
+    """Return loss and gradients of all sequences in one process, with the default denominator."""
     policy = copy.deepcopy(task.policy)
     loss = functools.partial(from_logits, batch=task.batch, spec=task.spec)
     out = policy(task.batch.ids[:, :-1], loss)
@@ -176,7 +176,7 @@ def alone(task: Task) -> Result:
 def together(
     task: Task, wrapper: str, route: str, form: str, normalizer: Tensor, backend: str = "auto"
 ) -> Result:
-    """All ranks, each with its micro-batches."""
+    """Return loss and gradients of all ranks, each with its own micro-batches."""
     policy = task.policy
     model = wrap(wrapper, policy)
     total = torch.zeros((), dtype=task.batch.advantages.dtype)
@@ -201,7 +201,7 @@ def together(
 
 
 def errors(got: Result, want: Result) -> dict[str, float]:
-    """Of the loss and of each gradient, relative."""
+    """Return relative errors of the loss and of each gradient."""
     assert got.keys() == want.keys()
     return {name: float((got[name] - want[name]).norm() / want[name].norm()) for name in want}
 
@@ -239,7 +239,7 @@ def as_one_process(
 
 @cases.add(wrapper=["ddp", "fsdp2"], aggregation=["token-mean", "seq-mean-token-mean"])
 def unlike_own_normalizer(wrapper: str, aggregation: str) -> None:
-    """What the case above would miss, were it blind: each rank divides by what it has itself."""
+    """The case above can fail: it would if each rank divided by its own count."""
     task = make_task(aggregation, torch.float64, "ragged")
     want = alone(task)
     masks = (x.mask for x in task.micro_batches)
@@ -255,7 +255,7 @@ def only_this_rank() -> dist.ProcessGroup:
 
 @cases.add(dtype=[torch.bool, torch.int64, torch.float32])
 def counts(dtype: torch.dtype) -> None:
-    """Of all ranks and micro-batches, padded and packed, over the number of ranks."""
+    """The normalizer counts all ranks and micro-batches, padded or packed, over the number of ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     padded, packed = torch.zeros(rank + 1, 5, dtype=dtype), torch.ones(7, dtype=dtype)
     padded[:, :2] = 1
@@ -272,7 +272,7 @@ def counts(dtype: torch.dtype) -> None:
 
 @cases.add()
 def as_trl() -> None:
-    """TRL's denominator of `dapo`, `cispo` and `vespo`, from the masks of all samples of a generation."""
+    """The normalizer of all masks of a generation equals TRL's for `dapo`, `cispo` and `vespo`."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     steps, accumulation = 2, 3
     generator = torch.Generator().manual_seed(rank)
@@ -284,7 +284,7 @@ def as_trl() -> None:
     of_steps = torch.stack([global_normalizer(step) for step in masks.flatten(2, 3)])
     torch.testing.assert_close(of_steps.mean(), trl)
     assert of_steps[0] != of_steps[1]
-    # One step per generation.
+    # There is one step per generation.
     torch.testing.assert_close(global_normalizer(masks.flatten(0, 2)), num_items_in_batch / ranks)
 
 

@@ -1,4 +1,4 @@
-"""Runs the loops of docs/integrations.md under DDP and FSDP2 unchanged, with left-padded prompts."""
+"""Worker: the unchanged loops of docs/integrations.md under DDP and FSDP2, with left-padded prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MICRO_BATCHES = 2
 
 
 def block(marker: str) -> str:
-    """The page's Python block that contains `marker`."""
+    """Return the Python block of the page that contains `marker`."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (found,) = (code for code in blocks if marker in code)
     return found
@@ -68,7 +68,7 @@ def make_batch(seed: int) -> SimpleNamespace:
 
 
 def gradients_without_padding(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Gradients of each sequence by itself. On-policy, that of PPO-clip is the gradient of `-A * logp`."""
+    """Return gradients of single sequences. On-policy, PPO-clip has the gradient of `-A * logp`."""
     model = make_model().to(dtype)
     batches = [make_batch(seed) for seed in range(MICRO_BATCHES * dist.get_world_size())]
     tokens = sum(int(b.mask.sum()) for b in batches)
@@ -94,7 +94,7 @@ LOOPS = {
 @cases.add(loop=["ddp", "inside", "outside"], dtype=[torch.float32])
 @cases.add(loop=["inside", "outside"], dtype=[torch.bfloat16])
 def same_gradients(loop: str, dtype: torch.dtype) -> None:
-    """For bf16 the parameters stay in fp32, and FSDP2 casts them in each forward."""
+    """With bf16 the parameters stay in fp32, and FSDP2 casts them in each forward."""
     model, rank = make_model(), dist.get_rank()
     policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
     names: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The side of pytest: starts a worker script on several ranks, once per session, and gathers what they say.
+"""What runs in pytest: start a worker script on several ranks, once per session, and gather the outcomes.
 
 @pytest.fixture(scope="session")
 def outcomes(request, tmp_path_factory):
@@ -22,17 +22,17 @@ import pytest
 from filelock import FileLock  # torch depends on it
 
 TESTS = Path(__file__).parent.parent
-TIMEOUT_S = 1800  # far more than any machine, however busy, needs: it only ends what hangs
+TIMEOUT_S = 1800  # far longer than a script takes: it only ends scripts that hang
 
 
 def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all processes of pytest-xdist."""
+    """Return one folder for all processes of pytest-xdist."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 def run_workers(script: Path, nproc: int, tmp_path: Path, *, pairwise: bool = False) -> dict[str, str]:
-    """Runs `script` on `nproc` ranks. `{case: "ok"}`, or what those ranks say on which it failed.
+    """Run `script` on `nproc` ranks. Return "ok" or the tracebacks for each case.
 
     Processes that share `tmp_path` share one run. `pairwise` runs only the cases of `pytest --pairwise`.
     """
@@ -51,10 +51,14 @@ def run_workers(script: Path, nproc: int, tmp_path: Path, *, pairwise: bool = Fa
 
 
 def torchrun(script: Path, nproc: int, *arguments: str) -> str:
-    """What the launcher and the ranks print, errors too."""
+    """Run a script under torchrun and return the output of the launcher and the ranks, with errors."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    path = f"{TESTS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    paths = [str(TESTS), str(TESTS / "shared"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     process = subprocess.Popen(
         [*command, str(script), *arguments],
         env=environment,
@@ -65,5 +69,5 @@ def torchrun(script: Path, nproc: int, *arguments: str) -> str:
     try:
         return process.communicate(timeout=TIMEOUT_S)[0]
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher then ends its ranks, which a kill would orphan
+        process.terminate()  # the launcher then ends its ranks, which would survive a kill
         return f"not done after {TIMEOUT_S} s\n{process.communicate()[0]}"

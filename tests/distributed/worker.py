@@ -1,4 +1,4 @@
-"""The side of the ranks: a registry of cases, and a `main` that runs them all.
+"""What runs on the ranks: a registry of cases, and a `main` that runs all cases.
 
     cases = Cases()
 
@@ -8,7 +8,7 @@
     if __name__ == "__main__":
         cases.main()
 
-Importing such a script starts nothing: pytest imports it to learn the names of its cases.
+Pytest imports such a script for the names of its cases. The import starts nothing.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from torch import distributed as dist
 
 Function = Callable[..., None]
 
-# Long enough for any case on a busy machine; a rank that waits longer waits for one that has failed.
+# Every case takes less, even on a busy machine. If a rank waits longer, another one has failed.
 TIMEOUT = timedelta(minutes=10)
 
 
 class Cases(dict[str, Callable[[], None]]):
-    """Every rank runs them in the same order, with the default process group (gloo) at hand."""
+    """Cases by name. Every rank runs them in the same order, with gloo as default process group."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arguments: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # by function and case
 
     def add(self, **values: Iterable[Any]) -> Callable[[Function], Function]:
-        """One case for each combination of the keyword arguments' values."""
+        """Register one case for each combination of the values of the keyword arguments."""
 
         def register(function: Function) -> Function:
             for chosen in itertools.product(*values.values()):
@@ -57,24 +57,25 @@ class Cases(dict[str, Callable[[], None]]):
         return register
 
     def pairwise(self) -> set[str]:
-        """Names of the cases that `pytest --pairwise` runs."""
+        """Return the names of the cases that `pytest --pairwise` runs."""
         return {[*cases][i] for cases in self.arguments.values() for i in few([*cases.values()])}
 
     def params(self) -> list[Any]:
-        """The names of all cases, for `parametrize`."""
+        """Return the names of all cases for `parametrize`, with the mark `long` if --pairwise skips them."""
         chosen = self.pairwise()
         return [pytest.param(name, marks=[] if name in chosen else pytest.mark.long) for name in self]
 
     def main(self) -> None:
-        """With the argument `--pairwise`, run the cases of `pairwise`, else all.
+        """Run all cases, or with the argument `--pairwise` those of `pairwise`.
 
-        Writes `{name: "ok", or a traceback}` to `<first argument>/<rank>.json`, anew after each case."""
+        After each case, write `{name: "ok" or a traceback}` to `<first argument>/<rank>.json`.
+        """
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=TIMEOUT)
         rank = dist.get_rank()
         path = Path(sys.argv[1]) / f"{rank}.json"
         chosen = self.pairwise() if "--pairwise" in sys.argv else {*self}
-        outcomes = {name: f"rank {rank} did not come to it" for name in self if name in chosen}
+        outcomes = {name: f"rank {rank} did not reach it" for name in self if name in chosen}
         try:
             for name in outcomes:
                 outcomes[name] = f"rank {rank} hung or died in it"
@@ -84,8 +85,8 @@ class Cases(dict[str, Callable[[], None]]):
                     outcomes[name] = "ok"
                 except Exception:
                     outcomes[name] = f"rank {rank}:\n{traceback.format_exc()}"
-                # Where one rank failed before the others, these wait for it in a collective of the case, and
-                # whatever came next would meet that.
+                # If one rank fails early, the others wait for it in a collective of the case. Without this
+                # barrier, the next case would use up that collective.
                 dist.monitored_barrier(timeout=TIMEOUT)
         finally:
             path.write_text(json.dumps(outcomes), encoding="utf-8")

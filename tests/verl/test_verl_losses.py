@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from documented_losses import page
 from torch import Tensor
 from verl_cases import (
     CLAMP,
@@ -45,19 +46,6 @@ from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
-
-PAGE = Path(__file__).parents[2] / "docs" / "custom_losses.md"
-
-
-@functools.cache
-def page() -> dict[str, Any]:
-    """Return the names that the Python code of docs/custom_losses.md defines."""
-    names: dict[str, Any] = {}
-    for code in re.findall(
-        r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    ):
-        exec(code, names)
-    return names
 
 
 def test_every_loss_of_the_registry_is_listed() -> None:

@@ -1,0 +1,321 @@
+"""Structure of the package: imports between modules, public names, and docstrings."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_kernels
+
+PACKAGE = Path(grpo_kernels.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+
+KERNELS = {f"kernels/{name}" for name in ("launch", "row_stats", "dlogits", "token_loss", "fused")}
+
+# What each module may import of the package, anywhere in it. Imports point one way: each module stands below
+# those it imports. `reference` is alone, for it is to share no mistake with what it judges.
+ALLOWED: dict[str, set[str]] = {
+    "checks": set(),
+    "names": set(),
+    "surrogates": {"checks", "names"},
+    "spec": {"checks", "names", "surrogates"},
+    "reference": set(),
+    "testing": set(),
+    "kernels/__init__": set(),
+    "kernels/device": set(),
+    "kernels/launch": set(),
+    "kernels/row_stats": {"kernels/device", "kernels/launch"},
+    "kernels/dlogits": {"kernels/device", "kernels/launch"},
+    "kernels/token_loss": {"kernels/device", "kernels/launch"},
+    "kernels/fused": KERNELS - {"kernels/fused"} | {"kernels/device"},
+    "objective": set(),
+    "sequences": {"spec", "surrogates", "objective"},
+    "row_loss": {"spec", "surrogates", "objective", "sequences"},
+    "aggregation": {"spec", "sequences"},
+    "distributed": {"checks", "objective"},
+    "debug": {"checks"},
+    "batch": {"checks", "objective", "sequences", "distributed", "debug"},
+    "options": {"names", "distributed"},
+    "normalizers": {"checks", "names", "spec", "debug", "batch"},
+    "advantages": {"checks", "names"},
+    "weights": {"checks", "names", "debug"},
+    "row_chunks": set(),
+    "torch_backend": {"spec", "objective", "row_loss", "row_chunks"},
+    "backend": {
+        *("checks", "names", "spec", "surrogates", "objective", "sequences", "row_loss", "torch_backend"),
+        *KERNELS,
+    },
+    "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss", "backend"},
+    "autograd": {"spec", "objective", "sequences", "distributed", "backend"},
+    "arguments": {
+        *("checks", "names", "surrogates", "spec", "objective", "sequences", "row_loss", "aggregation"),
+        *("metrics", "batch", "debug"),
+    },
+    "losses": {
+        *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
+        *("names", "options"),
+    },
+    "policy_loss": {"names", "spec", "objective", "arguments", "batch", "backend", "autograd"},
+    "linear": {"checks", "objective", "distributed"},
+    "heads": {"checks", "distributed", "batch", "linear"},
+    "linear_passes": {"checks", "spec", "objective", "backend", "autograd", "linear"},
+    "linear_autograd": {
+        *("spec", "objective", "backend", "autograd", "linear", "linear_passes"),
+    },
+    "linear_losses": {
+        *("spec", "objective", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
+        *("names", "options", "losses", "heads", "linear_autograd"),
+    },
+    "logps": {
+        *("objective", "distributed", "arguments", "batch", "backend", "autograd", "heads"),
+        *("names", "options", "linear_autograd"),
+    },
+    "__init__": {
+        *("surrogates", "spec", "advantages", "distributed", "arguments", "losses", "linear_losses", "logps"),
+        *("normalizers", "policy_loss", "weights"),
+    },
+}
+ALLOWED |= {  # which nothing imports but their users
+    "integrations/__init__": set(),
+    "integrations/versions": set(),
+    "integrations/trl/head": {"backend", "logps", "integrations/versions"},
+    "integrations/trl/forward_loss": {"arguments", "autograd", "linear_losses", "integrations/trl/head"},
+    "integrations/trl/model": {"integrations/trl/head", "integrations/trl/forward_loss"},
+    "integrations/trl/step": {"policy_loss", "integrations/trl/forward_loss"},
+    "integrations/trl/normalizer": {"spec"},
+    "integrations/trl/settings": {"names", "surrogates", "spec", "integrations/trl/normalizer"},
+    "integrations/trl/fallback": {"surrogates", "spec", "integrations/trl/head"},
+    "integrations/trl/comparison": {"integrations/trl/step"},
+    "integrations/trl/metrics": {"integrations/trl/step"},
+    "integrations/trl/trainer": {
+        *("spec", "backend", "autograd"),
+        *(f"integrations/trl/{name}" for name in ("head", "model", "step", "normalizer", "settings")),
+        *(f"integrations/trl/{name}" for name in ("fallback", "comparison", "metrics")),
+    },
+    "integrations/trl/__init__": {"integrations/trl/head", "integrations/trl/trainer"},
+    "integrations/verl/engine": set(),
+    "integrations/verl/heads": {"backend", "integrations/verl/engine"},
+    "integrations/verl/logps": {
+        *("distributed", "logps", "integrations/verl/engine", "integrations/verl/heads"),
+    },
+    "integrations/verl/presets": {"names", "surrogates", "spec"},
+    "integrations/verl/reference": {"surrogates", "spec", "backend"},
+    "integrations/verl/losses": {
+        *("checks", "names", "surrogates", "spec", "arguments", "backend", "policy_loss"),
+        *("integrations/verl/presets", "integrations/verl/reference"),
+    },
+    "integrations/verl/__init__": {
+        *("names", "backend", "integrations/versions"),
+        *(f"integrations/verl/{name}" for name in ("logps", "losses", "presets", "reference")),
+    },
+}
+TRAINERS = {
+    "integrations/trl/head": {"trl"},
+    "integrations/verl/__init__": {"verl"},
+    "integrations/verl/engine": {"verl"},
+    "integrations/verl/heads": {"verl"},
+    "integrations/verl/logps": {"verl"},
+    "integrations/verl/losses": {"verl"},
+}
+# Imports inside functions, apart from torch and the trainers.
+INSIDE_FUNCTIONS = {
+    "testing": {"psutil"},
+    "integrations/versions": {"packaging"},
+    "integrations/trl/head": {"transformers"},
+}
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(module: str, *, at_import: bool = False) -> set[str]:
+    """Return absolute names of imports. With `at_import`, leave out imports inside functions."""
+    parents = ["grpo_kernels", *module.split("/")[:-1]]
+    found = set()
+    for statement in tree(module).body:
+        if at_import and isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = parents[: len(parents) - node.level + 1] if node.level else []
+                start = ".".join([*base, *([node.module] if node.module else [])])
+                # `from . import objective` and `from .kernels import fused` name modules.
+                names = [f"{start}.{alias.name}" for alias in node.names]
+                found |= {name if path_of(name) in MODULES else start for name in names}
+    return found
+
+
+def path_of(name: str) -> str:
+    return name.removeprefix("grpo_kernels.").replace(".", "/")
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(MODULES) == ALLOWED.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    order = list(ALLOWED)
+    own = {path_of(name) for name in imports(module) if name.split(".")[0] == "grpo_kernels"}
+    assert own <= ALLOWED[module]
+    assert all(order.index(name) < order.index(module) for name in own)
+    for at_import in (False, True):
+        foreign = {
+            name.split(".")[0] for name in imports(module, at_import=at_import)
+        } - sys.stdlib_module_names
+        allowed = {
+            "grpo_kernels",
+            "torch",
+            "typing_extensions",
+            *({"triton"} if module.startswith("kernels/") else ()),
+        }
+        allowed |= TRAINERS.get(module, set())
+        assert foreign <= allowed | (set() if at_import else INSIDE_FUNCTIONS.get(module, set()))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("kernels/")])
+def test_kernels_are_imported_inside_functions(module: str) -> None:
+    """Without Triton the package works until a kernel is needed, so no module imports Triton at its top."""
+    names = imports(module, at_import=True)
+    assert not [name for name in names if name.startswith(("triton", "grpo_kernels.kernels"))]
+
+
+WITHOUT_TRITON = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.split(".")[0] == "triton" else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+def python(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_works_without_triton() -> None:
+    """The package works without Triton, as on Windows and macOS."""
+    program = """
+import torch, grpo_kernels
+batch = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3).long(), torch.ones(2)
+grpo_kernels.grpo_loss(*batch, inplace=False).loss.backward()
+assert batch[0].grad.any()
+try:
+    grpo_kernels.grpo_loss(*batch, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    assert "triton" in python(WITHOUT_TRITON + program)
+
+
+def test_import_leaves_triton_alone() -> None:
+    """This package does not import Triton. PyTorch may."""
+    program = """
+import sys, torch
+before = {name for name in sys.modules if name.split(".")[0] == "triton"}
+import grpo_kernels
+batch = torch.randn(2, 3, 7, requires_grad=True), torch.zeros(2, 3).long(), torch.ones(2)
+grpo_kernels.grpo_loss(*batch).loss.backward()
+print({name for name in sys.modules if name.split(".")[0] == "triton"} - before)
+"""
+    assert python(program).strip() == "set()"
+
+
+def test_public_names() -> None:
+    assert sorted(grpo_kernels.__all__) == sorted(
+        [
+            *("grpo_loss", "log_ratio_loss", "linear_grpo_loss", "GRPOLoss", "LinearGRPOLoss", "LossOutput"),
+            *("selective_logps", "linear_logps", "policy_loss"),
+            *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
+            *("CISPO", "SAPO", "DRO", "DPPO", "VESPO", "GMPO"),
+            *("group_advantages", "global_normalizer", "importance_weights", "VocabShard"),
+        ]
+    )
+    assert all(hasattr(grpo_kernels, name) for name in grpo_kernels.__all__)
+    # The function `policy_loss` has the name of its module.
+    modules = {module.split("/")[0] for module in MODULES} - set(grpo_kernels.__all__)
+    private = {name for name in vars(grpo_kernels) if not name.startswith("_")} - modules
+    assert private == set(grpo_kernels.__all__)
+
+
+def test_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    assert grpo_kernels.__version__ == version("grpo_kernels")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_have_docstrings(module: str) -> None:
+    assert ast.get_docstring(tree(module))
+
+
+@pytest.mark.parametrize("name", grpo_kernels.__all__)
+def test_public_names_have_docstrings(name: str) -> None:
+    thing = getattr(grpo_kernels, name)
+    # A dataclass or NamedTuple without a docstring is given its signature for one.
+    assert thing.__doc__ and not thing.__doc__.startswith(f"{name}(")
+    if inspect.isclass(thing):
+        methods = {
+            key: x for key, x in vars(thing).items() if inspect.isfunction(x) and not key.startswith("_")
+        }
+        undocumented = [key for key, method in methods.items() if not method.__doc__]
+        assert not [key for key in undocumented if not hasattr(super(thing, thing), key)]
+
+
+# Functions whose docstrings explain the arguments that a function's own docstring leaves out.
+EXPLAINED_BY = {
+    "grpo_loss": [],
+    "group_advantages": [],
+    "selective_logps": ["grpo_loss"],
+    "linear_grpo_loss": ["grpo_loss"],
+    "linear_logps": ["grpo_loss", "linear_grpo_loss"],
+}
+
+
+@pytest.mark.parametrize("name", EXPLAINED_BY)
+def test_docstrings_name_every_argument(name: str) -> None:
+    texts = [getattr(grpo_kernels, known).__doc__ for known in (name, *EXPLAINED_BY[name])]
+    arguments = inspect.signature(getattr(grpo_kernels, name)).parameters
+    assert not [argument for argument in arguments if not any(argument in text for text in texts)]
+
+
+def test_linear_options() -> None:
+    """The linear form takes all options of the logits form, except those of logits."""
+    options, linear = (
+        {name: x.default for name, x in inspect.signature(function).parameters.items()}
+        for function in (grpo_kernels.grpo_loss, grpo_kernels.linear_grpo_loss)
+    )
+    shared = options.keys() - {"logits", "ref_logits", "inplace"}
+    assert {name: linear[name] for name in shared} == {name: options[name] for name in shared}
+
+
+@pytest.mark.parametrize("name", ["testing", "reference", "weights"])
+def test_helpers_for_users_have_docstrings(name: str) -> None:
+    module = importlib.import_module(f"grpo_kernels.{name}")
+    functions = [
+        x for x in vars(module).values() if inspect.isfunction(x) and x.__module__ == module.__name__
+    ]
+    assert not [x.__name__ for x in functions if not x.__name__.startswith("_") and not x.__doc__]

@@ -1,0 +1,378 @@
+"""Tensors without values, on "meta" or under FakeTensorMode: every form gives the shapes of a real call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from parity import user_loss
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from grpo_kernels import (
+    DRO,
+    GMPO,
+    KL,
+    VESPO,
+    GRPOLoss,
+    LinearGRPOLoss,
+    LossSpec,
+    PPOClip,
+    Reinforce,
+    group_advantages,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_logps,
+    log_ratio_loss,
+    selective_logps,
+)
+from grpo_kernels import linear as linear_module
+from grpo_kernels.checks import has_data
+from grpo_kernels.normalizers import global_normalizer
+from grpo_kernels.policy_loss import policy_loss
+from grpo_kernels.weights import importance_weights
+
+B, T, V, H = 2, 6, 19, 4
+N, LENGTHS = B * T, [5, 0, 7]
+
+
+class Place(NamedTuple):
+    """The device of the tensors of a call, and whether they have values."""
+
+    name: str
+    device: str
+    fake: bool = False
+
+    def leaf(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.new(*shape, dtype=dtype).requires_grad_()
+
+    def mode(self) -> AbstractContextManager[Any]:
+        return FakeTensorMode() if self.fake else nullcontext()
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if self is not REAL:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if dtype.is_floating_point:
+            return torch.randn(shape).to(dtype)
+        return torch.randint(0, 2, shape).to(dtype)
+
+    def seq_lens(self) -> Tensor:
+        return torch.tensor(LENGTHS) if self is REAL else self.new(len(LENGTHS), dtype=torch.int64)
+
+
+REAL = Place("real", "cpu")
+META, FAKE_CPU = Place("meta", "meta"), Place("fake CPU", "cpu", fake=True)
+FAKE_CUDA = Place("fake CUDA", "cuda", fake=True)
+needs_cuda_build = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="PyTorch without CUDA cannot even slice a fake CUDA tensor"
+)
+places = pytest.mark.parametrize(
+    "place",
+    [META, FAKE_CPU, pytest.param(FAKE_CUDA, marks=needs_cuda_build)],
+    ids=lambda place: place.name,
+)
+
+
+class Found(NamedTuple):
+    outputs: Any
+    leaves: list[Tensor]
+
+
+Form = Callable[[Place], Found]
+
+
+def tokens(at: Place, packed: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The arguments of a loss for each token, except for the taken ids, and their leading shape."""
+    shape = (N,) if packed else (B, T)
+    options: dict[str, Any] = {
+        "completion_mask": at.new(*shape),
+        "old_logps": at.new(*shape),
+        "token_weights": at.new(*shape),
+        "temperature": at.new(*shape).exp(),
+        "normalizer": at.new(),
+    }
+    return options | ({"seq_lens": at.seq_lens()} if packed else {}), shape
+
+
+def from_logits(
+    spec: LossSpec | str = "grpo",
+    *,
+    function: Callable[..., Any] = grpo_loss,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+    reference: str = "none",
+    **more: Any,
+) -> Form:
+    def call(at: Place) -> Found:
+        options, shape = tokens(at, packed)
+        leaf = at.leaf(*shape, V, dtype=dtype)
+        if reference != "none":
+            options["ref_logps"] = at.new(*shape)
+        if reference == "logits":
+            options["ref_logits"] = at.new(*shape, V, dtype=dtype)
+            del options["ref_logps"]
+        if function is log_ratio_loss:
+            args = [
+                leaf.clone(),
+                options.pop("ref_logits"),
+                at.new(*shape, dtype=torch.int64),
+                at.new(*shape),
+            ]
+        else:
+            args = [leaf.clone(), at.new(*shape, dtype=torch.int64), at.new(*shape)]
+            options["spec"] = spec
+        out = function(*args, **options, **more)
+        out.loss.backward()
+        return Found(out, [leaf])
+
+    return call
+
+
+def from_hidden(
+    spec: LossSpec | str = "grpo",
+    *,
+    function: Callable[..., Any] = linear_grpo_loss,
+    dtype: torch.dtype = torch.float32,
+    packed: bool = False,
+    reference: bool = False,
+    frozen: bool = False,
+    **more: Any,
+) -> Form:
+    def call(at: Place) -> Found:
+        options, shape = tokens(at, packed)
+        hidden = at.leaf(*shape, H, dtype=dtype)
+        weight, bias = ((at.new if frozen else at.leaf)(*s, dtype=dtype) for s in ((V, H), (V,)))
+        if reference:
+            options["ref_hidden"] = at.new(*shape, H + 1, dtype=dtype)
+            options["ref_lm_head_weight"] = at.new(V, H + 1, dtype=dtype)
+        args = [hidden, weight, at.new(*shape, dtype=torch.int64), at.new(*shape)]
+        out = function(*args, spec=spec, lm_head_bias=bias, **options, **more)
+        out.loss.backward()
+        return Found(out, [hidden] if frozen else [hidden, weight, bias])
+
+    return call
+
+
+def log_probabilities(linear: bool, **more: Any) -> Form:
+    def call(at: Place) -> Found:
+        leaves = [at.leaf(B, T, H), at.leaf(V, H)] if linear else [at.leaf(B, T, V, dtype=torch.bfloat16)]
+        args = [*leaves, at.new(B, T, dtype=torch.int64)]
+        function = linear_logps if linear else selective_logps
+        found = function(*args, mask=at.new(B, T), return_entropy=True, **more)
+        (found[0] + found[1]).sum().backward()
+        return Found(found, leaves)
+
+    return call
+
+
+def of_log_probabilities(spec: LossSpec | str, packed: bool = False) -> Form:
+    def call(at: Place) -> Found:
+        options, shape = tokens(at, packed)
+        del options["temperature"]
+        logps, entropy = (at.leaf(*shape) for _ in range(2))
+        out = policy_loss(
+            logps, at.new(*shape), spec=spec, entropy=entropy, ref_logps=at.new(*shape), **options
+        )
+        out.loss.backward()
+        return Found(out, [logps, *([entropy] if spec is EVERYTHING_SAMPLED else [])])
+
+    return call
+
+
+def helper(call: Callable[[Place], Any]) -> Form:
+    return lambda at: Found(call(at), [])
+
+
+EVERYTHING = LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1)
+EVERYTHING_SAMPLED = LossSpec(PPOClip(), KL("k3"), entropy_coef=0.1)
+COUPLED = {
+    "gspo": LossSpec.preset("gspo", kl=KL("k3", ratio_corrected=True)),
+    "gspo_token": LossSpec.preset("gspo_token"),
+    "GMPO": LossSpec(GMPO()),
+    "VESPO": LossSpec(VESPO()),
+    "DRO, sequence": LossSpec(DRO(beta=0.1), level="sequence"),
+    "callable": LossSpec(user_loss),
+}
+bf16, fp16, fp64 = torch.bfloat16, torch.float16, torch.float64
+
+FORMS: dict[str, Form] = {
+    "default": from_logits(),
+    "packed": from_logits(packed=True),
+    "bf16": from_logits(dtype=bf16, logit_softcap=5.0, vocab_size=V - 2),
+    "fp64": from_logits(dtype=fp64),
+    "module": from_logits(function=GRPOLoss("dapo")),
+    "log_ratio_loss": from_logits(function=log_ratio_loss, reference="logits"),
+    "entropy": from_logits(return_entropy=True),
+    "reference logits": from_logits(EVERYTHING, reference="logits"),
+    "reference logps": from_logits(EVERYTHING_SAMPLED, reference="logps"),
+    "forward KL": from_logits(LossSpec(Reinforce(), KL("exact_forward")), reference="logits"),
+    "in place": from_logits(EVERYTHING, reference="logits", inplace=True, return_entropy=True),
+    "in place, bf16": from_logits(dtype=bf16, inplace=True),
+    "in place, fp16": from_logits(dtype=fp16, inplace=True),
+    "sequence mean": from_logits(LossSpec(PPOClip(), aggregation="seq-mean-token-mean"), packed=True),
+    "linear, one pass": from_hidden(),
+    "linear, one pass, packed": from_hidden(packed=True),
+    "linear, one pass, everything": from_hidden(EVERYTHING, reference=True),
+    "linear, one pass, bf16": from_hidden(EVERYTHING, reference=True, dtype=bf16),
+    "linear, bf16 logits": from_hidden(dtype=bf16, logits_dtype=bf16),
+    "linear, frozen head": from_hidden(frozen=True),
+    "linear, in place rows": from_hidden(compact=False, chunk_tokens=5),
+    "linear, skip_inactive": from_hidden(skip_inactive=True),
+    "linear, padding": from_hidden(vocab_size=V - 2),
+    "linear, two passes, fp16": from_hidden(EVERYTHING, reference=True, dtype=fp16),
+    "linear, two passes, fp64": from_hidden(dtype=fp64),
+    "linear, two passes, in place rows": from_hidden(LossSpec(user_loss), compact=False),
+    "linear, two passes, skip_inactive": from_hidden("gspo", skip_inactive=True),
+    "linear, module": from_hidden(function=LinearGRPOLoss("dapo")),
+    "selective_logps": log_probabilities(linear=False),
+    "linear_logps": log_probabilities(linear=True),
+    "linear_logps, in place rows": log_probabilities(linear=True, compact=False),
+    "policy_loss": of_log_probabilities("grpo"),
+    "policy_loss, everything": of_log_probabilities(EVERYTHING_SAMPLED),
+    "policy_loss, packed gspo": of_log_probabilities("gspo", packed=True),
+    "group_advantages": helper(lambda at: group_advantages(at.new(N), group_size=3)),
+    "group_advantages of ids": helper(
+        lambda at: group_advantages(at.new(N), group_ids=at.new(N, dtype=torch.int32), leave_one_out=True)
+    ),
+    "importance_weights": helper(lambda at: importance_weights(*(at.new(B, T) for _ in range(3)))),
+    "importance_weights of sequences": helper(
+        lambda at: importance_weights(*(at.new(B, T) for _ in range(3)), level="sequence", mode="mask")
+    ),
+    "global_normalizer": helper(lambda at: global_normalizer([at.new(B, T), at.new(B, T)])),
+    "global_normalizer of sequences": helper(
+        lambda at: global_normalizer(at.new(N), aggregation="seq-mean-token-sum", seq_lens=at.seq_lens())
+    ),
+}
+for name, spec in COUPLED.items():
+    reference = "logps" if spec.kl is not None else "none"
+    FORMS[name] = from_logits(spec, reference=reference)
+    FORMS[f"{name}, packed"] = from_logits(spec, reference=reference, packed=True)
+    FORMS[f"{name}, in place"] = from_logits(spec, reference=reference, inplace=True)
+    if spec.kl is None:
+        FORMS[f"linear, {name}"] = from_hidden(spec)
+
+
+def described(found: Found) -> list[Any]:
+    """Shape and dtype of every tensor, by name."""
+
+    def of(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: of(value) for key, value in x.items()}
+        if isinstance(x, tuple):
+            return tuple(map(of, x))
+        return None if x is None else (tuple(x.shape), x.dtype)
+
+    return [of(found.outputs), [of(x.grad) for x in found.leaves]]
+
+
+def tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, tuple) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+@places
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes(form: str, place: Place) -> None:
+    outputs, grads = described(FORMS[form](REAL))
+    assert None not in grads
+    with place.mode():
+        found = FORMS[form](place)
+        assert described(found) == [outputs, grads]
+    for x in (*tensors(found.outputs), *(leaf.grad for leaf in found.leaves)):
+        assert x is not None and x.device.type == place.device and isinstance(x, FakeTensor) == place.fake
+
+
+@places
+@pytest.mark.parametrize("form", ["default", "in place", "packed", "linear, one pass, packed"])
+def test_under_debug(form: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no values to check."""
+    monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
+    with place.mode():
+        FORMS[form](place)
+
+
+@pytest.mark.parametrize("form", ["default", "in place", "linear, one pass, everything", "callable"])
+@pytest.mark.usefixtures("needs_triton")
+def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a launch would be an illegal access, because the address of a tensor on "meta" is 0."""
+    import triton
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(triton.runtime.interpreter.InterpretedFunction, "run", launched)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", launched)
+    call = {
+        "default": from_logits(backend="triton"),
+        "in place": from_logits(EVERYTHING, reference="logits", inplace=True, backend="triton"),
+        "linear, one pass, everything": from_hidden(EVERYTHING, reference=True, backend="triton"),
+        "callable": from_logits(LossSpec(user_loss), backend="triton"),
+    }[form]
+    want = described(FORMS[form](REAL)) if form == "default" else None
+    found = call(META)
+    assert want is None or described(found) == want
+
+
+@pytest.mark.parametrize(
+    "place", [META, pytest.param(FAKE_CUDA, marks=needs_cuda_build)], ids=lambda p: p.name
+)
+def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device of a fake tensor may be absent: its free memory and its products are not tried."""
+
+    def asked(*args: Any) -> None:
+        raise AssertionError(f"the device was asked: {args}")
+
+    monkeypatch.setattr(linear_module, "device_multiplies_mixed", asked)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    with place.mode():
+        from_hidden(EVERYTHING, reference=True, dtype=bf16)(place)
+
+
+def test_errors_are_those_of_real_tensors() -> None:
+    """Shapes are checked without values."""
+    with FakeTensorMode():
+        logits, ids = torch.empty(B, T, V), torch.zeros(B, T + 1, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"completion_ids must have shape \(2, 6\)"):
+            grpo_loss(logits, ids, torch.ones(B))
+
+
+def test_has_data() -> None:
+    real = torch.ones(2)
+    assert has_data(real) and has_data(torch.nn.Parameter(real)) and has_data(real.detach())
+    meta = real.to("meta")
+    assert not has_data(meta) and not has_data(torch.nn.Parameter(meta))
+    with FakeTensorMode() as mode:
+        assert not has_data(torch.ones(2)) and not has_data(torch.nn.Parameter(torch.ones(2)))
+        assert not has_data(torch.empty(2, device="meta"))
+    assert not has_data(mode.from_tensor(real))
+
+
+@pytest.mark.parametrize("form", ["logits", "logits in place", "hidden states", "log-probabilities"])
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_graph_traced_on_fake_tensors_computes(form: str, mode: str) -> None:
+    """A tracer runs on fake tensors, and the operators that it records run on real ones."""
+    linear = form == "hidden states"
+    given = (REAL.new(B, T, H), REAL.new(V, H)) if linear else (REAL.new(B, T, V),)
+    ids = REAL.new(B, T, dtype=torch.int64)
+
+    def call(*args: Tensor) -> tuple[Tensor, ...]:
+        *inputs, ids, advantages = args
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        if linear:
+            loss = linear_grpo_loss(*leaves, ids, advantages).loss
+        elif form == "log-probabilities":
+            loss = selective_logps(*leaves, ids).sum()
+        else:
+            loss = grpo_loss(leaves[0] * 1, ids, advantages, inplace=form == "logits in place").loss
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    args = (*given, ids, REAL.new(B))
+    graph = make_fx(call, tracing_mode=mode)(*args)
+    for got, want in zip(graph(*args), call(*args), strict=True):
+        torch.testing.assert_close(got, want)

@@ -1,0 +1,118 @@
+"""The losses from logits under torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from parity import EVERYTHING, NEEDS_DYNAMO, Case, run, small, user_loss
+
+from grpo_kernels import KL, LossSpec, PPOClip, Reinforce, grpo_loss, selective_logps
+from grpo_kernels.testing import make_batch
+
+
+@NEEDS_DYNAMO
+class TestCompile:
+    """Forward and backward are one graph without a break and give the bits of eager execution.
+
+    With Triton the loss may differ by roundings, because a graph computes it in PyTorch and eager code in one
+    launch.
+    """
+
+    ROUNDINGS: ClassVar = {"torch": {"rtol": 0, "atol": 0}, "triton": {"rtol": 1e-6, "atol": 1e-8}}
+
+    @pytest.fixture(autouse=True)
+    def nan_in_new_memory(self) -> None:
+        """Turn the fixture off: Dynamo cannot trace an allocation that fills its memory."""
+        torch._dynamo.reset()
+
+    def assert_equal_to_eager(self, case: Case, **options: Any) -> None:
+        eager = run(grpo_loss, case, **options)
+        compiled = run(torch.compile(grpo_loss, fullgraph=True, backend="aot_eager"), case, **options)
+        near = self.ROUNDINGS[options["backend"]]
+        torch.testing.assert_close(compiled.grad, eager.grad, **near)
+        torch.testing.assert_close(tuple(compiled.out), tuple(eager.out), **near)
+
+    @pytest.mark.parametrize(
+        "spec, how",
+        [
+            (LossSpec.preset("grpo"), {"ref": None}),
+            (LossSpec.preset("log_ratio"), {}),
+            (LossSpec.preset("importance_ratio"), {"ref": "logps"}),
+            (LossSpec.preset("dr_grpo", max_tokens=3, kl=KL("k3")), {"packed": True, "ref": "logps"}),
+            (LossSpec.preset("grpo", kl=KL("k1")), {"packed": True}),
+            (LossSpec.preset("gspo", kl=KL("k3", ratio_corrected=True)), {"packed": True}),
+            (LossSpec.preset("gmpo"), {"ref": None}),
+            (LossSpec.preset("vespo"), {"packed": True, "ref": None}),
+            (EVERYTHING, {}),
+            (LossSpec(PPOClip(), KL("exact")), {}),
+            (LossSpec(Reinforce(), KL("exact_forward")), {"packed": True}),
+            (LossSpec(Reinforce(), entropy_coef=0.1), {"ref": None}),
+            (LossSpec(user_loss), {"ref": None}),
+        ],
+        ids=[
+            "grpo",
+            "log_ratio",
+            "ratio",
+            "dr_grpo",
+            "packed",
+            "gspo",
+            "gmpo",
+            "vespo",
+            "everything",
+            "exact KL",
+            "forward KL",
+            "entropy",
+            "callable",
+        ],
+    )
+    def test_losses(self, device: str, spec: LossSpec, how: dict[str, Any]) -> None:
+        self.assert_equal_to_eager(small(device, spec, **how), backend="torch")
+
+    def test_kernels(self, device: str, backend: str) -> None:
+        self.assert_equal_to_eager(small(device), backend=backend, return_entropy=True)
+
+    def test_options_per_token(self, device: str) -> None:
+        tokens = torch.linspace(0.5, 1.5, 12, device=device).view(4, 3)
+        case = small(device).with_options(
+            token_weights=tokens, temperature=tokens, logit_softcap=5.0, vocab_size=36
+        )
+        case.completion_ids.clamp_(max=35)
+        self.assert_equal_to_eager(case, backend="torch")
+
+    def test_in_place_takes_two_steps(self, device: str, backend: str) -> None:
+        case = small(device)
+        eager = run(grpo_loss, case, backend=backend)
+        compiled = run(
+            torch.compile(grpo_loss, fullgraph=True, backend="aot_eager"), case, backend=backend, inplace=True
+        )
+        torch.testing.assert_close(compiled.grad, eager.grad, **self.ROUNDINGS[backend])
+
+    def test_dynamic_shapes_compile_once(self, device: str) -> None:
+        from torch._dynamo.testing import CompileCounterWithBackend
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(grpo_loss, fullgraph=True, backend=counter, dynamic=True)
+        counts = []
+        for shape in ((2, 3, 37), (3, 5, 37), (4, 7, 41)):
+            batch = make_batch(*shape, device=device)
+            options = {name: getattr(batch, name) for name in ("completion_mask", "old_logps", "ref_logits")}
+            case = Case(LossSpec(PPOClip(), KL("exact")), *batch[:3], options)
+            eager, got = (run(loss, case, backend="torch") for loss in (grpo_loss, compiled))
+            torch.testing.assert_close(got.grad, eager.grad, rtol=0, atol=0)
+            torch.testing.assert_close(tuple(got.out), tuple(eager.out), rtol=0, atol=0)
+            counts.append(counter.frame_count)
+        assert counts[0] > 0 and len(set(counts)) == 1
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_selective_logps(self, device: str, dynamic: bool) -> None:
+        batch = make_batch(2, 3, 37, device=device)
+        compiled = torch.compile(selective_logps, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        results = []
+        for call in (selective_logps, compiled):
+            leaf = batch.logits.clone().requires_grad_()
+            logps, entropy = call(leaf, batch.completion_ids, return_entropy=True, backend="torch")
+            (logps - 0.1 * entropy).sum().backward()
+            results.append((logps.detach(), entropy.detach(), leaf.grad))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
