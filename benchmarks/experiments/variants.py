@@ -10,7 +10,8 @@ from unittest import mock
 
 from torch import Tensor
 
-from grpo_kernels import backend, linear_losses, selective_logps
+from grpo_kernels import linear_losses, selective_logps
+from grpo_kernels.tokens import dispatch
 
 from ..work.batch import Batch
 from ..work.providers import Provider, ours, ours_linear
@@ -68,7 +69,7 @@ def two_passes() -> AbstractContextManager[object]:
 
 def tokens_in_torch() -> AbstractContextManager[object]:
     """Inside, the loss of each token is computed in PyTorch, not in a Triton kernel."""
-    return mock.patch.object(backend, "has_token_kernels", lambda spec, logps, backend: False)
+    return mock.patch.object(dispatch, "has_token_kernels", lambda spec, logps, backend: False)
 
 
 def reference_by_itself(batch: Batch, logits: Tensor) -> Tensor:

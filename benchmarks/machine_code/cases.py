@@ -25,13 +25,13 @@ from grpo_kernels import (
     PPOClip,
     Reinforce,
     grpo_loss,
-    heads,
     linear_grpo_loss,
 )
+from grpo_kernels.linear import config
 from grpo_kernels.logps import linear_token_statistics
 
 # Matrix products of 16-bit operands accumulate in fp32, as on a GPU.
-mixed_products = mock.patch.object(heads, "multiplies_mixed", lambda device: True)
+mixed_products = mock.patch.object(config, "multiplies_mixed", lambda device: True)
 
 
 def loss(

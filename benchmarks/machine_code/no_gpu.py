@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from grpo_kernels import backend
+from grpo_kernels.checks import tensors
 
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
@@ -63,7 +63,7 @@ class NoDevice:
 @contextlib.contextmanager
 def no_device(target: GPUTarget) -> Iterator[None]:
     """Inside, Triton and the package see a GPU of the kind `target`."""
-    launches = mock.patch.object(backend, "has_data", lambda x: True)
+    launches = mock.patch.object(tensors, "has_data", lambda x: True)
     before = dict(vars(driver))  # a copy, because reading the active driver would look for a GPU
     driver.set_active(NoDevice(target))
     try:

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_kernels import heads
+from grpo_kernels.linear import config
 
 from ..work.batch import Batch, make_batch
 from ..work.providers import PROVIDERS, Provider
@@ -111,7 +111,7 @@ def as_on_a_gpu() -> Iterator[None]:
     """Inside, code that chooses its path by the device of a tensor sees a GPU."""
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
-        patches.enter_context(mock.patch.object(heads, "multiplies_mixed", lambda device: True))
+        patches.enter_context(mock.patch.object(config, "multiplies_mixed", lambda device: True))
         if importlib.util.find_spec("trl") is not None:
             patches.enter_context(mock.patch("trl.kernels.chunked_logprob._use_triton", lambda device: True))
         # Liger compiles its loss on `[B, L]`, which contains no kernel and no matrix product.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks.scalars import check_flag, check_integer
 from .head import Head
-from .products import held_dtypes, product_dtype
+from .products import multiplies_mixed, product_dtype
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,16 @@ def linear_config(
         chunk_tokens,
         compact,
     )
+
+
+def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the operands and of the logits.
+
+    If 16-bit operands cannot be multiplied into fp32, they are cast to fp32 once.
+    """
+    dtype = product_dtype(hidden)
+    widens = logits_dtype == torch.float32 and dtype.itemsize == 2
+    if dtype == logits_dtype or (widens and multiplies_mixed(hidden)):
+        return dtype, logits_dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return wide, wide

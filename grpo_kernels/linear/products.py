@@ -1,4 +1,4 @@
-"""Matrix products that are not rounded below fp32, and the dtypes of their operands."""
+"""Matrix products that are not rounded below fp32."""
 
 from __future__ import annotations
 
@@ -54,16 +54,3 @@ def autocasts(x: Tensor) -> bool:
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the operands in a linear layer."""
     return torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
-
-
-def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the operands and of the logits.
-
-    If 16-bit operands cannot be multiplied into fp32, they are cast to fp32 once.
-    """
-    dtype = product_dtype(hidden)
-    widens = logits_dtype == torch.float32 and dtype.itemsize == 2
-    if dtype == logits_dtype or (widens and multiplies_mixed(hidden)):
-        return dtype, logits_dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    return wide, wide

@@ -24,7 +24,7 @@ from grpo_kernels import (
     PPOClip,
     Reinforce,
 )
-from grpo_kernels.names import PRESET_NAMES
+from grpo_kernels.checks.choices import PRESET_NAMES
 
 
 class TestConstruction:

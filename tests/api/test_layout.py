@@ -16,104 +16,14 @@ import grpo_kernels
 PACKAGE = Path(grpo_kernels.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
-KERNELS = {f"kernels/{name}" for name in ("launch", "row_stats", "dlogits", "token_loss", "fused")}
-
-# What each module may import of the package, anywhere in it. Imports point one way: each module stands below
-# those it imports. `reference` is alone, for it is to share no mistake with what it judges.
-ALLOWED: dict[str, set[str]] = {
-    "checks": set(),
-    "names": set(),
-    "surrogates": {"checks", "names"},
-    "spec": {"checks", "names", "surrogates"},
-    "reference": set(),
-    "testing": set(),
-    "kernels/__init__": set(),
-    "kernels/device": set(),
-    "kernels/launch": set(),
-    "kernels/row_stats": {"kernels/device", "kernels/launch"},
-    "kernels/dlogits": {"kernels/device", "kernels/launch"},
-    "kernels/token_loss": {"kernels/device", "kernels/launch"},
-    "kernels/fused": KERNELS - {"kernels/fused"} | {"kernels/device"},
-    "objective": set(),
-    "sequences": {"spec", "surrogates", "objective"},
-    "row_loss": {"spec", "surrogates", "objective", "sequences"},
-    "aggregation": {"spec", "sequences"},
-    "distributed": {"checks", "objective"},
-    "debug": {"checks"},
-    "batch": {"checks", "objective", "sequences", "distributed", "debug"},
-    "options": {"names", "distributed"},
-    "normalizers": {"checks", "names", "spec", "debug", "batch"},
-    "advantages": {"checks", "names"},
-    "weights": {"checks", "names", "debug"},
-    "row_chunks": set(),
-    "torch_backend": {"spec", "objective", "row_loss", "row_chunks"},
-    "backend": {
-        *("checks", "names", "spec", "surrogates", "objective", "sequences", "row_loss", "torch_backend"),
-        *KERNELS,
-    },
-    "metrics": {"spec", "surrogates", "objective", "sequences", "row_loss", "backend"},
-    "autograd": {"spec", "objective", "sequences", "distributed", "backend"},
-    "arguments": {
-        *("checks", "names", "surrogates", "spec", "objective", "sequences", "row_loss", "aggregation"),
-        *("metrics", "batch", "debug"),
-    },
-    "losses": {
-        *("surrogates", "spec", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
-        *("names", "options"),
-    },
-    "policy_loss": {"names", "spec", "objective", "arguments", "batch", "backend", "autograd"},
-    "linear": {"checks", "objective", "distributed"},
-    "heads": {"checks", "distributed", "batch", "linear"},
-    "linear_passes": {"checks", "spec", "objective", "backend", "autograd", "linear"},
-    "linear_autograd": {
-        *("spec", "objective", "backend", "autograd", "linear", "linear_passes"),
-    },
-    "linear_losses": {
-        *("spec", "objective", "row_loss", "distributed", "arguments", "batch", "backend", "autograd"),
-        *("names", "options", "losses", "heads", "linear_autograd"),
-    },
-    "logps": {
-        *("objective", "distributed", "arguments", "batch", "backend", "autograd", "heads"),
-        *("names", "options", "linear_autograd"),
-    },
-    "__init__": {
-        *("surrogates", "spec", "advantages", "distributed", "arguments", "losses", "linear_losses", "logps"),
-        *("normalizers", "policy_loss", "weights"),
-    },
-}
-ALLOWED |= {  # which nothing imports but their users
-    "integrations/__init__": set(),
-    "integrations/versions": set(),
-    "integrations/trl/head": {"backend", "logps", "integrations/versions"},
-    "integrations/trl/forward_loss": {"arguments", "autograd", "linear_losses", "integrations/trl/head"},
-    "integrations/trl/model": {"integrations/trl/head", "integrations/trl/forward_loss"},
-    "integrations/trl/step": {"policy_loss", "integrations/trl/forward_loss"},
-    "integrations/trl/normalizer": {"spec"},
-    "integrations/trl/settings": {"names", "surrogates", "spec", "integrations/trl/normalizer"},
-    "integrations/trl/fallback": {"surrogates", "spec", "integrations/trl/head"},
-    "integrations/trl/comparison": {"integrations/trl/step"},
-    "integrations/trl/metrics": {"integrations/trl/step"},
-    "integrations/trl/trainer": {
-        *("spec", "backend", "autograd"),
-        *(f"integrations/trl/{name}" for name in ("head", "model", "step", "normalizer", "settings")),
-        *(f"integrations/trl/{name}" for name in ("fallback", "comparison", "metrics")),
-    },
-    "integrations/trl/__init__": {"integrations/trl/head", "integrations/trl/trainer"},
-    "integrations/verl/engine": set(),
-    "integrations/verl/heads": {"backend", "integrations/verl/engine"},
-    "integrations/verl/logps": {
-        *("distributed", "logps", "integrations/verl/engine", "integrations/verl/heads"),
-    },
-    "integrations/verl/presets": {"names", "surrogates", "spec"},
-    "integrations/verl/reference": {"surrogates", "spec", "backend"},
-    "integrations/verl/losses": {
-        *("checks", "names", "surrogates", "spec", "arguments", "backend", "policy_loss"),
-        *("integrations/verl/presets", "integrations/verl/reference"),
-    },
-    "integrations/verl/__init__": {
-        *("names", "backend", "integrations/versions"),
-        *(f"integrations/verl/{name}" for name in ("logps", "losses", "presets", "reference")),
-    },
+# The folders from the bottom up: each may import those above it in this list. The public modules are one
+# folder. `reference` and `testing` import nothing of the package, so that they share no mistake with what
+# they judge.
+FOLDERS = ["kernels", "checks", "spec", "tokens", "vocab", "linear", "public", "integrations"]
+ALONE = {"kernels", "reference", "testing"}
+PUBLIC = {
+    *("__init__", "losses", "linear_losses", "logps", "policy_loss", "options"),
+    *("advantages", "weights", "normalizers", "reference", "testing"),
 }
 TRAINERS = {
     "integrations/trl/head": {"trl"},
@@ -131,8 +41,22 @@ INSIDE_FUNCTIONS = {
 }
 
 
+def folder(module: str) -> str:
+    """The folder of a module. `log`, on which most folders depend, counts as part of `checks`."""
+    if "/" in module:
+        return module.split("/")[0]
+    return "checks" if module == "log" else "public"
+
+
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    """The module without imports for type checkers only."""
+    parsed = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    parsed.body = [
+        statement
+        for statement in parsed.body
+        if not (isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING")
+    ]
+    return parsed
 
 
 def imports(module: str, *, at_import: bool = False) -> set[str]:
@@ -158,16 +82,40 @@ def path_of(name: str) -> str:
     return name.removeprefix("grpo_kernels.").replace(".", "/")
 
 
+def own_imports(module: str) -> set[str]:
+    """The modules of the package that a module imports, also inside functions."""
+    names = (path_of(name) for name in imports(module) if name.split(".")[0] == "grpo_kernels")
+    return {f"{name}/__init__" if f"{name}/__init__" in MODULES else name for name in names}
+
+
 def test_every_module_has_its_place() -> None:
-    assert set(MODULES) == ALLOWED.keys()
+    assert {folder(module) for module in MODULES} == set(FOLDERS)
+    assert {module for module in MODULES if folder(module) == "public"} == PUBLIC
+
+
+def test_no_import_points_up() -> None:
+    """The imports have no cycle, so every module has a level above those of its imports."""
+    levels: dict[str, int] = {}
+
+    def level(module: str, above: tuple[str, ...] = ()) -> int:
+        assert module not in above, f"a cycle of imports: {' -> '.join([*above, module])}"
+        if module not in levels:
+            below = own_imports(module) - {module}
+            levels[module] = 1 + max((level(name, (*above, module)) for name in below), default=0)
+        return levels[module]
+
+    for module in MODULES:
+        level(module)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
-    order = list(ALLOWED)
-    own = {path_of(name) for name in imports(module) if name.split(".")[0] == "grpo_kernels"}
-    assert own <= ALLOWED[module]
-    assert all(order.index(name) < order.index(module) for name in own)
+    own = own_imports(module)
+    assert own <= set(MODULES)
+    above = {folder(name) for name in own} - {folder(module)}
+    assert all(FOLDERS.index(name) < FOLDERS.index(folder(module)) for name in above)
+    if module in ALONE or folder(module) in ALONE:
+        assert not above
     for at_import in (False, True):
         foreign = {
             name.split(".")[0] for name in imports(module, at_import=at_import)

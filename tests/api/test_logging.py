@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grpo_kernels import LossSpec, grpo_loss, linear_grpo_loss, linear_logps, selective_logps
-from grpo_kernels.backend import OnceLogger, log_once, takes_records, warn_once
+from grpo_kernels.log import OnceLogger, log_once, takes_records, warn_once
 from grpo_kernels.policy_loss import policy_loss
 
 B, T, V, H = 2, 3, 7, 4
@@ -175,7 +175,7 @@ logging.getLogger().handlers[0].setLevel(logging.WARNING)
 PROGRAM = """
 import logging, torch
 from grpo_kernels import grpo_loss
-from grpo_kernels.backend import warn_once
+from grpo_kernels.log import warn_once
 
 def call():
     grpo_loss(torch.zeros(2, 3, 7), torch.zeros(2, 3).long(), torch.ones(2), backend="torch")
@@ -205,7 +205,7 @@ def test_warnings_need_no_configuration() -> None:
     """Python itself prints warnings, unless there are handlers that drop them."""
     program = """
 import logging
-from grpo_kernels.backend import warn_once
+from grpo_kernels.log import warn_once
 warn_once("first"), warn_once("first")
 quiet = logging.StreamHandler()
 quiet.setLevel(logging.ERROR)
@@ -242,6 +242,6 @@ def test_seen_messages_are_not_looked_at_again(
     def refuse(*args: Any) -> bool:
         raise AssertionError("the handlers were looked at")
 
-    monkeypatch.setattr("grpo_kernels.backend.takes_records", refuse)
+    monkeypatch.setattr("grpo_kernels.log.takes_records", refuse)
     once("%s and %s", "this", torch.float32)
     assert informed.messages == ["this and torch.float32"]

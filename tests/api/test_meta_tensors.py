@@ -30,8 +30,8 @@ from grpo_kernels import (
     log_ratio_loss,
     selective_logps,
 )
-from grpo_kernels import linear as linear_module
-from grpo_kernels.checks import has_data
+from grpo_kernels.checks.tensors import has_data
+from grpo_kernels.linear import products
 from grpo_kernels.normalizers import global_normalizer
 from grpo_kernels.policy_loss import policy_loss
 from grpo_kernels.weights import importance_weights
@@ -328,7 +328,7 @@ def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> No
     def asked(*args: Any) -> None:
         raise AssertionError(f"the device was asked: {args}")
 
-    monkeypatch.setattr(linear_module, "device_multiplies_mixed", asked)
+    monkeypatch.setattr(products, "device_multiplies_mixed", asked)
     monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
     with place.mode():
         from_hidden(EVERYTHING, reference=True, dtype=bf16)(place)

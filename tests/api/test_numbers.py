@@ -31,7 +31,7 @@ from grpo_kernels import (
     linear_logps,
     selective_logps,
 )
-from grpo_kernels.checks import check_integer, check_number
+from grpo_kernels.checks.scalars import check_integer, check_number
 from grpo_kernels.policy_loss import policy_loss
 from grpo_kernels.spec import LogitTransform
 from grpo_kernels.weights import importance_weights, off_policy_sequence_mask

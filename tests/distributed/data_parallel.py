@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distributed.worker import Cases
 from grpo_kernels import KL, LossOutput, LossSpec, PPOClip, grpo_loss, linear_grpo_loss
+from grpo_kernels.checks.choices import AGGREGATIONS
 from grpo_kernels.normalizers import global_normalizer
-from grpo_kernels.spec import AGGREGATIONS
 
 cases = Cases()
 

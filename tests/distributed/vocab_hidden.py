@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed.vocab_parts import BACKENDS, FULL, SPLITS, V, joined, linear_parts
 from distributed.worker import Cases
-from grpo_kernels import LossSpec, PPOClip, VocabShard, linear, linear_grpo_loss, linear_logps
+from grpo_kernels import LossSpec, PPOClip, VocabShard, linear_grpo_loss, linear_logps
+from grpo_kernels.linear import chunks
 
 cases = Cases()
 
@@ -150,7 +151,7 @@ def parts_of_dhidden(level: str) -> None:
 @cases.add()
 def ranks_agree_on_chunks() -> None:
     """Ranks agree on chunks if the first has memory for all tokens and the others for one."""
-    linear.CPU_CHUNK_BYTES = 1 << 26 if dist.get_rank() == 0 else 1
+    chunks.CPU_CHUNK_BYTES = 1 << 26 if dist.get_rank() == 0 else 1
     case = from_logits(every_branch(FULL, V, torch.float64))
     want, parts = run_linear(case, chunk_tokens=1), linear_parts(case, "uneven")
     got = run_linear(parts.case, shard=parts.shard)

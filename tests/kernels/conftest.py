@@ -11,7 +11,7 @@ from guarded import Allocations, Surrounded, bits, contiguous_copy
 from guarded_calls import HEADS, ROWS, Call, assert_same, of_products, watching
 from torch import Tensor
 
-from grpo_kernels.linear import Chunks
+from grpo_kernels.linear.chunks import Chunks
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class TestMisuse:
 
     @pytest.fixture(autouse=True)
     def a_chunk_is_a_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("grpo_kernels.row_chunks.CPU_CHUNK_ELEMENTS", 37)
+        monkeypatch.setattr("grpo_kernels.vocab.row_chunks.CPU_CHUNK_ELEMENTS", 37)
 
     @staticmethod
     def loss(logits: Tensor, backend: str, **options: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""`linear_token_statistics` tells whether the taken token was the likeliest."""
+"""`linear_token_stats` tells whether the taken token was the likeliest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from products import on_a_grid
 
-from grpo_kernels.logps import linear_logps, linear_token_statistics
+from grpo_kernels.logps import linear_logps, linear_token_stats
 
 B, T, V, H = 3, 5, 2053, 16  # V: two full blocks of a kernel and a partial tail
 
@@ -24,7 +24,7 @@ def test_top1_is_argmax(device: str, backend: str, softcap: float | None, temper
     ids = torch.where(taken, likeliest, torch.randint(V, (B, T), generator=generator).to(device))
     mask = torch.rand(B, T, generator=generator).to(device) < 0.8
     options = {"mask": mask, "temperature": temperature, "logit_softcap": softcap, "backend": backend}
-    found = linear_token_statistics(hidden, weight, ids, entropy=True, top1=True, **options)
+    found = linear_token_stats(hidden, weight, ids, entropy=True, top1=True, **options)
     assert found.top1 is not None and found.top1.dtype == torch.bool
     assert torch.equal(found.top1, (ids == likeliest) & mask)
     assert 0 < found.top1.sum() < mask.sum()
@@ -33,8 +33,8 @@ def test_top1_is_argmax(device: str, backend: str, softcap: float | None, temper
 
 
 def test_the_same_defaults() -> None:
-    """`linear_logps` passes its options on to `linear_token_statistics`."""
-    public, private = (signature(f).parameters for f in (linear_logps, linear_token_statistics))
+    """`linear_logps` passes its options on to `linear_token_stats`."""
+    public, private = (signature(f).parameters for f in (linear_logps, linear_token_stats))
     shared = public.keys() & private.keys()
     assert shared == public.keys() - {"return_entropy"}
     assert {name: public[name].default for name in shared} == {name: private[name].default for name in shared}

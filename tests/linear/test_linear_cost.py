@@ -11,7 +11,8 @@ from linear_cases import LOCAL_AND_NOT, LinearCase, local_and_not, random_case, 
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_kernels import KL, LossSpec, PPOClip, linear, linear_grpo_loss, linear_logps
+from grpo_kernels import KL, LossSpec, PPOClip, linear_grpo_loss, linear_logps
+from grpo_kernels.linear import chunks
 
 
 class TestFlops:
@@ -103,17 +104,17 @@ class TestChunks:
     def test_the_choice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         cpu, gpu = torch.device("cpu"), torch.device("cuda")
         # Even chunks, the longest a power of two.
-        assert linear.choose_chunk_tokens(2048, 4 * 32000, cpu) == 512
-        assert linear.choose_chunk_tokens(600, 4 * 32000, cpu) == 300
-        assert linear.choose_chunk_tokens(10, 4 * 32000, cpu) == 10
-        assert linear.choose_chunk_tokens(5, 1 << 40, cpu) == 1
-        monkeypatch.setattr(linear, "free_memory", lambda device: 80 << 30)
-        assert linear.choose_chunk_tokens(16384, 6 * 151936, gpu) == 8192
-        assert linear.choose_chunk_tokens(9000, 6 * 151936, gpu) == 4608
-        monkeypatch.setattr(linear, "free_memory", lambda device: 4 << 30)
-        assert linear.choose_chunk_tokens(16384, 6 * 151936, gpu) == 1024
-        monkeypatch.setattr(linear, "free_memory", lambda device: 0)
-        assert linear.choose_chunk_tokens(16384, 6 * 151936, gpu) == 128
+        assert chunks.choose_chunk_tokens(2048, 4 * 32000, cpu) == 512
+        assert chunks.choose_chunk_tokens(600, 4 * 32000, cpu) == 300
+        assert chunks.choose_chunk_tokens(10, 4 * 32000, cpu) == 10
+        assert chunks.choose_chunk_tokens(5, 1 << 40, cpu) == 1
+        monkeypatch.setattr(chunks, "free_memory", lambda device: 80 << 30)
+        assert chunks.choose_chunk_tokens(16384, 6 * 151936, gpu) == 8192
+        assert chunks.choose_chunk_tokens(9000, 6 * 151936, gpu) == 4608
+        monkeypatch.setattr(chunks, "free_memory", lambda device: 4 << 30)
+        assert chunks.choose_chunk_tokens(16384, 6 * 151936, gpu) == 1024
+        monkeypatch.setattr(chunks, "free_memory", lambda device: 0)
+        assert chunks.choose_chunk_tokens(16384, 6 * 151936, gpu) == 128
 
     def test_it_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
         case = random_case()
@@ -142,7 +143,7 @@ class TestChunks:
 
     def test_no_device_sync(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """With compact=False nothing syncs with the device. On "meta", reading a value would fail."""
-        monkeypatch.setattr("grpo_kernels.backend.has_data", lambda x: True)
+        monkeypatch.setattr("grpo_kernels.checks.tensors.has_data", lambda x: True)
         case = random_case(LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1))
 
         def meta(x: Tensor) -> Tensor:

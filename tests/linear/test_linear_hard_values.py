@@ -43,7 +43,7 @@ from torch import Tensor
 
 from grpo_kernels import KL, LossSpec, PPOClip, Reinforce
 from grpo_kernels.reference import reference_loss
-from grpo_kernels.surrogates import Surrogate
+from grpo_kernels.spec.surrogates import Surrogate
 from grpo_kernels.testing import assert_no_worse_than_eager, relative_error
 
 # The two levels take one pass and two. They are equal if a sequence has one token.

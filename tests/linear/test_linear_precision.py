@@ -18,14 +18,15 @@ from linear_cases import (
 )
 from parity import every_branch, user_loss
 
-from grpo_kernels import KL, LossSpec, PPOClip, heads
+from grpo_kernels import KL, LossSpec, PPOClip
+from grpo_kernels.linear import config
 from grpo_kernels.testing import relative_error
 
 
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep 16-bit operands as on a GPU. On a CPU each product then widens its operands."""
-    monkeypatch.setattr(heads, "multiplies_mixed", lambda device: True)
+    monkeypatch.setattr(config, "multiplies_mixed", lambda device: True)
 
 
 class TestPrecision:

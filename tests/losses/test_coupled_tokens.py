@@ -10,7 +10,7 @@ from hard_cases import INF, SUM, Options, assert_same_bits, random_case
 from parity import SURROGATES, Case, run
 
 from grpo_kernels import CISPO, DPPO, GMPO, KL, ImportanceRatio, LossSpec, PPOClip, grpo_loss
-from grpo_kernels.batch import sequences_within
+from grpo_kernels.tokens.sequences import sequences_within
 
 
 class TestSequences:

@@ -215,41 +215,61 @@ sys.path.insert(0, os.getcwd())
 import torch
 import grpo_kernels
 from grpo_kernels import LossSpec, grpo_loss
-from grpo_kernels.surrogates import TanhRatio
+from grpo_kernels.spec.surrogates.length_damped import LengthDamped
+from grpo_kernels.spec.surrogates.tanh_ratio import TanhRatio
 from grpo_kernels.testing import make_batch
 
 assert grpo_kernels.__file__.startswith(os.getcwd())
 batch = make_batch(4, 5, 67)
 
 
-def gradient(surrogate, **options):
+def run(surrogate, **options):
     leaf = batch.logits.clone().requires_grad_()
     tensors = (leaf.clone(), batch.completion_ids, batch.advantages)
     given = {"completion_mask": batch.completion_mask, "old_logps": batch.old_logps}
-    grpo_loss(*tensors, spec=LossSpec(surrogate), **given, **options).loss.backward()
-    return leaf.grad
+    out = grpo_loss(*tensors, spec=LossSpec(surrogate), **given, **options)
+    out.loss.backward()
+    return out, leaf.grad
 
 
-def by_autograd(logps, old_logps, ref_logps, advantages, mask):
+def tanh_ratio(logps, old_logps, ref_logps, advantages, mask):
     return -advantages * 0.2 * torch.tanh((torch.exp(logps - old_logps) - 1) / 0.2)
 
 
-want = gradient(by_autograd)
-assert want.any()
-for backend in sys.argv[1:]:
-    for inplace in (False, True):
-        torch.testing.assert_close(gradient(TanhRatio(), backend=backend, inplace=inplace), want)
+def length_damped(logps, old_logps, ref_logps, advantages, mask):
+    return -advantages * logps / mask.sum(-1, keepdim=True).clamp(min=1).sqrt()
+
+
+for surrogate, formula in ((TanhRatio(), tanh_ratio), (LengthDamped(), length_damped)):
+    _, want = run(formula)
+    assert want.any()
+    for backend in sys.argv[1:]:
+        for inplace in (False, True):
+            out, got = run(surrogate, backend=backend, inplace=inplace)
+            torch.testing.assert_close(got, want)
+            assert ("clip_fraction" in out.metrics) == (surrogate == TanhRatio())
+            if surrogate == TanhRatio():
+                ratio, advantages = torch.exp(out.logps - batch.old_logps), batch.advantages[:, None]
+                clipped = ((ratio < 0.8) & (advantages < 0)) | ((ratio > 1.2) & (advantages > 0))
+                share = clipped[batch.completion_mask].float().mean()
+                assert share > 0
+                torch.testing.assert_close(out.metrics["clip_fraction"], share)
 """
 
 
-def test_a_surrogate_in_three_places(tmp_path: Path) -> None:
-    """The diff of the page applies to a copy of the package and adds the loss to both backends."""
-    (diff,) = re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) == 3
+def test_surrogates_of_the_page(tmp_path: Path) -> None:
+    """The diffs of the page apply to a copy of the package and add two losses, with a metric of clipping.
+
+    One does not couple tokens and takes two places, its class and its Triton function. The other couples
+    tokens and takes one.
+    """
+    diffs = re.findall(r"^```diff\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert [len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) for diff in diffs] == [2, 1]
     shutil.copytree(PAGE.parents[1] / "grpo_kernels", tmp_path / "grpo_kernels")
     apply = ["git", "apply", "--unsafe-paths", f"--directory={tmp_path}", "-"]
-    diff = re.sub(r"^$(?!\Z)", " ", diff, flags=re.MULTILINE)  # an empty line of context lost its space
-    subprocess.run(apply, input=diff, text=True, check=True, cwd=tmp_path)
+    for diff in diffs:
+        diff = re.sub(r"^$(?!\Z)", " ", diff, flags=re.MULTILINE)  # an empty line of context lost its space
+        subprocess.run(apply, input=diff, text=True, check=True, cwd=tmp_path)
     backends = ["torch", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [])]
     done = subprocess.run(
         [sys.executable, "-c", ADDED, *backends], cwd=tmp_path, capture_output=True, text=True

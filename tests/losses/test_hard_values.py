@@ -32,7 +32,7 @@ from torch import Tensor
 
 from grpo_kernels import KL, ImportanceRatio, LossSpec, PPOClip, Reinforce, grpo_loss
 from grpo_kernels.reference import reference_loss
-from grpo_kernels.surrogates import Surrogate
+from grpo_kernels.spec.surrogates import Surrogate
 from grpo_kernels.testing import assert_no_worse_than_eager, relative_error
 
 

@@ -122,7 +122,7 @@ def test_any_number_of_rows_at_a_time(problem: Problem, backend: str) -> None:
     expected = problem.run(backend)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
-            patch.setattr(f"grpo_kernels.row_chunks.{name}", 2 * problem.case.logits.shape[-1])
+            patch.setattr(f"grpo_kernels.vocab.row_chunks.{name}", 2 * problem.case.logits.shape[-1])
         got = problem.run(backend)
     assert_same_bits(got.grad, expected.grad, "gradient")
     wanted = flat(expected.out)

@@ -18,9 +18,9 @@ from grpo_kernels import (
     PPOClip,
     group_advantages,
     grpo_loss,
-    heads,
     selective_logps,
 )
+from grpo_kernels.linear import config
 from grpo_kernels.policy_loss import policy_loss
 from grpo_kernels.reference import reference_loss
 from grpo_kernels.weights import importance_weights
@@ -115,8 +115,8 @@ def test_a_ratio_that_vanishes_is_not_outside_of_the_region(kind: str) -> None:
 
 def test_bf16_logits_of_a_reference_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU multiplies 16-bit operands into fp32 or their own dtype, but not fp16 into bf16."""
-    monkeypatch.setattr(heads, "multiplies_mixed", lambda device: True)
-    operands, logits = heads.held_dtypes(torch.empty(1, dtype=torch.float16), torch.bfloat16)
+    monkeypatch.setattr(config, "multiplies_mixed", lambda device: True)
+    operands, logits = config.held_dtypes(torch.empty(1, dtype=torch.float16), torch.bfloat16)
     assert logits in (operands, torch.float32)
 
 

@@ -23,14 +23,14 @@ from grpo_kernels import (  # noqa: E402
     LogRatio,
     PPOClip,
     Reinforce,
-    objective,
     reference,
 )
-from grpo_kernels.kernels import device as twins  # noqa: E402
-from grpo_kernels.objective import Statement, TokenLoss, log_ratio_to, unbounded  # noqa: E402
-from grpo_kernels.sequences import COUPLINGS  # noqa: E402
-from grpo_kernels.spec import SAMPLED_KL  # noqa: E402
-from grpo_kernels.surrogates import Surrogate  # noqa: E402
+from grpo_kernels.checks.choices import SAMPLED_KL  # noqa: E402
+from grpo_kernels.kernels import kl as triton_kl  # noqa: E402
+from grpo_kernels.kernels import surrogates as twins  # noqa: E402
+from grpo_kernels.spec.formula import TokenLoss, log_ratio_to, unbounded  # noqa: E402
+from grpo_kernels.spec.kl import ESTIMATORS, Estimate  # noqa: E402
+from grpo_kernels.spec.surrogates import Surrogate  # noqa: E402
 
 INF, NAN = math.inf, math.nan
 SURROGATES = [
@@ -108,7 +108,7 @@ def kl_kernel(
     if old_logp_ptr is not None:
         old_logp = tl.load(old_logp_ptr + i, mask=inside)
     logp, ref_logp = tl.load(logp_ptr + i, mask=inside), tl.load(ref_logp_ptr + i, mask=inside)
-    value, slope = twins.kl_estimate(
+    value, slope = triton_kl.kl_estimate(
         logp,
         twins.log_ratio_to(logp, old_logp),
         ref_logp,
@@ -125,59 +125,47 @@ def kl_kernel(
 
 def surrogate_in_triton(
     surrogate: Surrogate, logp: Tensor, anchor: Tensor | None, advantage: Tensor, clamp: float
-) -> Statement:
-    found = Statement(*(torch.empty_like(logp) for _ in Statement._fields))
+) -> TokenLoss:
+    found = TokenLoss(*(torch.empty_like(logp) for _ in TokenLoss._fields))
     n, BLOCK = logp.numel(), triton.next_power_of_2(logp.numel())
     surrogate_kernel[(1,)](
         logp, anchor, advantage, *found, clamp, surrogate.params, n,
-        SURROGATE=twins.SURROGATES[surrogate.statement], BLOCK=BLOCK,
+        SURROGATE=getattr(twins, str(surrogate.kernel)), BLOCK=BLOCK,
     )  # fmt: skip
     return found
 
 
 def surrogate_in_torch(
     surrogate: Surrogate, logp: Tensor, anchor: Tensor | None, advantage: Tensor, clamp: float
-) -> Statement:
-    statement = objective.SURROGATES[surrogate.statement]
-    return with_zeros(statement(logp, log_ratio_to(logp, anchor), advantage, clamp, *surrogate.params))
+) -> TokenLoss:
+    return with_zeros(surrogate.token_loss(logp, log_ratio_to(logp, anchor), advantage, clamp))
 
 
-def kl_in_triton(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> Statement:
+def kl_in_triton(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> TokenLoss:
     value, slope = torch.empty_like(logp), torch.empty_like(logp)
     kl_kernel[(1,)](
         logp, old_logp, ref_logp, value, slope,
         unbounded(kl.clamp), unbounded(kl.output_clamp), clamp, logp.numel(),
-        ESTIMATOR=twins.KL_ESTIMATORS[kl.kind], STRAIGHT_THROUGH=kl.straight_through,
+        ESTIMATOR=triton_kl.ESTIMATORS[kl.kind], STRAIGHT_THROUGH=kl.straight_through,
         RATIO_CORRECTED=kl.ratio_corrected, BLOCK=triton.next_power_of_2(logp.numel()),
     )  # fmt: skip
-    return with_zeros(Statement(value, slope, None))
+    return with_zeros(TokenLoss(value, slope, None))
 
 
-def kl_in_torch(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> Statement:
-    return with_zeros(
-        objective.kl_estimate(
-            logp,
-            log_ratio_to(logp, old_logp),
-            ref_logp,
-            objective.KL_ESTIMATORS[kl.kind],
-            unbounded(kl.clamp),
-            unbounded(kl.output_clamp),
-            kl.straight_through,
-            kl.ratio_corrected,
-            clamp,
-        )
-    )
+def kl_in_torch(kl: KL, logp: Tensor, old_logp: Tensor | None, ref_logp: Tensor, clamp: float) -> TokenLoss:
+    log_ratio = log_ratio_to(logp, old_logp)
+    return with_zeros(kl.estimate(logp, ref_logp, log_ratio, clamp))
 
 
-def with_zeros(statement: Statement) -> Statement:
-    return Statement(*(torch.zeros_like(statement.value) if x is None else x for x in statement))
+def with_zeros(loss: TokenLoss) -> TokenLoss:
+    return TokenLoss(*(torch.zeros_like(loss.value) if x is None else x for x in loss))
 
 
-def at_token_level(statement: Statement) -> TokenLoss:
+def at_token_level(loss: TokenLoss) -> Estimate:
     """Return the total derivative, for equal changes of log-probability and log-ratio."""
-    value, by_logp, by_log_ratio = with_zeros(statement)
+    value, by_logp, by_log_ratio = with_zeros(loss)
     assert by_logp is not None and by_log_ratio is not None
-    return TokenLoss(value, by_logp + by_log_ratio)
+    return Estimate(value, by_logp + by_log_ratio)
 
 
 def grid(*axes: tuple[float, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
@@ -198,19 +186,19 @@ def assert_same(got: Any, expected: Any, rtol: float = 2e-6) -> None:
         assert not wrong, f"{name} at {wrong}: {one[wrong].tolist()}, expected {other[wrong].tolist()}"
 
 
-def test_all_three_lists_have_the_same_names() -> None:
-    """The lists are the surrogates, their functions in PyTorch and their functions in Triton."""
-    in_torch = {name: function.__name__ for name, function in objective.SURROGATES.items()}
-    in_triton = {name: function.__name__ for name, function in twins.SURROGATES.items()}
-    assert in_torch == in_triton and all(name == function for name, function in in_torch.items())
-    assert {cls for cls in Surrogate.__subclasses__() if cls.couples_tokens} == COUPLINGS.keys()
-    stated = {surrogate.statement for surrogate in SURROGATES}
-    assert stated == in_torch.keys()
-    tested = {type(surrogate) for surrogate in SURROGATES}
-    assert tested | COUPLINGS.keys() == set(Surrogate.__subclasses__())
-    in_torch = {kind: function.__name__ for kind, function in objective.KL_ESTIMATORS.items()}
+def test_every_surrogate_is_compared() -> None:
+    """Every surrogate that does not couple tokens has a Triton function and is in SURROGATES."""
+    local = {cls for cls in Surrogate.__subclasses__() if not cls.couples_tokens}
+    assert {type(surrogate) for surrogate in SURROGATES} == local
+    coupled = [cls for cls in Surrogate.__subclasses__() if cls.couples_tokens]
+    assert coupled and all(cls.kernel is None for cls in coupled)
+
+
+def test_every_estimator_has_a_twin() -> None:
+    """The KL estimators have the same names in PyTorch and in Triton."""
+    in_torch = {kind: function.__name__ for kind, function in ESTIMATORS.items()}
     assert set(SAMPLED_KL) == in_torch.keys()
-    assert in_torch == {kind: function.__name__ for kind, function in twins.KL_ESTIMATORS.items()}
+    assert in_torch == {kind: function.__name__ for kind, function in triton_kl.ESTIMATORS.items()}
 
 
 @pytest.mark.usefixtures("needs_triton")

@@ -125,4 +125,4 @@ def assert_same_bits(got: Result, want: Result) -> None:
 def set_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the number of logits that the torch backend computes at a time, on every device."""
     for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
-        monkeypatch.setattr(f"grpo_kernels.row_chunks.{name}", elements)
+        monkeypatch.setattr(f"grpo_kernels.vocab.row_chunks.{name}", elements)

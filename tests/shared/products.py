@@ -17,7 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear import Chunk, Gradients, Head
+from grpo_kernels.linear.chunks import Chunk
+from grpo_kernels.linear.gradients import GradientSums
+from grpo_kernels.linear.head import Head
 
 GRID_BITS = 7  # bf16 holds 8
 
@@ -50,13 +52,13 @@ def rounding_bound(terms: int, dtype: torch.dtype) -> float:
 @contextlib.contextmanager
 def magnitudes() -> Iterator[None]:
     """Inside this context, the linear form returns sums of magnitudes of terms as its gradients."""
-    add = Gradients.add
+    add = GradientSums.add
 
-    def add_magnitudes(self: Gradients, chunk: Chunk) -> None:
+    def add_magnitudes(self: GradientSums, chunk: Chunk) -> None:
         self.head = Head(*(None if x is None else x.abs() for x in self.head))  # type: ignore[arg-type]
         add(self, chunk._replace(dlogits=chunk.dlogits.abs(), hidden=chunk.hidden.abs()))
 
-    with mock.patch.object(Gradients, "add", add_magnitudes):
+    with mock.patch.object(GradientSums, "add", add_magnitudes):
         yield
 
 

@@ -10,15 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_kernels import (
-    CISPO,
-    KL,
-    SAPO,
-    VESPO,
-    LossSpec,
-    PPOClip,
-    grpo_loss,
-)
+from grpo_kernels import CISPO, KL, SAPO, VESPO, LossSpec, PPOClip, grpo_loss
 from grpo_kernels.reference import reference_logps
 
 NEEDS_LIGER = [

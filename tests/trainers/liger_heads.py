@@ -9,10 +9,7 @@ from liger_cases import EPS_HIGH, EPS_LOW, RATIO_MAX, B, Batch, T, V, liger_opti
 from products import on_a_grid
 from torch import Tensor
 
-from grpo_kernels import (
-    LossSpec,
-    linear_grpo_loss,
-)
+from grpo_kernels import LossSpec, linear_grpo_loss
 from grpo_kernels.reference import reference_logps
 
 

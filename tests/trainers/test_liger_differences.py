@@ -28,9 +28,7 @@ from liger_heads import Head, assert_same_linear, from_head, liger_chunked, ours
 from products import assert_same_products, lengths, magnitudes
 from torch import Tensor
 
-from grpo_kernels import (
-    grpo_loss,
-)
+from grpo_kernels import grpo_loss
 
 pytestmark = NEEDS_LIGER
 

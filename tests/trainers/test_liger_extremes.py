@@ -25,10 +25,7 @@ from liger_cases import (
 from liger_heads import Head, from_head, liger_chunked, ours_chunked
 from torch import Tensor
 
-from grpo_kernels import (
-    KL,
-    LossSpec,
-)
+from grpo_kernels import KL, LossSpec
 from grpo_kernels.reference import reference_logps
 
 pytestmark = NEEDS_LIGER

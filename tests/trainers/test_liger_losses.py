@@ -31,9 +31,7 @@ from liger_cases import (
 from liger_heads import Head, assert_same_linear, from_head, liger_chunked, ours_chunked
 from torch import Tensor
 
-from grpo_kernels import (
-    selective_logps,
-)
+from grpo_kernels import selective_logps
 
 pytestmark = NEEDS_LIGER
 

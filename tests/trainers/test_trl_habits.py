@@ -30,7 +30,7 @@ from grpo_kernels import KL as KLTerm
 from grpo_kernels import LossSpec
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, fuse_trl_logps
 from grpo_kernels.integrations.trl import head as trl_head
-from grpo_kernels.surrogates import DRO
+from grpo_kernels.spec.surrogates import DRO
 
 pytestmark = TRAINER_MARKS
 

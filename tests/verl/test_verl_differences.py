@@ -24,13 +24,7 @@ from verl_cases import (
     theirs,
 )
 
-from grpo_kernels import (
-    DPPO,
-    KL,
-    LossSpec,
-    PPOClip,
-    grpo_loss,
-)
+from grpo_kernels import DPPO, KL, LossSpec, PPOClip, grpo_loss
 
 pytest.importorskip("verl.trainer.ppo.core_algos")
 

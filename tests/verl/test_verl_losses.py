@@ -6,10 +6,7 @@ Run by `make test-verl` in verl's environment.
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,11 +31,7 @@ from verl_cases import (
     verl_normalizer,
 )
 
-from grpo_kernels import (
-    ImportanceRatio,
-    LossSpec,
-    PPOClip,
-)
+from grpo_kernels import ImportanceRatio, LossSpec, PPOClip
 
 pytest.importorskip("verl.trainer.ppo.core_algos")
 

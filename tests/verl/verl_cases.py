@@ -11,19 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_kernels import (
-    CISPO,
-    DPPO,
-    DRO,
-    GMPO,
-    KL,
-    SAPO,
-    LossOutput,
-    LossSpec,
-    PPOClip,
-    Reinforce,
-    grpo_loss,
-)
+from grpo_kernels import CISPO, DPPO, DRO, GMPO, KL, SAPO, LossOutput, LossSpec, PPOClip, Reinforce, grpo_loss
 
 # Not "verl": if verl is missing, the folder tests/verl would be imported as a namespace package.
 pytest.importorskip("verl.trainer.ppo.core_algos")

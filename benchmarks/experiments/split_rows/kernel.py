@@ -190,7 +190,7 @@ def split_loss_kernel(
     value_ptr, dlogp_ptr, logps_ptr, ref_logps_ptr, kl_ptr,
     rows, T, V, WIDTH, SLICE, temperature: tl.float64, scale: tl.float64, ref_scale: tl.float64,
     surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, RESTS_AT_ZERO: tl.constexpr,
+    SURROGATE: tl.constexpr, ANCHOR: tl.constexpr, ZERO_WITHOUT_ADVANTAGE: tl.constexpr,
     KL_KIND: tl.constexpr, ESTIMATOR: tl.constexpr,
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     PAIRS: tl.constexpr, KINDS: tl.constexpr, PREFETCH: tl.constexpr, PARTS: tl.constexpr,
@@ -295,7 +295,8 @@ def split_loss_kernel(
                 logp, old_logp, ref_logp, None, None, None,
                 tl.load(advantages_ptr + row), tl.load(row_weights_ptr + row), token_weight, None,
                 surrogate_params, log_ratio_clamp, kl_beta, kl_clamp, kl_output_clamp,
-                SURROGATE, ANCHOR, RESTS_AT_ZERO, KL_KIND, ESTIMATOR, STRAIGHT_THROUGH, RATIO_CORRECTED,
+                SURROGATE, ANCHOR, ZERO_WITHOUT_ADVANTAGE, KL_KIND, ESTIMATOR,
+                STRAIGHT_THROUGH, RATIO_CORRECTED,
             )  # fmt: skip
             by_p = -k * dlogp / total
         if part == 0:

@@ -12,11 +12,11 @@ import triton
 from torch import Tensor
 
 from grpo_kernels.kernels import fused
-from grpo_kernels.kernels.device import (
-    KL_ESTIMATORS,
-)
+from grpo_kernels.kernels.kl import ESTIMATORS
 from grpo_kernels.kernels.launch import compile_options, on_device_of, row_strides, rows_aligned
-from grpo_kernels.kernels.token_loss import loss_arguments
+from grpo_kernels.kernels.token_loss import KernelLoss
+from grpo_kernels.tokens.inputs import TokenInputs
+from grpo_kernels.vocab.rows import LossRows, Rows
 
 from .kernel import LANES, split_loss_kernel
 
@@ -90,70 +90,50 @@ def slice_length(vocab_size: int, parts: int) -> int:
 
 
 def split_fused_loss(
-    out: Tensor,  # [B, T, V]; must be logits
-    logits: Tensor,  # [B, T, V] bf16 or fp32; any batch and time stride
-    targets: Tensor,  # [B * T] int64; a row with MASKED is not read and its gradient is zero
-    value: Tensor,  # [B * T] fp32, like all tensors per token; the row's share of the loss
-    dlogp: Tensor,
-    logps: Tensor,
-    entropy: None,
-    ref_logps: Tensor | None,
-    kl: Tensor | None,  # not computed if None
-    kl_forward: None,
-    advantages: Tensor,
-    row_weights: Tensor,
-    old_logps: Tensor | None,
-    given_ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    entropy_weights: None,
+    rows: Rows,
+    loss: KernelLoss,
+    inputs: TokenInputs,
+    out: LossRows,
     *,
-    ref_logits: Tensor | None,
-    temperatures: Tensor | None,
-    vocab_size: int,
-    scale: float,
-    softcap: None,
-    ref_scale: float,
-    ref_softcap: None,
-    temperature: float,
     plan: Callable[[Tensor, int, int], Plan] = plan_for,
-    **loss: Any,  # arguments of `token_loss.loss_arguments`
 ) -> None:
     """Does the same as `fused_loss` of this package when that works in place.
 
     Raises:
-        ValueError: For what is not supported: an `out` other than `logits`, fp16, fp64, softcap, entropy, an
-            exact KL in the loss, and GPUs not from NVIDIA.
+        ValueError: For what is not supported: an `out` other than the logits, fp16, fp64, softcap, entropy,
+            an exact KL in the loss, and GPUs not from NVIDIA.
     """
-    kl_kind = loss["kl_kind"]
+    logits, ref_logits, stats, transform = rows.logits, rows.ref_logits, out.stats, rows.transform
+    target = out.dlogits
     unsupported = {
-        "out, other than logits": (out.data_ptr(), out.stride(), out.dtype)
+        "out, other than logits": (target.data_ptr(), target.stride(), target.dtype)
         != (logits.data_ptr(), logits.stride(), logits.dtype),
         str(logits.dtype): logits.dtype not in (torch.bfloat16, torch.float32),
-        "softcap": softcap is not None or ref_softcap is not None,
+        "softcap": transform.softcap is not None or transform.ref_softcap is not None,
         "ref_logits, aligned otherwise than logits": ref_logits is not None
         and rows_aligned(ref_logits) != rows_aligned(logits),
-        "entropy": entropy is not None or entropy_weights is not None,
-        "kl_forward": kl_forward is not None,
-        f"kl_kind {kl_kind!r}": kl_kind not in (None, *KL_ESTIMATORS),
+        "entropy": stats.entropy is not None or inputs.entropy_weights is not None,
+        "kl_forward": stats.kl_forward is not None,
+        f"kl_kind {loss.kl_kind!r}": loss.kl_kind not in (None, *ESTIMATORS),
     }
     for name, given in unsupported.items():
         if given:
             raise ValueError(f"split_fused_loss does not support {name}")
-    numbers, loss_shape = loss_arguments(**loss)
     with on_device_of(logits):
-        rows = targets.numel()
-        kinds = 1 if ref_logits is None else 2 if kl is None else 3
-        planned = plan(logits, vocab_size, kinds)
-        words = torch.zeros(rows * kinds * (planned.PARTS + 1), dtype=torch.int64, device=logits.device)
-        split_loss_kernel[(planned.PARTS * min(planned.groups, rows),)](
+        count = rows.num_rows
+        kinds = 1 if ref_logits is None else 2 if stats.kl is None else 3
+        planned = plan(logits, transform.vocab_size, kinds)
+        words = torch.zeros(count * kinds * (planned.PARTS + 1), dtype=torch.int64, device=logits.device)
+        split_loss_kernel[(planned.PARTS * min(planned.groups, count),)](
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
-            words, targets, temperatures,
-            advantages, row_weights, old_logps, given_ref_logps, token_weights,
-            value, dlogp, logps, ref_logps, kl,
-            rows, logits.shape[1], vocab_size, logits.shape[2], slice_length(vocab_size, planned.PARTS),
-            temperature, scale, ref_scale,
-            *numbers, **loss_shape,
+            words, rows.targets, rows.temperatures,
+            inputs.advantages, inputs.row_weights, inputs.old_logps, inputs.ref_logps, inputs.token_weights,
+            out.value, out.dlogp, stats.logps, stats.ref_logps, stats.kl,
+            count, logits.shape[1], transform.vocab_size, logits.shape[2],
+            slice_length(transform.vocab_size, planned.PARTS),
+            transform.temperature, transform.scale, transform.ref_scale,
+            *loss.numbers, **loss.constants,
             PAIRS=logits.dtype == torch.bfloat16 and planned.GROUP > 1, KINDS=kinds,
             PREFETCH=planned.PREFETCH, PARTS=planned.PARTS,
             CHUNKS=planned.CHUNKS, BLOCK=planned.BLOCK, THREADS=planned.THREADS, GROUP=planned.GROUP,

@@ -35,7 +35,7 @@ from grpo_kernels import (
     policy_loss,
     selective_logps,
 )
-from grpo_kernels.names import PresetName
+from grpo_kernels.checks.choices import PresetName
 from grpo_kernels.policy_loss import policy_loss as from_its_module
 
 z, ref = torch.zeros(2, 3, 7, requires_grad=True), torch.zeros(2, 3, 7)
