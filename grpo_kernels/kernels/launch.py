@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET is set. Triton reads it when a kernel is defined, so it cannot change later."""
 
+# Strides are separate arguments of the kernels. In a tuple with its pointer, Triton (3.7.1) would
+# specialise each stride whatever `do_not_specialize` says, and compile a kernel again for almost every
+# layout.
 PER_ROW = (
     *("targets_ptr", "temperature_ptr", "logps_ptr", "shift_ptr", "sum_exp_ptr", "entropy_ptr"),
     *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr", "top1_ptr"),
     *("dlogp_ptr", "dentropy_ptr", "dkl_ptr", "dkl_forward_ptr", "value_ptr"),
     *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
-    *("entropy_weights_ptr", "mask_ptr", "ran_ptr"),
+    *("entropy_weights_ptr", "mask_ptr", "known_ptr"),
 )
 """Pointers of which a program reads one element.
 
