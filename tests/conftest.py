@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+import tempfile
+from collections.abc import Iterator
 
+import nan_memory
 import pytest
 import torch
 from pairwise import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks: pytest finds them here)
@@ -21,6 +22,12 @@ if importlib.util.find_spec("hypothesis") is not None:
     settings.register_profile("quick", max_examples=20, derandomize=True, **slow)
     settings.register_profile("nightly", max_examples=2000, **slow)
     settings.load_profile("default")
+
+# PyTorch's cache of compiled code ignores ATEN_CPU_CAPABILITY: code for AVX-512 from another run would be
+# compiled without AVX-512, and fail.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    cache = f"torchinductor_{os.environ['ATEN_CPU_CAPABILITY']}_{os.getuid()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
 
 # Dynamo looks up once, by name, the functions that it may trace. A fixture below replaces some of them.
 torch.compile(lambda: torch.empty(1), backend="eager")()
@@ -63,23 +70,8 @@ def needs_triton() -> None:
 @pytest.fixture(autouse=True)
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill the results of `torch.empty` and similar functions with NaN, which reveals unwritten outputs."""
-
-    def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
-            new = allocate(*args, **kwargs)
-            if new.is_floating_point() and not new.is_meta:  # "meta" tensors have no memory
-                new.detach().fill_(torch.nan)
-            return new
-
-        return allocate_nan
-
-    for owner, name in (
-        (torch, "empty"),
-        (torch, "empty_like"),
-        (torch, "empty_strided"),
-        (torch.Tensor, "new_empty"),
-    ):
-        monkeypatch.setattr(owner, name, filled(getattr(owner, name)))
+    for owner, name in nan_memory.ALLOCATORS:
+        monkeypatch.setattr(owner, name, nan_memory.filled(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session", autouse=True)

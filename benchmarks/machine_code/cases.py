@@ -28,7 +28,7 @@ from grpo_kernels import (
     linear_grpo_loss,
 )
 from grpo_kernels.linear import config
-from grpo_kernels.logps import linear_token_statistics
+from grpo_kernels.logps import linear_token_stats
 
 # Matrix products of 16-bit operands accumulate in fp32, as on a GPU.
 mixed_products = mock.patch.object(config, "multiplies_mixed", lambda device: True)
@@ -94,7 +94,7 @@ def token_statistics(**options: Any) -> None:
     hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (4096, 151936))
     ids = torch.empty(4096, dtype=torch.int64, device="meta")
     given = {"entropy": True, "top1": True, "chunk_tokens": 2048, "compact": False, "backend": "triton"}
-    linear_token_statistics(hidden, weight, ids, **given, **options)
+    linear_token_stats(hidden, weight, ids, **given, **options)
 
 
 def own_surrogate(logps: Tensor, *rest: Tensor | None) -> Tensor:

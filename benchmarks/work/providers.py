@@ -18,8 +18,7 @@ from torch import Tensor
 
 from grpo_kernels import grpo_loss, linear_grpo_loss, linear_logps
 
-from .batch import masked_mean, token_losses
-from .tokens.batch import Batch
+from .batch import Batch, masked_mean, token_losses
 from .workload import BETA, CLIP, LOSSES, Workload
 
 Loss = Callable[..., Tensor]

@@ -20,12 +20,14 @@ class Batch:
         sequences: mask and sequences of the tokens.
         num_sequences: None if the batch is packed and `seq_lens` was not given.
         source: "logits", "hidden" or "logps", for messages.
+        source_shape: its shape, for messages.
         device: of every tensor.
     """
 
     sequences: Sequences
     num_sequences: int | None
     source: str
+    source_shape: tuple[int, ...]
     device: torch.device
 
     @classmethod
@@ -55,7 +57,7 @@ class Batch:
         if seq_lens is not None:
             num_sequences = seq_lens.numel()
             sequences.seq_lens, sequences.ids = sequences_within(seq_lens.to(device, torch.int64), shape[0])
-        return cls(sequences, num_sequences, name, device)
+        return cls(sequences, num_sequences, name, tuple(source.shape), device)
 
     @property
     def packed(self) -> bool:

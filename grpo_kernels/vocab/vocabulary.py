@@ -55,7 +55,7 @@ class Vocabulary(NamedTuple):
             raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
         if tuple(ids.shape) != batch.shape:
             raise ValueError(
-                f"{name} must have shape {batch.shape}, as the tokens of {batch.source}, got "
+                f"{name} must have shape {batch.shape}, as {batch.source} {batch.source_shape}, got "
                 f"{tuple(ids.shape)}{squeeze_hint(ids.shape, batch.shape)}"
             )
         ids, unmasked = ids.to(torch.int64), batch.mask.view(batch.shape)

@@ -65,7 +65,7 @@ class TestChoices:
         )
         at_the_call = {"logits": zeros(B, T, V), "completion_ids": ids(B, T), "advantages": zeros(B)}
         check(GRPOLoss(), {**at_the_call, "maskk": 1}, TypeError, "GRPOLoss has no option maskk. ", *listed)
-        of_the_loss = "GRPOLoss has no option eps_high, kl: options of the loss go into its spec, "
+        of_the_loss = "GRPOLoss has no option eps_high, kl: give options of the loss in its spec, "
         for where, preset in (({"spec": "dapo"}, "'dapo'"), ({"spec": LossSpec()}, "name"), ({}, "name")):
             given = {**where, "eps_high": 0.3, "kl": None}
             advice = f"{of_the_loss}LossSpec.preset({preset}, eps_high=..., kl=...). "

@@ -174,7 +174,7 @@ def test_callable_of_the_wrong_shape(values: Callable[..., Any]) -> None:
     "changes, message",
     [
         ({"logps": zeros(1, B, T)}, "logps must be [B, T] or packed [N], got shape (1, 2, 3)"),
-        ({"spec": LossSpec(entropy_coef=0.1)}, "entropy_coef is 0.1: it needs entropy"),
+        ({"spec": LossSpec(entropy_coef=0.1)}, "entropy_coef is 0.1, which needs entropy"),
         ({"entropy": zeros(B, T + 1)}, "entropy must have shape (2, 3), as logps, got (2, 4)"),
         ({"spec": LossSpec(kl=KL("exact")), "ref_logps": zeros(B, T)}, "KL("),
     ],

@@ -100,7 +100,10 @@ class TestConstruction:
                 lambda: LossSpec(DRO(0.1), level="sequence", log_ratio_clamp=1.0),
                 ["log_ratio_clamp does not apply to DRO at level 'sequence'"],
             ),
-            (lambda: LossSpec(max, level="sequence"), ["level 'sequence'", "a callable forms its own ratio"]),
+            (
+                lambda: LossSpec(max, level="sequence"),
+                ["level 'sequence'", "a callable computes its own ratio"],
+            ),
             (lambda: LossSpec.preset("gppo"), ["preset must be one of", "'grpo'", "got 'gppo'"]),
             (
                 lambda: LossSpec.preset("grpo", eps=1),

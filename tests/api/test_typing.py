@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import grpo_kernels
-from grpo_kernels import LossSpec, options, surrogates
-from grpo_kernels.spec import PresetOptions
+from grpo_kernels import LossSpec, options
+from grpo_kernels.spec import PresetOptions, surrogates
 
 ROOT = Path(grpo_kernels.__file__).parents[1]
 CALLS = Path(__file__).parent / "typed_calls"

@@ -30,7 +30,7 @@ from distributed.vocab_parts import (
 )
 from distributed.worker import Cases
 from grpo_kernels import LossSpec, PPOClip, VocabShard, grpo_loss, selective_logps
-from grpo_kernels.logps import linear_token_statistics
+from grpo_kernels.logps import linear_token_stats
 
 cases = Cases()
 
@@ -218,7 +218,7 @@ def invalid_ids_and_nan(backend: str) -> None:
         found = selective_logps(part, torch.tensor([outside, 0, 1]), shard=shard, backend=backend)
         assert found.isnan().tolist() == [True, True, False]
     hidden, weight = torch.eye(3), logits.nan_to_num()[:, shard.start : shard.stop].t()
-    top1 = linear_token_statistics(hidden, weight, torch.tensor([V, 0, 1]), top1=True, shard=shard).top1
+    top1 = linear_token_stats(hidden, weight, torch.tensor([V, 0, 1]), top1=True, shard=shard).top1
     assert top1 is not None and not top1[0]
     ids, mask = torch.tensor([-100, 0, 1]), torch.tensor([0, 0, 1])
     found = selective_logps(part, ids, mask=mask, shard=shard, backend=backend)

@@ -224,6 +224,6 @@ class TestMisuseInAGraph:
         try:
             got = gradient(torch.compile(loss, backend="aot_eager", fullgraph=True), True)
         except ValueError as error:
-            assert "rows of their own" in str(error)
+            assert "rows that do not overlap" in str(error)
         else:
             torch.testing.assert_close(got, want, rtol=0, atol=0)

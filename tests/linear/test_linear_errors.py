@@ -60,7 +60,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "ref_lm_head_weight has 119 rows, fewer than the 120 of the vocabulary",
     ),
     "logits_dtype": ({"logits_dtype": torch.float16}, "logits_dtype must be torch.float32 or torch.bfloat16"),
-    "bf16 logits of fp32 factors": ({"logits_dtype": torch.bfloat16}, "is for factors of bf16"),
+    "bf16 logits of fp32 operands": (
+        {"logits_dtype": torch.bfloat16},
+        "needs bf16 operands, got torch.float32",
+    ),
     "chunk_tokens": ({"chunk_tokens": 0}, "chunk_tokens must be >= 1"),
     "skip without compact": (
         {"skip_inactive": True, "compact": False},

@@ -123,7 +123,7 @@ RESTING = {
     **{
         name: LossSpec(surrogate)
         for name, surrogate in SURROGATES.items()
-        if isinstance(surrogate, Surrogate) and surrogate.rests_at_zero
+        if isinstance(surrogate, Surrogate) and surrogate.zero_without_advantage
     },
     "PPOClip, sequence": LossSpec(PPOClip(), level="sequence"),
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from grpo_kernels import grpo_loss, linear_grpo_loss, linear_logps
-from grpo_kernels.logps import linear_token_statistics
+from grpo_kernels.logps import linear_token_stats
 
 pytest.importorskip("hypothesis")
 from linear_problems import (
@@ -190,7 +190,7 @@ def test_statistics_of_tokens(problem: LinearProblem, backend: str) -> None:
     how = {name: x for name, x in problem.how.items() if name in ("chunk_tokens", "compact")}
     options = {**transform, **how, "mask": case.options["completion_mask"], "backend": backend}
     options["lm_head_bias"] = leaves[2] if leaves[2:] else None
-    got = linear_token_statistics(*leaves[:2], case.completion_ids, entropy=True, top1=True, **options)
+    got = linear_token_stats(*leaves[:2], case.completion_ids, entropy=True, top1=True, **options)
     assert got.entropy is not None and got.top1 is not None
     rounding = precision(problem)
     for x, y in ((got.logps, logps), (got.entropy, entropy)):

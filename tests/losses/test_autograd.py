@@ -225,7 +225,7 @@ class TestInPlace:
     def test_expanded_logits_raise(self, device: str, backend: str, dtype: torch.dtype) -> None:
         case = small(device, dtype=dtype)
         one = case.logits[:1].requires_grad_().clone()
-        with pytest.raises(ValueError, match=r"inplace=True needs rows of their own.*\(0, 37, 1\)"):
+        with pytest.raises(ValueError, match=r"inplace=True needs rows that do not overlap.*\(0, 37, 1\)"):
             loss_of(one.expand(4, 3, 37), case, backend=backend, inplace=True)
         loss_of(one.expand(4, 3, 37), case, backend=backend).backward()
 

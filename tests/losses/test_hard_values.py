@@ -101,7 +101,7 @@ class TestCase3ZeroAdvantage:
         *(
             name
             for name, surrogate in SURROGATES.items()
-            if isinstance(surrogate, Surrogate) and surrogate.rests_at_zero
+            if isinstance(surrogate, Surrogate) and surrogate.zero_without_advantage
         )
     )
     def test_any_ratio(self, path: Options, device: str, spec: LossSpec) -> None:

@@ -241,7 +241,7 @@ def test_a_tie_counts_as_unclipped(language: Any, log_ratio: float, device: str)
 
     ratio = -of(ImportanceRatio(), one).value
     eps = abs(float(ratio) - 1)  # exact: both are within a factor of two
-    gain, loss = TokenLoss(-ratio, -ratio), TokenLoss(ratio, ratio)
+    gain, loss = Estimate(-ratio, -ratio), Estimate(ratio, ratio)
     assert_same(of(ImportanceRatio(max_ratio=float(ratio)), one), gain)
     assert_same(of(PPOClip(eps_low=eps, eps_high=eps), one), gain)
     assert_same(of(PPOClip(eps_low=eps, eps_high=eps), -one), loss)
@@ -268,7 +268,7 @@ def test_surrogates_are_the_references(surrogate: Surrogate, on_policy: bool, cl
     (dlogp,) = torch.autograd.grad(value.sum(), logp)
     got = surrogate_in_torch(surrogate, logp.detach(), anchor, advantage, clamp)
     # The oracle squares the logarithm of a ratio near 1.
-    assert_same(at_token_level(got), TokenLoss(value.detach(), dlogp), rtol=1e-11)
+    assert_same(at_token_level(got), Estimate(value.detach(), dlogp), rtol=1e-11)
 
 
 @log_ratio_clamps
@@ -283,7 +283,7 @@ def test_kl_estimates_are_the_references(kl: KL, on_policy: bool, clamp: float) 
     value = reference._sampled_kl(kl, logp, ref, ratio)
     (dlogp,) = torch.autograd.grad(value.sum(), logp)
     got = kl_in_torch(kl, logp.detach(), old, ref, clamp)
-    assert_same(at_token_level(got), TokenLoss(value.detach(), dlogp), rtol=1e-12)
+    assert_same(at_token_level(got), Estimate(value.detach(), dlogp), rtol=1e-12)
 
 
 def clamped(log_ratio: Tensor, clamp: float) -> Tensor:

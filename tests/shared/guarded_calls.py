@@ -25,7 +25,7 @@ from grpo_kernels import (
     log_ratio_loss,
     selective_logps,
 )
-from grpo_kernels.logps import linear_token_statistics
+from grpo_kernels.logps import linear_token_stats
 from grpo_kernels.policy_loss import policy_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,7 +155,7 @@ def of_hidden_logps(V: int = 37, *, dtype: torch.dtype = torch.float32, **option
     given = {each: x for each, x in call.tensors.items() if "hidden" in each or "lm_head" in each}
     given |= {"ids": call.tensors["completion_ids"], "mask": call.tensors["completion_mask"]}
     given["temperature"] = call.tensors["temperature"]
-    function = linear_token_statistics if "top1" in options else linear_logps
+    function = linear_token_stats if "top1" in options else linear_logps
     return Call(function, given, {"vocab_size": V, "chunk_tokens": 3, **options}, call.learns)
 
 

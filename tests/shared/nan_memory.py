@@ -1,0 +1,31 @@
+"""Memory that holds NaN until it is written.
+
+A module of its own, because Dynamo looks up the module of a traced function by name, and there are several
+modules named conftest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ALLOCATORS = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+]
+
+
+def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return an allocator whose floating-point tensors hold NaN."""
+
+    def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
+        new = allocate(*args, **kwargs)
+        if new.is_floating_point() and not new.is_meta:  # "meta" tensors have no memory
+            new.detach().fill_(torch.nan)
+        return new
+
+    return allocate_nan
