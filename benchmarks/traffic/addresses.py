@@ -71,7 +71,7 @@ class Traffic:
                 elements, between = np.divmod(offsets[here], storage.element_size())
                 assert not between.any(), "an address between two elements"
                 outside = elements[~self.elements[start].numpy()[elements]]
-                assert not len(outside), f"{len(outside)} {kind} beside the elements of a tensor"
+                assert not len(outside), f"{len(outside)} {kind} outside the elements of a tensor"
                 if start not in self.counts[kind]:
                     self.counts[kind][start] = torch.zeros(storage.numel(), dtype=torch.long)
                 np.add.at(self.counts[kind][start].numpy(), elements, 1)

@@ -22,7 +22,7 @@ def traffic_rows(one: Measurement) -> Iterator[Row]:
     floor = number(work.floor.amount / volume(work)) if work.form == "logits" else ""
     note = one.note
     if not note and not any(step.moved for step in one.steps.values()):
-        note = "no kernel of Triton's: its traffic is not seen"
+        note = "no Triton kernel, so its traffic is not counted"
     places = [("", "")] if note else itertools.product(STEPS, TENSORS[work.form])
     for step, tensor in places:
         counts = {f"{k}_E": "" if note else number(one.steps[step].moved.get((tensor, k), 0)) for k in KINDS}

@@ -5,7 +5,7 @@
 The model is a Llama with two layers, 256 dimensions and 32,000 vocabulary entries. The batch has 8
 completions of 256 tokens. Each trainer is timed as it is and with the functions of this package. Before
 timing, gradients are compared with those of the unchanged trainer. `extra_memory` is the largest growth of
-the process during one micro-batch in MiB, including 67 MiB of gradients. verl runs in its own environment, if
+the process during one micro-batch in MiB, including 68 MiB of gradients. verl runs in its own environment, if
 `make test-verl` has created it.
 """
 

@@ -1,6 +1,6 @@
-"""Draws coefficients.png: the derivative of some losses by the taken token's log-probability.
+"""Draws coefficients.png: the derivative of some losses with respect to the log-probability.
 
-Nothing here restates a formula of the package: each curve is its own backward. A row of two logits in which
+Each curve is computed by the package's backward, so no formula is repeated here. A row of two logits in which
 the taken token has a known probability p gives dL/dlogp from dL/dlogits, since dlogits_y = dL/dlogp (1 - p).
 With the package and matplotlib installed:
 

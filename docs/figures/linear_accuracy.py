@@ -2,7 +2,7 @@
 
     python docs/figures/linear_accuracy.py              # --device cuda --H 4096 --V 151936
 
-Errors are those of fp64 arithmetic on the same bf16 numbers. As on a GPU, factors of matrix products stay in
+Errors are those of fp64 arithmetic on the same bf16 numbers. As on a GPU, operands of matrix products stay in
 bf16 and products are summed in fp32 (on a CPU the package would widen them, and round less).
 """
 

@@ -1,8 +1,8 @@
 """The numbers of docs/math.md: what holds a policy near its reference, and what does not.
 
 One categorical policy over 16 actions, started at the reference, in fp64. Gradients are exact expectations:
-the sum over all actions, weighted by the sampling distribution, of the per-sample loss's gradient. Nothing
-depends on sampling noise but the line that says it samples. Nothing here imports the package.
+the sum over all actions, weighted by the sampling distribution, of the per-sample loss's gradient. Only
+the line that says so is sampled. The script does not import the package.
 
     python docs/figures/log_ratio_numbers.py
 """
@@ -35,7 +35,7 @@ class Bandit(NamedTuple):
 
     @property
     def advantages(self) -> Tensor:
-        """Rewards less their mean under the reference: what a large group sampled from it would give."""
+        """Rewards minus their mean under the reference: what a large group sampled from it would give."""
         return self.rewards - (self.ref * self.rewards).sum()
 
     @property
@@ -120,7 +120,7 @@ def print_setting(bandit: Bandit) -> None:
 
 
 def print_drift(bandit: Bandit) -> None:
-    """The literal loss beside REINFORCE."""
+    """The literal loss compared with REINFORCE."""
     rewards, ref_logps = bandit.rewards, bandit.ref_logps
 
     def log_ratio(logps: Tensor, _: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def print_estimators(bandit: Bandit) -> None:
         forward = p - bandit.ref
         k1, k2, k3 = -x, x**2 / 2, x.expm1() - x
         kinds = {
-            # kind: (value of each action, its derivative on logps)
+            # kind: (value of each action, its derivative with respect to logps)
             "k1": (k1, torch.ones_like(x)),
             "abs": (x.abs(), -x.sign()),
             "k2": (k2, -x),
@@ -299,7 +299,7 @@ def relative_errors(truth: float, *values: float) -> list[str]:
 
 
 def print_numerics() -> None:
-    """What fp32 and bf16 leave of k3, of 1 - p and of a log-ratio."""
+    """Errors of k3, 1 - p and a log-ratio in fp32 and bf16."""
     rows = []
     for x in (1e-1, 1e-2, 1e-3, 1e-4):
         x32 = torch.tensor(x, dtype=torch.float32)

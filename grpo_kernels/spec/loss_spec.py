@@ -149,6 +149,13 @@ class LossSpec:
         return isinstance(self.surrogate, Surrogate) and self.surrogate.couples_tokens
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether the kernels can compute the loss: it does not couple tokens and has a Triton function."""
+        if self.couples_tokens:
+            return False
+        return not isinstance(self.surrogate, Surrogate) or self.surrogate.kernel is not None
+
+    @property
     def sampled_kl(self) -> KL | None:
         """The KL term if it is estimated from the taken token's log-probability, else None."""
         return self.kl if self.kl is not None and self.kl.beta and self.kl.kind in SAMPLED_KL else None

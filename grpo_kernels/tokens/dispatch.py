@@ -23,7 +23,7 @@ def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
     """Whether loss and metrics take one launch each, instead of one for each operation."""
     return (
         backend == "triton"
-        and not spec.couples_tokens
+        and spec.has_kernel
         and logps.dtype == torch.float32
         and logps.numel() > 0
         and not traced(logps)
@@ -61,7 +61,7 @@ def token_metrics(
 
 
 def kernel_loss(spec: LossSpec) -> KernelLoss:
-    """A loss that does not couple tokens, as the kernels take it."""
+    """A loss that `has_kernel`, as the kernels take it."""
     from ..kernels.token_loss import KernelLoss
 
     surrogate, kl = spec.surrogate, spec.sampled_kl or spec.exact_kl

@@ -22,7 +22,7 @@ def fusible(spec: LossSpec, dtype: torch.dtype) -> bool:
     Not in fp16, whose gradients would underflow before a GradScaler's factor reaches them in the backward.
     Not in fp64, which is for gradcheck and has no such kernel.
     """
-    return not spec.couples_tokens and dtype in (torch.bfloat16, torch.float32)
+    return spec.has_kernel and dtype in (torch.bfloat16, torch.float32)
 
 
 def differentiable_stats(rows: Rows, want: Want) -> RowStats:

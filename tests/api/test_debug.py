@@ -95,7 +95,7 @@ def test_ref_logps() -> None:
 
 
 def test_per_sequence() -> None:
-    """At the sequence's first token."""
+    """The error of an advantage per sequence names the sequence's first token."""
     x = given() | {"advantages": torch.tensor([1.0, torch.nan])}
     raises(grpo_loss, "advantages[1, 0] is nan, and not masked", spec=SPEC, **x)
 

@@ -16,7 +16,7 @@ import grpo_kernels
 PACKAGE = Path(grpo_kernels.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 
-# The folders from the bottom up: each may import those above it in this list. The public modules are one
+# The folders in the order of their imports: each may import those before it. The public modules are one
 # folder. `reference` and `testing` import nothing of the package, so that they share no mistake with what
 # they judge.
 FOLDERS = ["kernels", "checks", "spec", "tokens", "vocab", "linear", "public", "integrations"]
@@ -72,7 +72,7 @@ def imports(module: str, *, at_import: bool = False) -> set[str]:
             elif isinstance(node, ast.ImportFrom):
                 base = parents[: len(parents) - node.level + 1] if node.level else []
                 start = ".".join([*base, *([node.module] if node.module else [])])
-                # `from . import objective` and `from .kernels import fused` name modules.
+                # `from . import passes` and `from ..kernels import fused` name modules.
                 names = [f"{start}.{alias.name}" for alias in node.names]
                 found |= {name if path_of(name) in MODULES else start for name in names}
     return found

@@ -1,4 +1,4 @@
-"""The logger says at INFO which path each kind of call takes, once, and when a handler outputs it."""
+"""At INFO the logger reports the path of each kind of call once, as soon as a handler outputs it."""
 
 from __future__ import annotations
 

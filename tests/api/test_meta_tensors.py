@@ -323,7 +323,7 @@ def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     "place", [META, pytest.param(FAKE_CUDA, marks=needs_cuda_build)], ids=lambda p: p.name
 )
 def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device of a fake tensor may be absent: its free memory and its products are not tried."""
+    """The device of a fake tensor may be absent, so nothing asks for its free memory or its products."""
 
     def asked(*args: Any) -> None:
         raise AssertionError(f"the device was asked: {args}")

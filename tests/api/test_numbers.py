@@ -40,7 +40,7 @@ B, T, V, H = 2, 3, 20, 4
 
 
 class Index:
-    """An integer by `__index__` alone."""
+    """An integer that has `__index__` and nothing else."""
 
     def __init__(self, value: int) -> None:
         self.value = value

@@ -161,7 +161,7 @@ def test_a_way_frees_its_model(run: Callable[..., list[record.Row]]) -> None:
         return replace(way, make=make)
 
     names = ["TRL: no loss", "TRL: FusedGRPOTrainer", "PyTorch: no loss", "PyTorch: grpo_kernels"]
-    gc.disable()  # without luck: no collection between two ways
+    gc.disable()  # so that no collection happens by chance between two ways
     try:
         rows = run([watched(WAYS[name]) for name in names], "--loss", "grpo_kl")
     finally:

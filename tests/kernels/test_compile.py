@@ -1,7 +1,7 @@
 """Every kernel variant in use compiles for seven GPUs without spills, and for sm_90 within a budget.
 
 No GPU is needed: the tests call the public functions on "meta" tensors, compile their launches without
-running them, and read the machine code. Instructions that a loop runs in some iterations are counted for all.
+running them, and read the machine code. An instruction that only some iterations run counts as if all did.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_keeps_its_budget(case: str, target: str, farm: Farm) -> None:
             assert tuple(p.name for p in k.passes) == PASSES.get(k.kernel, ())
             assert k.resources.registers <= REGISTERS, k
         for p in k.passes:
-            assert p.calls == 0, (k.kernel, k.variant, p)  # a division's slow path, say: its cost is not seen
+            assert p.calls == 0, (k.kernel, k.variant, p)  # such as the slow path of a division: not counted
             limit = budget(k, p.name)
             if limit is not None:
                 assert p.narrowest_bits == 128, (k.kernel, k.variant, p)

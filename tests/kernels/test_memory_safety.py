@@ -2,7 +2,7 @@
 
 Every tensor argument is part of a buffer of poison, and so is every tensor that the package allocates. A
 stray read finds NaN, and a stray write changes the poison. Triton's interpreter checks every address as well:
-benchmarks/addresses.py.
+benchmarks/traffic/addresses.py.
 """
 
 from __future__ import annotations
@@ -158,5 +158,5 @@ class TestTheseTestsCanFail:
         from grpo_kernels.kernels.fused import scale_rows_kernel
 
         x = torch.randn(1, 2, 40)[..., :36]
-        with watching("triton"), pytest.raises(Exception, match="1 reads beside the elements of a tensor"):
+        with watching("triton"), pytest.raises(Exception, match="1 reads outside the elements of a tensor"):
             scale_rows_kernel[(2,)](x, 80, 40, torch.tensor(2.0), 2, 37, BLOCK=128, GROUP=1)

@@ -39,7 +39,7 @@ GRADIENTS = ("hidden", "weight", "bias")
 
 dtypes = pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-V = 1025  # a block and a tail in the kernels; rows are aligned only because their buffer is
+V = 1025  # a block and a tail; only the pitch of the chunk buffer aligns its rows
 
 
 def assert_linear_parity(expected: LinearOracle, *, what: str = "", **options: object) -> LinearResult:

@@ -235,7 +235,7 @@ def test_case_5_zero_beta_reads_no_reference(packed: bool, backend: str, device:
 @dtypes
 @pytest.mark.parametrize("full", [False, True], ids=["surrogate", "every term"])
 @pytest.mark.parametrize("value", [-INF, -1e4, -3e38])
-# Trainers suppress tokens by the bias. The counts are one token, and the first block of the kernels.
+# Trainers suppress tokens by the bias: one token, or a first block of a kernel.
 @pytest.mark.parametrize("suppressed", [1, 2048, 4096])
 def test_case_6_suppressed_tokens(
     spec: LossSpec,

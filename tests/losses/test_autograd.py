@@ -98,7 +98,7 @@ class TestBackward:
         "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
     )
     def test_twice_in_place_raises(self, device: str, backend: str, dtype: torch.dtype) -> None:
-        """The first backward gives the buffer away. In fp16 the backward fills it, else the forward."""
+        """The first backward hands its buffer to autograd, so the second one has none."""
         case = small(device, dtype=dtype)
         loss = loss_of(case.logits.requires_grad_().clone(), case, backend=backend, inplace=True)
         loss.backward(retain_graph=True)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from documented_losses import PAGE, page
 from torch import Tensor
 
 from grpo_kernels import DRO, ImportanceRatio, LossOutput, LossSpec, PPOClip, grpo_loss, linear_grpo_loss
+from grpo_kernels.spec.formula import TokenLoss
+from grpo_kernels.spec.surrogates import Surrogate
 from grpo_kernels.testing import RandomBatch, make_batch
 
 
@@ -207,6 +210,45 @@ def test_kl_cov_holds_the_tokens_of_highest_covariance() -> None:
         # The derivative with respect to the taken token's logit is dlogp * (1 - p).
         taken = (grad - unchanged)[differs].gather(-1, batch.completion_ids[differs][:, None])[:, 0]
         torch.testing.assert_close(taken, 0.7 * log_ratio.sign() * (1 - out.logps[differs].exp()))
+
+
+@dataclass(frozen=True)
+class Squared(Surrogate):
+    """`-A * logp + log_ratio^2 / 2`, without a Triton function."""
+
+    anchor = "old"
+    zero_without_advantage = False
+
+    def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
+        return TokenLoss(-advantage * logp + log_ratio**2 / 2, -advantage, log_ratio)
+
+
+def squared(logps: Tensor, old_logps: Tensor, ref_logps: None, advantages: Tensor, mask: Tensor) -> Tensor:
+    return -advantages * logps + (logps - old_logps) ** 2 / 2
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_surrogate_without_a_triton_function(inplace: bool, backend: str) -> None:
+    """PyTorch computes the loss of such a surrogate between the two kernels."""
+    batch = make_batch(6, 7, 33)  # in fp32, for which there are fused kernels
+    want, want_grad = loss_and_gradient(batch, LossSpec(squared))
+    got, got_grad = loss_and_gradient(batch, LossSpec(Squared()), backend=backend, inplace=inplace)
+    assert want_grad.any()
+    torch.testing.assert_close(got.loss, want.loss)
+    torch.testing.assert_close(got_grad, want_grad)
+
+
+def test_a_surrogate_without_a_triton_function_from_hidden_states(backend: str) -> None:
+    batch = make_batch(2, 4, 16)
+    weight = torch.eye(16, requires_grad=True)
+    tensors = batch.logits, weight, batch.completion_ids, batch.advantages
+    given = {"completion_mask": batch.completion_mask, "old_logps": batch.old_logps}
+    grads = []
+    for surrogate in (squared, Squared()):
+        out = linear_grpo_loss(*tensors, spec=LossSpec(surrogate), backend=backend, **given)
+        grads += torch.autograd.grad(out.loss, weight)
+    assert grads[0].any()
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 ADDED = """

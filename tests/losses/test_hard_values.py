@@ -191,7 +191,7 @@ def test_case_5_zero_beta_reads_no_reference(path: Options, device: str) -> None
 
 
 @dtypes
-# Trainers suppress tokens with these values. The counts are one token, and the first block of the kernels.
+# Trainers suppress tokens with these values: one token, or a first block of a kernel.
 @pytest.mark.parametrize("value", [-INF, -1e4, -3e38])
 @pytest.mark.parametrize("blocked", [1, 2048, 4096])
 @specs("Reinforce", "entropy", "exact KL", "forward KL")

@@ -57,7 +57,7 @@ class TestRewards:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_importance_weights_in_the_dtype_of_logps(dtype: torch.dtype) -> None:
-    """They had the dtype of the sampler's log-probabilities if that was wider."""
+    """The weights had the sampler's dtype if that was wider."""
     logps, sampler = torch.tensor([[-1.0]], dtype=dtype), torch.tensor([[-1.5]], dtype=torch.float64)
     for level in ("token", "sequence"):
         assert importance_weights(logps, sampler, torch.ones(1, 1), level=level).dtype == dtype

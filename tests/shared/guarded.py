@@ -51,7 +51,7 @@ class Surrounded(NamedTuple):
                     before = 16 // x.element_size()
                     pitch = before + -(-width // before) * before + before
                 else:
-                    before, pitch = 3, width + 5 + (width + 1) % 2  # odd, and even
+                    before, pitch = 3, width + 5 + (width + 1) % 2  # an odd offset and an even pitch
                 sizes[-1], index = pitch, (*index[:-1], slice(before, before + width))
             buffer = x.new_full(sizes, poison(x.dtype))
         buffer[index] = x

@@ -50,7 +50,7 @@ class Surrogate:
     zero_without_weight = True
     """Whether a token with zero token weight has neither loss nor gradient."""
     kernel: str | None = None
-    """The name of its Triton function in kernels/surrogates.py. None: it couples tokens and has none."""
+    """The name of its Triton function in kernels/surrogates.py. None: PyTorch computes the loss."""
 
     @property
     def clip(self) -> Clip | None:
