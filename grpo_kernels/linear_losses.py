@@ -1,4 +1,4 @@
-"""The losses from hidden states: the product with the LM head's weight is part of the loss."""
+"""The losses from hidden states, which include the product with the LM head's weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .linear.head import check_head, check_ref_head
 from .linear.plan import RowPlan
 from .linear.products import product_dtype
 from .linear.rows import LinearRows
-from .log import log_path, two_passes
+from .log import log_path, pass_path
 from .losses import LossModule
 from .options import LinearGRPOLossOptions
 from .spec import LogitTransform, LossSpec, resolve_spec
@@ -64,7 +64,7 @@ def linear_grpo_loss(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """`grpo_loss` of `logits = hidden @ lm_head_weight.T + lm_head_bias`, without ever holding all logits.
+    """Compute `grpo_loss` of `hidden @ lm_head_weight.T + lm_head_bias` without storing all logits.
 
     Loss and gradient are computed in the forward, a chunk of tokens at a time, in 6 N V H FLOPs for `N`
     tokens, or 4 N V H with a frozen head. Losses that couple tokens (callables, sequence-level ratios),
@@ -78,25 +78,25 @@ def linear_grpo_loss(
             `hidden[b, t]` predicts `completion_ids[b, t]`.
         lm_head_weight: `[V, H]`, in the dtype of `hidden`, or in any dtype under autocast. Its gradient is
             summed in fp32 over the chunks and rounded once. A frozen weight gets none, which saves its
-            cost. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as from FSDP2.
+            cost. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as with FSDP2.
         completion_ids, advantages: as in `grpo_loss`, as are all options that are not described here.
         lm_head_bias: `[V]`.
         ref_hidden, ref_lm_head_weight, ref_lm_head_bias: `[B, T, H']`, `[V, H']` and `[V]` of the reference
             model, which get no gradient. Or give `ref_logps`.
         chunk_tokens: tokens per chunk. None: chosen by vocabulary and free memory, so that the chunks have
             nearly equal lengths. The logger "grpo_kernels" shows it at level DEBUG.
-        logits_dtype: dtype of a chunk of logits, for bf16 operands. `torch.float32`, in which their
-            products are summed, or `torch.bfloat16` for half the memory traffic at 1e4 times the error.
-        compact: order the rows by what they need. This syncs once with the device to learn their number,
-            and with two passes once more in the backward. False: all rows are run in their own order,
-            without a sync.
-        skip_inactive: do not even run rows without a gradient forward. Their `logps`, `ref_logps` and
+        logits_dtype: dtype of a chunk of logits. `torch.float32` keeps the precision of the products. With
+            bf16 operands, `torch.bfloat16` halves the memory traffic at 1e4 times the error.
+        compact: leave out rows that need no computation, and run those with a gradient first. Counting them
+            syncs with the device once, and with two passes once more in the backward. False: all rows are
+            run in their own order, without a sync.
+        skip_inactive: leave rows without a gradient out of the forward, too. Their `logps`, `ref_logps` and
             `entropy` are 0, and the metrics except `active_fraction` are means over the other rows.
-        shard: the heads hold these rows of a vocabulary that is split over ranks. All ranks have the same
+        shard: the heads have these rows of a vocabulary that is split over ranks. All ranks have the same
             hidden states, as in tensor parallelism after gathering the sequences. Loss, outputs and the
             gradient of `hidden`, summed over the ranks, are then the same on all of them, and each has the
             gradients of its own rows. The ranks communicate in every chunk. They agree on its length if it
-            is not given, which syncs. Of a DTensor the local part is used (`VocabShard.of(weight)`).
+            is not given, which syncs. Of DTensors the local parts are used (`VocabShard.of(weight)`).
 
     Returns:
         LossOutput as in `grpo_loss`.
@@ -158,8 +158,8 @@ def linear_grpo_loss(
     run = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     one_pass = learns and fusible(spec, product_dtype(hidden))
-    one_pass = one_pass and not traced(hidden)  # there are operators for two passes only
-    path = "one pass (loss and gradient in the forward)" if one_pass else two_passes(learns)
+    one_pass = one_pass and not traced(hidden)  # only the two passes have custom operators
+    path = "one pass (loss and gradient in the forward)" if one_pass else pass_path(learns)
     log_path("linear_grpo_loss", path, rows.backend, operands=config.dtype, logits=config.logits_dtype)
     if one_pass:
         value, dlogp, stats = linear_loss(rows, loss, RowPlan.of(run, active, compact=compact), want)
@@ -204,7 +204,7 @@ class LinearGRPOLoss(LossModule):
         spec: LossSpec | PresetName | None = None,
         **options: Unpack[LinearGRPOLossOptions],
     ) -> LossOutput:
-        """As `linear_grpo_loss`. Options given here override those of the module."""
+        """Call `linear_grpo_loss`. Options given here override those of the module."""
         return self.call(hidden, lm_head_weight, completion_ids, advantages, spec=spec, **options)
 
     if TYPE_CHECKING:  # as in GRPOLoss

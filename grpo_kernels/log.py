@@ -1,4 +1,4 @@
-"""What the logger "grpo_kernels" says: which path a call takes, and warnings. Each message is logged once."""
+"""Messages of the logger "grpo_kernels": the path of each call, and warnings. Each is logged once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ logger = logging.getLogger("grpo_kernels")
 
 
 class OnceLogger:
-    """Logs each message once. Only records that a handler has output count.
+    """Logs each message once. A message counts as logged only if a handler output it.
 
-    A message that came before logging was configured is therefore logged again. After a message was output,
-    its calls cost a set lookup.
+    So a message from before logging was configured is logged again. A repeated message costs one set lookup.
     """
 
     def __init__(self, level: int) -> None:
@@ -23,16 +22,16 @@ class OnceLogger:
     def __call__(self, message: str, *args: object) -> None:
         """Log `message % args`; the arguments must be hashable."""
         key = (message, *args)
-        if key not in self.seen and takes_records(logger, self.level):
+        if key not in self.seen and would_output(logger, self.level):
             self.seen.add(key)
             logger.log(self.level, message, *args)
 
     def cache_clear(self) -> None:
-        """Forget what was logged, as in a new process."""
+        """Forget which messages were logged."""
         self.seen.clear()
 
 
-def takes_records(logger: logging.Logger, level: int) -> bool:
+def would_output(logger: logging.Logger, level: int) -> bool:
     """Whether a record of this level would reach a handler that outputs it."""
     if not logger.isEnabledFor(level):
         return False
@@ -61,15 +60,15 @@ def log_path(function: str, path: str, backend: str, **dtypes: torch.dtype | Non
     log_once("%s: %s, %s backend" + ", %s %s" * (len(given) // 2), function, path, backend, *given)
 
 
-def two_kernels(learns: bool) -> str:
-    """The `path` of a loss from logits for `log_path`, if it is not fused."""
+def kernel_path(learns: bool) -> str:
+    """Return the argument `path` of `log_path` for a call on logits that is not fused."""
     if not learns:
         return "one kernel (statistics, no gradient)"
     return "two kernels (statistics, then the gradient in the backward)"
 
 
-def two_passes(learns: bool) -> str:
-    """The `path` of a loss from hidden states for `log_path`, if its forward computes no gradient."""
+def pass_path(learns: bool) -> str:
+    """Return the argument `path` of `log_path` for a call on hidden states without a fused gradient."""
     if not learns:
         return "one pass (statistics, no gradient)"
     return "two passes (statistics, then logits and gradient in the backward)"

@@ -1,4 +1,4 @@
-"""Log-probabilities alone, differentiable, for trainers that keep their own loss."""
+"""Differentiable log-probabilities, for trainers that keep their own loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .linear.autograd import differentiable_stats as differentiable_linear_stats
 from .linear.config import linear_config
 from .linear.head import check_head
 from .linear.rows import LinearRows
-from .log import log_path, two_kernels, two_passes
+from .log import kernel_path, log_path, pass_path
 from .options import LinearLogpsOptions, LogpsOptions
 from .spec import LogitTransform
 from .tokens.batch import Batch
@@ -52,7 +52,7 @@ def selective_logps(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the taken tokens, differentiable. With `return_entropy`, also the entropies.
+    """Compute differentiable log-probabilities of the taken tokens, with `return_entropy` also entropies.
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`, as are the options that are not described here.
@@ -82,7 +82,7 @@ def selective_logps(
         choose_backend(backend, logits),
     )
     learns = torch.is_grad_enabled() and logits.requires_grad
-    log_path("selective_logps", two_kernels(learns), rows.backend, logits=logits.dtype)
+    log_path("selective_logps", kernel_path(learns), rows.backend, logits=logits.dtype)
     stats = differentiable_stats(rows, Want(entropy=return_entropy, shard=shard))
     found = TokenStats.of(stats, batch)
     return found.logps if found.entropy is None else (found.logps, found.entropy)
@@ -133,7 +133,7 @@ def linear_logps(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`selective_logps` of `hidden @ lm_head_weight.T + lm_head_bias`, without ever holding all logits.
+    """Compute `selective_logps` of `hidden @ lm_head_weight.T + lm_head_bias` without storing all logits.
 
     It takes 2 N V H FLOPs for `N` unmasked tokens. The backward takes 6 V H for each token with an upstream
     gradient, because it computes the logits again.
@@ -144,7 +144,7 @@ def linear_logps(
         lm_head_weight: `[V, H]`.
         ids: `[B, T]` or `[N]`, int32 or int64.
         mask: `[B, T]` or `[N]`. If 0, the row is not run, and log-probability, entropy and gradient are 0.
-        shard: `lm_head_weight` and `lm_head_bias` hold these rows. See `linear_grpo_loss`.
+        shard: `lm_head_weight` and `lm_head_bias` have only these rows. See `linear_grpo_loss`.
 
     Returns:
         `[B, T]` or `[N]` fp32 (fp64 for fp64 hidden states) in nats, differentiable, or a pair of these.
@@ -173,7 +173,7 @@ def linear_logps(
 
 
 class TokenStats(NamedTuple):
-    """`[B, T]` or `[N]` each, 0 or False at masked positions. None if it was not asked for."""
+    """Statistics of each token, `[B, T]` or `[N]`, 0 or False at masked positions. None if not requested."""
 
     logps: Tensor  # nats, differentiable
     entropy: Tensor | None  # nats, differentiable
@@ -206,7 +206,7 @@ def linear_token_stats(
     backend: Backend = "auto",
     function: str = "linear_logps",
 ) -> TokenStats:
-    """Everything that one pass can compute for each token. Arguments and errors as in `linear_logps`.
+    """Compute the statistics of each token in one pass. Arguments and errors are those of `linear_logps`.
 
     `function` is the name of the caller in the log.
     """
@@ -230,6 +230,6 @@ def linear_token_stats(
     )
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
-    log_path(function, two_passes(learns), rows.backend, **dtypes)
+    log_path(function, pass_path(learns), rows.backend, **dtypes)
     stats = differentiable_linear_stats(rows, Want(entropy=entropy, top1=top1, shard=shard))
     return TokenStats.of(stats, batch)

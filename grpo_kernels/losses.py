@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from .checks.choices import Aggregation, Backend, PresetName
 from .checks.tensors import traced
-from .log import log_path, two_kernels
+from .log import kernel_path, log_path
 from .options import GRPOLossOptions, LogRatioLossOptions
 from .spec import LogitTransform, LossSpec, PresetOptions, resolve_spec
 from .spec.surrogates import LogRatio
@@ -54,11 +54,11 @@ def grpo_loss(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """A GRPO-style policy loss from logits, with its gradient in one pass over them.
+    """Compute a GRPO-style policy loss from logits, and its gradient in one pass over them.
 
     A padded batch has `B` sequences of `T` tokens. A packed batch has `N` tokens of `S` sequences, end to
-    end. Formulas: docs/math.md. Papers: the classes of the surrogates. A number may be any real scalar,
-    including NumPy's and 0-dim CPU tensors.
+    end. docs/math.md has the formulas, and the classes of the surrogates name the papers. A number may be any
+    real scalar, including NumPy's and 0-dim CPU tensors.
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
@@ -73,25 +73,25 @@ def grpo_loss(
         ref_logps: `[B, T]` or `[N]`, nats: log-probabilities of the reference model instead of `ref_logits`.
         old_logps: `[B, T]` or `[N]`, nats: log-probabilities of the behaviour policy. None means on-policy:
             the ratio is exactly 1.
-        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`. Constant weights of the surrogate,
-            without the KL term. In VESPO and GMPO they weight the sequence's ratio; see these classes.
+        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`. Constant factors of the surrogate,
+            not of the KL term. In VESPO and GMPO they weight the sequence's ratio; see these classes.
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
         ref_logit_scale, ref_logit_softcap: the same for the reference. None: those of the policy.
-        vocab_size: columns from here on are padding. They are ignored and get zero gradient. If it is given,
-            policy and reference may have different numbers of columns.
+        vocab_size: number of vocabulary entries. Later columns are ignored and get zero gradient. If it is
+            given, policy and reference may have different numbers of columns.
         normalizer: a number or a 0-dim tensor that replaces the denominator of the aggregation: the number of
             tokens (or sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as in
             DDP and FSDP, divide it by the number of ranks. `global_normalizer` computes it.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
             afterwards. As for any in-place operation, autograd raises an error if another operation still
-            needs the old values. They must not overlap `ref_logits` of other tokens. Under torch.compile
-            the logits are kept.
-        shard: `logits` and `ref_logits` hold these columns of a vocabulary that is split over ranks. The
+            needs the old values. `logits` must not overlap `ref_logits` of other tokens. Under torch.compile
+            this option has no effect.
+        shard: `logits` and `ref_logits` are these columns of a vocabulary that is split over ranks. The
             ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
-            and each gets the gradient of its own columns. Of a DTensor the local part is used
-            (`VocabShard.of(logits, dim=-1)`).
+            and each gets the gradient of its own columns. If they are DTensors, their local parts
+            are used, with `VocabShard.of(logits, dim=-1)`.
         backend: "triton", "torch", or "auto", which is triton for GPU tensors and torch otherwise.
 
     Returns:
@@ -125,10 +125,10 @@ def grpo_loss(
         check_ref_logits(ref_logits, logits, vocab.width, padded=vocab_size is not None)
         batch.debug_numbers(ref_logits=ref_logits[..., : vocab.width])
         ref_logits = as_rows(ref_logits.detach())
-    # A graph copies what its operators overwrite, or cannot tell what shares memory with its inputs.
+    # A compiled graph copies what its operators overwrite, and cannot check which inputs share memory.
     inplace = inplace and not traced(logits)
     if inplace:
-        refuse_transforms(logits)  # whose tensors have no address to compare
+        refuse_transforms(logits)  # their tensors have no addresses to compare
         check_writable(as_rows(logits), given, ref_logits)
     rows = Rows(
         as_rows(logits),
@@ -156,7 +156,7 @@ def grpo_loss(
 
     learns = torch.is_grad_enabled() and logits.requires_grad
     fused = inplace and learns and fusible(spec, logits.dtype) and shard is None
-    path = "fused (loss and gradient in one kernel)" if fused else two_kernels(learns)
+    path = "fused (loss and gradient in one kernel)" if fused else kernel_path(learns)
     ref_dtype = None if ref_logits is None else ref_logits.dtype
     log_path("grpo_loss", path, rows.backend, logits=logits.dtype, ref_logits=ref_dtype)
     if fused:
@@ -181,7 +181,7 @@ def log_ratio_loss(
     The same as `grpo_loss(logits, completion_ids, rewards, spec=LossSpec(LogRatio(),
     aggregation=aggregation), ref_logits=ref_logits, **options)`, which documents shapes, options, return
     value and errors. Its gradient is that of REINFORCE, because the reference is a constant. docs/math.md
-    says what keeps a policy near the reference.
+    explains what keeps a policy near the reference.
     """
     if "spec" in options:
         raise TypeError("log_ratio_loss has a fixed spec; use grpo_loss for another")
@@ -190,7 +190,7 @@ def log_ratio_loss(
 
 
 class LossModule(nn.Module):
-    """A loss function as a module, with a spec and default options."""
+    """Base class of the modules: a loss function with a spec and default options."""
 
     function: Callable[..., LossOutput]
 
@@ -255,7 +255,7 @@ class GRPOLoss(LossModule):
         spec: LossSpec | PresetName | None = None,
         **options: Unpack[GRPOLossOptions],
     ) -> LossOutput:
-        """As `grpo_loss`. Options given here override those of the module."""
+        """Call `grpo_loss`. Options given here override those of the module."""
         return self.call(logits, completion_ids, advantages, spec=spec, **options)
 
     if TYPE_CHECKING:  # nn.Module declares it as `Callable[..., Any]`, which accepts any argument

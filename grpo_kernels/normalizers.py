@@ -35,7 +35,7 @@ def global_normalizer(
 
     Sequences without an unmasked token count, as in `grpo_loss` and as verl is configured.
     "seq-mean-token-sum-norm" divides by `LossSpec.max_tokens` in addition (verl: `loss_scale_factor`). Set
-    it, because micro-batches are padded to different widths. An entropy bonus is aggregated as the loss.
+    it, because micro-batches are padded to different widths. An entropy bonus is aggregated as the loss is.
 
     TRL 1.16 divides the losses `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`. That is
     the "token-mean" normalizer for the masks of one generation. If a generation serves several optimizer

@@ -33,7 +33,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """`grpo_loss` from log-probabilities, which `selective_logps` and `linear_logps` compute.
+    """Compute `grpo_loss` from log-probabilities, such as those of `selective_logps` and `linear_logps`.
 
     Use it to compute something between the log-probabilities and the loss, such as token weights that
     depend on the policy's entropies.
@@ -73,7 +73,7 @@ def policy_loss(
     loss = BatchLoss(spec, inputs, batch.sequences)
 
     def per_token(name: str, x: Tensor) -> Tensor:
-        """Flattened and with its graph, unlike those of `Batch.per_token`."""
+        """Check `x` and flatten it. Unlike `Batch.per_token`, it keeps the graph."""
         if tuple(check_tensor(name, x).shape) != batch.shape:
             raise ValueError(
                 f"{name} must have shape {batch.shape}, as logps, got {tuple(x.shape)}"

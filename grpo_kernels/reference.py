@@ -2,7 +2,7 @@
 
 It serves tests, benchmarks and docs. It is slow and needs much memory on purpose: it computes the full
 `log_softmax`, loops over sequences and takes derivatives with autograd. It shares no code with the rest of
-the package. All it reads are the fields of a `LossSpec`.
+the package. It reads only the fields of a `LossSpec`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels import LossSpec, Reinforce, heads, linear_grpo_loss, linear_logps
+from grpo_kernels import LossSpec, Reinforce, linear_grpo_loss, linear_logps
+from grpo_kernels.linear import config
 from grpo_kernels.testing import relative_error
 
 SPEC = LossSpec(Reinforce(), aggregation="token-sum")
@@ -95,7 +96,7 @@ def main() -> None:
     parser.add_argument("--V", type=int, default=32000)
     args = parser.parse_args()
     torch.set_default_device(args.device)
-    heads.multiplies_mixed = lambda device: True
+    config.multiplies_mixed = lambda device: True
     sizes, named = {"H": args.H, "V": args.V}, f"H={args.H}, V={args.V}"
     print(f"| log-probabilities, {named} | max error | mean error |\n|---|---:|---:|")
     for name, (largest, mean) in logp_errors(**sizes).items():

@@ -1,1 +1,1 @@
-"""Checks of what a caller gives: names, numbers, tensors. Imports torch only."""
+"""Checks of arguments: names, numbers, tensors, and tensor values in debug mode. They import only torch."""

@@ -1,4 +1,4 @@
-"""The names that string options take. Each list is written once, as a type that run-time checks read."""
+"""Allowed values of string options. Each list is written once, as a `Literal` that run-time checks read."""
 
 from __future__ import annotations
 

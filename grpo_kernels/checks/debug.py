@@ -1,4 +1,4 @@
-"""Checks of values under GRPO_KERNELS_DEBUG=1. An error names what would later be NaN. Each check syncs."""
+"""Checks of tensor values under GRPO_KERNELS_DEBUG=1. An error shows the bad value. Each check syncs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def enabled() -> bool:
 def check_ids(name: str, ids: Tensor, unmasked: Tensor, vocab_size: int | None) -> None:
     """Raise ValueError at the first unmasked id outside the vocabulary."""
     assert vocab_size is not None
-    at = first(unmasked & ((ids < 0) | (ids >= vocab_size)))
+    at = first_true(unmasked & ((ids < 0) | (ids >= vocab_size)))
     if at is not None:
         raise ValueError(f"{name}{list(at)} is {int(ids[at])}, outside [0, {vocab_size})")
 
@@ -34,8 +34,8 @@ def check_mask(name: str, unmasked: Tensor) -> None:
 
 
 def check_mask_values(name: str, mask: Tensor) -> None:
-    """Raise ValueError at the first value of a float mask that is neither 0 nor 1, which would count as 1."""
-    at = first((mask != 0) & (mask != 1)) if mask.is_floating_point() else None
+    """Raise ValueError at the first value of a float mask other than 0 and 1, because it would count as 1."""
+    at = first_true((mask != 0) & (mask != 1)) if mask.is_floating_point() else None
     if at is not None:
         raise ValueError(f"{name}{list(at)} is {float(mask[at])}, but a mask holds only 0 and 1")
 
@@ -49,11 +49,11 @@ def check_numbers(name: str, x: Tensor, unmasked: Tensor) -> None:
     """
     if x.dim() > unmasked.dim():
         unmasked = unmasked.unsqueeze(-1)
-    at = first(unusable(name, x) & unmasked)
+    at = first_true(unusable(name, x) & unmasked)
     if at is not None:
         raise ValueError(f"{name}{list(at)} is {float(x[at])}, and not masked")
     if name == "temperature":
-        at = first((x <= 0) & unmasked)
+        at = first_true((x <= 0) & unmasked)
         if at is not None:
             raise ValueError(f"{name}{list(at)} must be > 0, got {float(x[at])}")
 
@@ -63,26 +63,26 @@ def check_head(name: str, x: Tensor) -> None:
 
     A bias of -inf is allowed, because it excludes a vocabulary entry as a logit of -inf does.
     """
-    at = first(unusable(name, x))
+    at = first_true(unusable(name, x))
     if at is not None:
         raise ValueError(f"{name}{list(at)} is {float(x[at])}")
 
 
 def check_scalar(name: str, x: Tensor) -> None:
     """Raise ValueError if a 0-dim tensor is negative or not finite."""
-    at = first((x < 0) | ~x.isfinite())
+    at = first_true((x < 0) | ~x.isfinite())
     if at is not None:
         raise ValueError(f"{name} must be finite and >= 0, got {float(x)}")
 
 
 def unusable(name: str, x: Tensor) -> Tensor:
-    """Which values are wrong whatever else holds: see `check_numbers` and `check_head`."""
+    """Return which values are never allowed. `check_numbers` and `check_head` document the rules."""
     if name.endswith(("logits", "logps", "bias")):
         return x.isnan() | (x == torch.inf)
     return ~x.isfinite()
 
 
-def first(wrong: Tensor) -> tuple[int, ...] | None:
-    """The position of the first True; None for a tensor without data."""
+def first_true(wrong: Tensor) -> tuple[int, ...] | None:
+    """Return the position of the first True; None if there is none or the tensor has no data."""
     # Syncs with the device, under GRPO_KERNELS_DEBUG only: an error has to be raised here.
     return tuple(wrong.nonzero()[0].tolist()) if has_data(wrong) and bool(wrong.any()) else None

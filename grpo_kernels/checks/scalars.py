@@ -43,8 +43,8 @@ def plain_number(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else None
 
 
-def shown(value: Any) -> str:
-    """The `repr` of a value for a message. A tensor is described, because reading it could sync."""
+def describe(value: Any) -> str:
+    """Return `repr(value)`, or shape, dtype and device of a tensor, because reading its values could sync."""
     if not isinstance(value, Tensor):
         return repr(value)
     return f"a tensor of shape {tuple(value.shape)} and {value.dtype} on {value.device}"
@@ -61,7 +61,7 @@ def check_number(
 def check_number(
     name: str, value: Any, *, low: float = 0.0, strict: bool = False, optional: bool = False
 ) -> float | None:
-    """Return `value` as a Python number, or None if that is given and `optional`.
+    """Return `value` as a Python number, or None if it is None and `optional`.
 
     Raises TypeError if it is not a real scalar, ValueError unless it is finite and at least `low` (above
     `low` if `strict`).
@@ -70,8 +70,8 @@ def check_number(
         return None
     number = plain_number(value)
     if number is None:
-        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {shown(value)}")
-    # Comparisons only, which torch.compile can trace on symbolic floats; a NaN fails them.
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {describe(value)}")
+    # torch.compile can trace comparisons of symbolic floats. NaN fails them.
     if not (low <= number < math.inf) or (strict and number == low):
         raise ValueError(f"{name} must be finite and {'>' if strict else '>='} {low:g}, got {number!r}")
     return number
@@ -88,7 +88,7 @@ def check_integer(name: str, value: Any, *, low: int = ..., optional: Literal[Fa
 @overload
 def check_integer(name: str, value: Any, *, low: int = ..., optional: bool) -> int | None: ...
 def check_integer(name: str, value: Any, *, low: int = 1, optional: bool = False) -> int | None:
-    """Return `value` as a Python int, or None if that is given and `optional`.
+    """Return `value` as a Python int, or None if it is None and `optional`.
 
     Raises TypeError if it is not an integer scalar, ValueError if it is below `low`.
     """
@@ -96,7 +96,7 @@ def check_integer(name: str, value: Any, *, low: int = 1, optional: bool = False
         return None
     number = plain_number(value)
     if not isinstance(number, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
     if number < low:
         raise ValueError(f"{name} must be >= {low}, got {number}")
     return number  # type: ignore[return-value]
@@ -126,5 +126,5 @@ def integer_field(config: Any, field: str, **options: Any) -> None:
 
 
 def field_values(config: Any) -> tuple[Any, ...]:
-    """Return the values of a dataclass's fields. torch.compile cannot trace the copies of `astuple`."""
+    """Return the field values of a dataclass. `astuple` would copy them, which torch.compile cannot trace."""
     return tuple(getattr(config, field.name) for field in fields(config))

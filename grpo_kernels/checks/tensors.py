@@ -1,4 +1,4 @@
-"""Checks of tensors, and the few questions about one that every layer asks."""
+"""Checks of tensors, and helpers that every layer uses: dtype, device, tracing, DTensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_tensor(name: str, value: object) -> Tensor:
 
 
 def check_device(name: str, value: Tensor, device: torch.device, source: str) -> None:
-    """Raise ValueError unless `value` is on `device`, which is that of the argument `source`."""
+    """Raise ValueError unless `value` is on `device`, the device of the argument `source`."""
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, {source} on {device}")
 
@@ -29,7 +29,7 @@ def check_dtype(name: str, value: Tensor) -> None:
 
 
 def squeeze_hint(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The end of an error message if the shape is `[1, N]`, that of Hugging Face's padding-free batches."""
+    """Return a hint for an error if the shape is `[1, N]`, as in Hugging Face's padding-free batches."""
     return "; squeeze(0) removes its first dimension" if tuple(shape) == (1, *expected) else ""
 
 
@@ -39,27 +39,27 @@ def arithmetic_dtype(x: Tensor) -> torch.dtype:
 
 
 def has_data(x: Tensor) -> bool:
-    """Whether `x` has values. Fake tensors and those on "meta" have none, and a call computes only shapes.
+    """Return whether `x` has values. Fake and meta tensors have none: calls on them compute only shapes.
 
-    Without data, code must not read values or addresses, try what the device can do, or launch a kernel.
+    Without data, code must not read values or addresses, probe the device, or launch a kernel.
     """
     # A plain tensor is recognised by its type, because `is_fake` takes some microseconds.
     return not (x.is_meta if type(x) in (Tensor, nn.Parameter) else x.is_meta or is_fake(x))
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a call on `x` must use opaque operators only: under `torch.compile`, or if `x` has no data.
+    """Return whether a call on `x` must use only opaque operators: when compiling, or `x` has no data.
 
-    Without data the operators do nothing, and the results have shapes only. A tracer that uses fake tensors
+    Without data the operators do nothing, and the results have only shapes. A tracer that uses fake tensors
     records the operators.
     """
     return torch.compiler.is_compiling() or not has_data(x)
 
 
 def scalar_on(device: torch.device, x: Tensor) -> Tensor:
-    """Return a 0-dim tensor detached, and on `device` if it was on the CPU.
+    """Return a 0-dim tensor detached, moved to `device` if it is on the CPU.
 
-    Operators take a 0-dim CPU tensor as a number, so it gets to a GPU without the sync of a copy.
+    It is added as a number, because a copy from the CPU to a GPU would sync.
     """
     x = x.detach()
     return torch.zeros_like(x, device=device) + x if x.device.type == "cpu" != device.type else x

@@ -1,4 +1,4 @@
-"""Checks the version of a trainer. An integration takes the version it is tested with, and later ones."""
+"""Checks the version of a trainer. An integration accepts its tested version and later ones."""
 
 from __future__ import annotations
 

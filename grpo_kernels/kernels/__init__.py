@@ -1,1 +1,1 @@
-"""The Triton kernels and their launchers. They import torch and triton only, nothing else of the package."""
+"""The Triton kernels and their launchers. They import only torch, triton, and each other."""

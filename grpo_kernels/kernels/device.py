@@ -13,11 +13,11 @@ LOWEST = tl.constexpr(-1e30)
 
 @triton.jit
 def row_pointer(ptr, batch_stride, time_stride, row, T, GROUP: tl.constexpr):
-    """The first element of row b * T + t. `row` is int64: the offsets of a batch exceed 2^31."""
+    """Return the pointer to row b * T + t. `row` is int64, because offsets in a batch can exceed 2^31."""
     ptr += (row // T) * batch_stride + (row % T) * time_stride
     if GROUP > 1:
-        # The launcher checked that every row is aligned. The hint here, instead of specialising on the
-        # strides, keeps one variant for all lengths.
+        # The launcher checked that every row is aligned. This hint replaces a specialisation on the strides,
+        # so all lengths share one variant.
         ptr = tl.multiple_of(ptr, 16)
     return ptr
 
@@ -43,7 +43,7 @@ def tanh(x):
     t = tl.exp2(a * (-2 * LOG2E))
     value = (1 - t) / (1 + t)
     if x.dtype != tl.float64:
-        # 1 - t cancels for small a: the series up to a^9 is exact to fp32 there.
+        # For small a, 1 - t cancels digits, and the series up to a^9 is exact to fp32.
         b = a * a
         series = a * (1 - b * (1 / 3 - b * (2 / 15 - b * (17 / 315 - b * (62 / 2835)))))
         value = tl.where(a < 0.3, series, value)
@@ -52,7 +52,7 @@ def tanh(x):
 
 @triton.jit
 def softcapped(z, scale, softcap, CAPPED: tl.constexpr):
-    """`y` of a raw logit: the softcapped logit, or else the logit itself, and then `k` includes the scale."""
+    """Return `y` of a raw logit, softcapped if CAPPED. Otherwise `y` is the logit, and `k` has the scale."""
     if CAPPED:
         z = softcap * tanh(z * (scale / softcap))
     return z
@@ -63,7 +63,7 @@ def load_block(
     ptr, columns, V, scale, softcap,
     CAPPED: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """`y` of a block of a row. PARTIAL: -inf beyond the vocabulary. EVICTION: policy of the L2 cache."""
+    """Load `y` of a block of a row, -inf beyond the vocabulary if PARTIAL. EVICTION: L2 cache policy."""
     if PARTIAL:
         z = tl.load(ptr + columns, mask=columns < V, other=float("-inf"), eviction_policy=EVICTION)
     else:
@@ -76,19 +76,19 @@ def load_block(
 
 @triton.jit
 def lowest_logit(DTYPE: tl.constexpr):
-    """The lowest finite number. Running maxima start here, because -inf - -inf would be NaN."""
+    """Return the lowest finite number. Running maxima start from it, because -inf - (-inf) is NaN."""
     lowest: tl.constexpr = -1.7976931348623157e308 if DTYPE is tl.float64 else -3.4028234663852886e38
     return tl.full((), lowest, DTYPE)
 
 
 @triton.jit
 def exponent(y, shift, k):
-    """`k * (y - shift)`. It is exactly 0 at the maximum `shift` of the row, also after compilation.
+    """Compute `k * (y - shift)`, exactly 0 at the row's maximum `shift` even after compilation.
 
     `k * y - k * shift` takes one instruction less, but the compiler contracts it to an FMA, whose result at
     the maximum is the rounding error of `k * shift`: up to 2^9 for a mask of -1e10, which overflows exp2.
-    The product is a `tl.fma` so that it cannot be contracted with what follows: `d - ref_d` of two equal rows
-    is exactly 0.
+    `tl.fma` keeps the product from being contracted with later operations: `d - ref_d` of two equal rows is
+    exactly 0.
     """
     return tl.fma(y - shift, tl.zeros_like(y) + k, tl.zeros_like(y))
 
@@ -97,7 +97,7 @@ def exponent(y, shift, k):
 def logit_factors(
     scale, softcap, temperature_ptr, temperature, row, CAPPED: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """`scale`, `softcap` and `k` in the dtype of the arithmetic: the distribution is softmax(k * y)."""
+    """Return `scale`, `softcap` and `k` in the arithmetic's dtype. The distribution is softmax(k * y)."""
     scale = tl.full((), scale, DTYPE)
     softcap = tl.full((), softcap, DTYPE)
     if temperature_ptr is None:
@@ -113,7 +113,7 @@ def logit_factors(
 
 @triton.jit
 def expm1(x):
-    """`exp(x) - 1` without cancellation: the Taylor series where |x| < 0.5, exact to fp64."""
+    """Compute `exp(x) - 1` without cancellation, by a Taylor series exact to fp64 if |x| < 0.5."""
     r = 1.0 + 0 * x
     for i in tl.static_range(17, 1, -1):
         r = 1.0 + x * r / i

@@ -1,4 +1,4 @@
-"""The gradient of the logits in one pass, given a few coefficients per row."""
+"""The gradient with respect to the logits, in one pass, from a few coefficients per row."""
 
 from typing import TYPE_CHECKING
 
@@ -49,10 +49,10 @@ def gradient_block(
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
+    """Write one block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
 
-    TAKEN: it may hold the taken token. PARTIAL: it may end beyond the vocabulary. Both compare columns, and
-    then `start` is 0. Otherwise `start` is the block's, and `columns` are constants in the machine code.
+    TAKEN: it may contain the taken token. PARTIAL: it may end beyond the vocabulary. Both compare columns of
+    the row, so `start` is 0. Otherwise `start` is the block's, and the machine code has constant `columns`.
     """
     EVICTION: tl.constexpr = "evict_first" if KEPT else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
@@ -102,8 +102,8 @@ def row_gradient(
 ):  # fmt: skip
     """Write one row of the gradient, and zeros from V to WIDTH. `out_ptr` may be `logits_ptr`.
 
-    WHOLE_ROW: there are coefficients other than dlogp. KEPT: the L2 cache was asked to keep the row until
-    now.
+    WHOLE_ROW: there are coefficients other than dlogp. KEPT: this is the last read of a row that
+    the L2 cache was asked to keep.
 
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
@@ -133,11 +133,11 @@ def row_gradient(
             by_ref_p = -slope * dkl_forward / ref_sum_exp
         constant *= slope_p
         by_d = slope_p * (dkl - dentropy) * LN2
-    # -1 for an id outside the vocabulary. int32, because a comparison with int64 would make the columns
-    # int64.
+    # An id outside the vocabulary becomes -1. It is int32, because a comparison with int64 would make the
+    # columns int64.
     target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-    # Computed once. If two branches computed them, LLVM would merge them to values that it does not know to
-    # be constants, and in rows that are not aligned each would take a register.
+    # Computed once. LLVM would merge two copies into values that it does not know to be constants. In rows
+    # that are not aligned, each of these values would take a register.
     offsets = tl.arange(0, BLOCK)
     # The block of the taken token is separate, so that the loop over the others compares no columns.
     full = V // BLOCK * BLOCK
@@ -220,7 +220,7 @@ def dlogits(rows: "Rows", stats: "RowStats", coefficients: "Coefficients", out: 
     """Fill `out` `[B, T, V]`, which may be the logits, with the gradient.
 
     Rows whose coefficients are all zero are not read and get zeros, as does the padding. `rows.ref_logits`
-    is read if there is a `dkl` or a `dkl_forward`, of which at most one is given.
+    are None unless there is a `dkl` or a `dkl_forward`. At most one of these is given.
     """
     transform, constants = rows.transform, transform_constants(rows.transform)
     logits, ref_logits = rows.logits, rows.ref_logits

@@ -29,7 +29,7 @@ from .token_loss import KernelLoss, token_loss
 
 if TYPE_CHECKING:
     from ..tokens.inputs import TokenInputs
-    from ..vocab.rows import LossRows, Rows
+    from ..vocab.rows import FusedOutput, Rows
 
 KEEP = False
 """Whether to ask the L2 cache to keep a row between its two reads. Experiment 4 in docs/tuning.md."""
@@ -79,7 +79,7 @@ def fused_loss_kernel(
     ref_scale, ref_softcap, ref_k = logit_factors(
         ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
     )
-    # Loaded before the reductions below, whose barriers put it before every store to this row.
+    # Loaded before the reductions below. Their barriers order this load before every store to the row.
     z = taken_logit(logits_ptr, target, V, DTYPE)
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
@@ -132,8 +132,8 @@ def fused_loss_kernel(
         )  # fmt: skip
 
 
-def fused_loss(rows: "Rows", loss: KernelLoss, inputs: "TokenInputs", out: "LossRows") -> None:
-    """Fill `out`. Its `dlogits` become the gradient of `sum(value)` and may be the logits."""
+def fused_loss(rows: "Rows", loss: KernelLoss, inputs: "TokenInputs", out: "FusedOutput") -> None:
+    """Fill `out` with statistics, loss, and the gradient of `sum(value)`. `out.dlogits` may be the logits."""
     transform, constants = rows.transform, transform_constants(rows.transform)
     logits, ref_logits, stats = rows.logits, rows.ref_logits, out.stats
     shape = blocking(
@@ -170,7 +170,7 @@ def scale_rows_kernel(
 
 
 def scale_rows(x: Tensor, factor: Tensor) -> None:
-    """`x *= factor`, `x` `[B, T, V]`, `factor` 0-dim fp32. If it is 1, `x` is neither read nor written."""
+    """Compute `x *= factor`: `x` is `[B, T, V]`, `factor` 0-dim fp32. If it is 1, `x` is not touched."""
     shape = blocking(x.shape[2], x)
     with on_device_of(x):
         scale_rows_kernel[(x.shape[0] * x.shape[1],)](

@@ -43,27 +43,27 @@ def kl_estimate(
     RATIO_CORRECTED: tl.constexpr,
     log_ratio_clamp,
 ):
-    """The estimate, and its derivative with respect to `logp`, through the ratio too."""
+    """Return the estimate and its derivative with respect to `logp`, including that through the ratio."""
     x = ref_logp - logp
-    held = bounded(x, -clamp, clamp)
-    value, slope = ESTIMATOR(held)
-    over = tl.abs(value) > output_clamp
-    flat = (tl.abs(x) > clamp) | over
+    clamped = bounded(x, -clamp, clamp)
+    value, slope = ESTIMATOR(clamped)
+    output_clamped = tl.abs(value) > output_clamp
+    no_slope = (tl.abs(x) > clamp) | output_clamped
     if STRAIGHT_THROUGH:
         slope = -x
     else:
-        slope = tl.where(flat, 0.0, slope)
+        slope = tl.where(no_slope, 0.0, slope)
     value = bounded(value, -output_clamp, output_clamp)
     if RATIO_CORRECTED:
         ratio, _ = clamped_ratio(log_ratio, log_ratio_clamp)
         value, slope = ratio * value, ratio * slope
-        still = tl.abs(log_ratio) > log_ratio_clamp
+        ratio_clamped = tl.abs(log_ratio) > log_ratio_clamp
         if ESTIMATOR is k3:
-            # exp(x) may be infinite when the ratio is 0. exp(log_ratio + x) is then a number.
-            grown = tl.exp(bounded(log_ratio, -log_ratio_clamp, log_ratio_clamp) + held)
-            value = tl.where((held > 1) & (over == 0), grown - ratio * (1 + held), value)
-        slope += tl.where(still, 0.0, value)
+            # exp(x) may be infinite while the ratio is 0. exp(log_ratio + x) is finite then.
+            exp_sum = tl.exp(bounded(log_ratio, -log_ratio_clamp, log_ratio_clamp) + clamped)
+            value = tl.where((clamped > 1) & (output_clamped == 0), exp_sum - ratio * (1 + clamped), value)
+        slope += tl.where(ratio_clamped, 0.0, value)
         if ESTIMATOR is k3 and not STRAIGHT_THROUGH:
-            # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x. The difference cancels most digits.
-            slope = tl.where(flat | still, slope, -ratio * held)
+            # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x. Subtracting would cancel digits.
+            slope = tl.where(no_slope | ratio_clamped, slope, -ratio * clamped)
     return value, slope

@@ -1,4 +1,4 @@
-"""What the launchers share: block shapes, strides, compile options, and the tensor's device."""
+"""Helpers of the launchers: block shapes, strides, compile options, and the current device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether TRITON_INTERPRET is set. Triton reads it when a kernel is defined, so it cannot change later."""
 
-# Strides are separate arguments of the kernels. In a tuple with its pointer, Triton (3.7.1) would
-# specialise each stride whatever `do_not_specialize` says, and compile a kernel again for almost every
-# layout.
+# Strides are separate arguments of the kernels. If a stride is in a tuple with its pointer, Triton 3.7.1
+# ignores `do_not_specialize` for it, and would compile a kernel again for almost every layout.
 PER_ROW = (
     *("targets_ptr", "temperature_ptr", "logps_ptr", "shift_ptr", "sum_exp_ptr", "entropy_ptr"),
     *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr", "top1_ptr"),
@@ -27,7 +26,7 @@ PER_ROW = (
     *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
     *("entropy_weights_ptr", "mask_ptr", "known_ptr"),
 )
-"""Pointers of which a program reads one element.
+"""Pointers to one element per row.
 
 Without specialisation on their alignment, every slice of a batch uses the same variant.
 """
@@ -36,10 +35,10 @@ DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class Blocking(NamedTuple):
-    """How a row is divided: BLOCK columns at a time, of which a thread loads GROUP adjacent ones at once.
+    """Division of a row into blocks of BLOCK columns. A thread loads GROUP adjacent columns at once.
 
-    The rest of the row, less than BLOCK columns, is processed TAIL columns at a time. Its elements are
-    predicated one by one, which for a whole BLOCK would need more registers than the rest of the kernel.
+    The rest of the row, less than BLOCK columns, is processed TAIL columns at a time. Its loads are
+    predicated per element. For a whole BLOCK that would need more registers than the rest of the kernel.
     """
 
     BLOCK: int
@@ -56,12 +55,11 @@ def blocking(
     capped: bool = False,
     num_warps: int = 4,
 ) -> Blocking:
-    """The division of rows for a pass over `tensors`, and over the reference's logits if they are given.
+    """Choose the division of rows for a pass over `tensors`, and over `ref_logits` if they are given.
 
-    A block is as large as its registers allow: smaller for two rows at once, with a softcap, in fp64, and
-    for a small vocabulary. GROUP is 1 if rows are not aligned for 16-byte loads. Otherwise it is the number
-    of elements of the narrowest tensor that such a load holds; Triton gives a thread as many adjacent
-    elements of wider ones.
+    A block is as large as the registers allow: smaller for two rows at once, with a softcap, in fp64, and for
+    a small vocabulary. GROUP is 1 if rows are not aligned for 16-byte loads. Otherwise such a load has GROUP
+    elements of the narrowest tensor, and Triton gives a thread as many adjacent elements of wider ones.
     """
     given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
     itemsize = min(tensor.element_size() for tensor in given)
@@ -86,9 +84,9 @@ def rows_aligned(tensor: Tensor) -> bool:
 
 @functools.cache
 def compile_options() -> dict[str, bool]:
-    """Options of every launch. They ask for FMA contraction, whose default differs between Triton's versions.
+    """Return the compile options of every launch: FMA contraction, whose default depends on Triton's version.
 
-    Empty if this Triton does not have the option, because it would reject it. The interpreter drops options.
+    They are empty if this Triton would reject the option. The interpreter ignores options.
     """
     option = "enable_fp_fusion"
     if not INTERPRETED:
@@ -99,17 +97,17 @@ def compile_options() -> dict[str, bool]:
 
 
 def row_strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Batch and time stride."""
+    """Return the batch and time strides, zeros for None."""
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device current, on which Triton launches. Does nothing for a tensor on the CPU."""
+    """Make the tensor's device current, because Triton launches there. Does nothing for a CPU tensor."""
     return torch.cuda.device_of(tensor)
 
 
 def transform_arguments(transform: LogitTransform) -> tuple[float, float, float, float, float]:
-    """`temperature, scale, softcap, ref_scale, ref_softcap` as the kernels take them."""
+    """Return `temperature, scale, softcap, ref_scale, ref_softcap`, with 1 (unused) for a missing softcap."""
     return (
         transform.temperature,
         transform.scale,
@@ -120,5 +118,5 @@ def transform_arguments(transform: LogitTransform) -> tuple[float, float, float,
 
 
 def transform_constants(transform: LogitTransform) -> dict[str, bool]:
-    """Which models have a softcap, as the kernels' constants."""
+    """Return which models have a softcap, as compile-time arguments."""
     return {"CAPPED": transform.softcap is not None, "REF_CAPPED": transform.ref_softcap is not None}

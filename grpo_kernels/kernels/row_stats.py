@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
-    """Raise the running maxima `shift` `[THREADS]` of y to those of a block.
+    """Update the running maxima `shift` `[THREADS]` of y with a block.
 
     Returns the new maxima, `delta` (log2 of the factor that earlier sums must be scaled by), and exponents
     `d = k * (y - shift)`, `[BLOCK / (THREADS * GROUP), THREADS, GROUP]`. A block has this shape in registers,
@@ -50,7 +50,7 @@ def fold(y, k, shift, BLOCK: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.cons
 
 @triton.jit
 def shift_delta(shift, new_shift, k):
-    """The exponent of the old maximum relative to the new one; finite, because it multiplies sums of 0."""
+    """Return the exponent of the old maximum relative to the new. It is finite, because it may multiply 0."""
     return tl.maximum(exponent(shift, new_shift, k), LOWEST)
 
 
@@ -61,7 +61,7 @@ def in_thread_sum(x):
 
 @triton.jit
 def rescaled(total, alpha):
-    # The KL of a part may be infinite when its probability is 0. The select avoids 0 * inf.
+    # The KL of a part may be infinite if its probability is 0. `where` avoids 0 * inf.
     return tl.where(alpha > 0, total * alpha, 0.0)
 
 
@@ -73,10 +73,10 @@ def fold_rows(
     PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One block of the policy's and the reference's row: `columns`, counted from `start`.
+    """Add a block of the policy's and the reference's row to the sums: `columns`, counted from `start`.
 
     total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
-    2^d. Each is relative to the running maximum, so if that changes by delta, d changes too.
+    2^d. All are relative to the running maximum. If it changes by delta, so does d.
     """
     BLOCK: tl.constexpr = columns.shape[0]
     EVICTION: tl.constexpr = "evict_last" if KEEP else ""
@@ -113,9 +113,9 @@ def reduce_row(
     BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Scalars of one row: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
+    """Reduce one row to scalars: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
 
-    The distribution is softmax(k * y), and `shift` is the largest y. Scalars that are not asked for are 0.
+    The distribution is softmax(k * y), and `shift` is the largest y. Scalars that were not requested are 0.
     KEEP: ask the L2 cache to keep the policy's row, which will be read again, instead of the reference's.
     """
     k, ref_k = k * LOG2E, ref_k * LOG2E
@@ -167,13 +167,13 @@ def reduce_row(
 
 @triton.jit
 def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
-    """The raw logit of the taken token. NaN for an id outside the vocabulary, which is not dereferenced."""
+    """Load the raw logit of the taken token. NaN for an id outside the vocabulary, which is not read."""
     return tl.load(ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(DTYPE)
 
 
 @triton.jit
 def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
-    """Log-probability in nats. In log2 units the product of a finite logit and log2(e) could overflow."""
+    """Compute the log-probability in nats. In log2 units, a finite logit times log2(e) could overflow."""
     return exponent(softcapped(z, scale, softcap, CAPPED), shift, k) - tl.log(sum_exp)
 
 
@@ -237,7 +237,7 @@ def row_stats_kernel(
 
 
 def row_stats(rows: "Rows", out: "RowStats") -> None:
-    """Fill `out` with the statistics of each row, those that are not None. Masked rows get zeros."""
+    """Fill those fields of `out` that are not None with the statistics of each row. Masked rows get zeros."""
     transform, constants = rows.transform, transform_constants(rows.transform)
     shape = blocking(
         transform.vocab_size, rows.logits, ref_logits=rows.ref_logits, capped=any(constants.values())

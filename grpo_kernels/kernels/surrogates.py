@@ -1,7 +1,7 @@
-"""The surrogates in Triton, under the names in their classes' `kernel`. A test compares the two.
+"""The surrogates in Triton, named by `Surrogate.kernel`. A test compares each with its PyTorch class.
 
-Each takes `(logp, log_ratio, advantage, clamp, params)` and returns the loss, its derivative with respect to
-`logp`, and that with respect to the log-ratio.
+Each takes `(logp, log_ratio, advantage, clamp, params)` and returns the loss and its derivatives with respect
+to `logp` and to the log-ratio.
 """
 
 import triton
@@ -17,7 +17,7 @@ def bounded(x, low, high):
 @triton.jit
 def log_ratio_to(logp, anchor):
     if anchor is None:
-        # 0 also for a logp of -inf. A NaN stays NaN.
+        # The log-ratio is 0 even for a logp of -inf. NaN stays NaN.
         log_ratio = tl.where(logp == logp, 0.0, logp)
     else:
         log_ratio = logp - anchor
@@ -58,10 +58,10 @@ def ppo_clip(logp, log_ratio, advantage, clamp, params):
     value = -tl.where(unclipped > clipped, clipped, unclipped)
     # A tie counts as unclipped. If delta is below the clip range, the minimum can be the clipped term at a
     # ratio inside the range, where that term has a slope.
-    flat = tl.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
+    no_slope = tl.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
     bound = -dual_clip * advantage
     beyond = (advantage < 0) & (value > bound)
-    slope = tl.where(flat | beyond, 0.0, -advantage * dratio)
+    slope = tl.where(no_slope | beyond, 0.0, -advantage * dratio)
     return tl.where(beyond, bound, value), tl.zeros_like(slope), slope
 
 
@@ -85,7 +85,7 @@ def sapo(logp, log_ratio, advantage, clamp, params):
     ratio, dratio = clamped_ratio(log_ratio, clamp)
     tau = tl.where(advantage > 0, tau_pos, tau_neg)
     gate = sigmoid(tau * (ratio - 1))
-    # sigmoid(-x) instead of 1 - sigmoid(x), which has no digits left if the ratio is large.
+    # sigmoid(-x) instead of 1 - sigmoid(x), which loses all digits if the ratio is large.
     steepness = gate * sigmoid(-tau * (ratio - 1))
     # If the steepness is 0, the ratio may be infinite.
     slope = tl.where(steepness == 0, 0.0, -4 * steepness * advantage * dratio)
@@ -95,10 +95,10 @@ def sapo(logp, log_ratio, advantage, clamp, params):
 @triton.jit
 def dro(logp, log_ratio, advantage, clamp, params):
     beta = params[0]
-    held = bounded(log_ratio, -clamp, clamp)
-    slope = tl.where(tl.abs(log_ratio) > clamp, 0.0, beta * held)
+    clamped = bounded(log_ratio, -clamp, clamp)
+    slope = tl.where(tl.abs(log_ratio) > clamp, 0.0, beta * clamped)
     value, by_logp, _ = weighted_logp(logp, -advantage)
-    return beta / 2 * held * held + value, by_logp, slope
+    return beta / 2 * clamped * clamped + value, by_logp, slope
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def dppo_tv(logp, log_ratio, advantage, clamp, params):
 def dppo_kl(logp, log_ratio, advantage, clamp, params):
     low, high, ratio_cap = params
     p, old_p = tl.exp(logp), tl.exp(logp - log_ratio)
-    # A probability may be rounded to more than 1. The select avoids 0 * inf.
+    # A probability may be rounded to more than 1. `where` avoids 0 * inf.
     others, old_others = tl.where(p > 1, 0.0, 1 - p), tl.where(old_p > 1, 0.0, 1 - old_p)
     divergence = old_others * tl.log((old_others + 1e-8) / (others + 1e-8))
     divergence -= tl.where(old_p == 0, 0.0, old_p * log_ratio)
@@ -133,5 +133,5 @@ def within_region(logp, log_ratio, advantage, clamp, ratio_cap, inside):
 
 @triton.jit
 def weighted_logp(logp, weight):
-    # The select avoids 0 * inf for a logp of -inf.
+    # `where` avoids 0 * inf for a logp of -inf.
     return tl.where(weight == 0, 0.0, weight * logp), weight, tl.zeros_like(weight)

@@ -1,4 +1,4 @@
-"""A loss that does not couple tokens, its derivatives and its metrics, many tokens at a time.
+"""Kernels over tokens, for losses that do not couple tokens: loss with derivatives, and metrics.
 
 PyTorch computes the same (tokens/loss.py, tokens/metrics.py) in up to a hundred launches on a few kilobytes
 each.
@@ -26,7 +26,7 @@ METRICS = (
     *("log_ratio", "ratio", "clip_fraction", "clip_fraction_low", "clip_fraction_high"),
     *("kl", "kl_exact", "entropy", "active_fraction"),
 )
-"""What `token_metrics` sums, in the order of the sums. Two counts follow them."""
+"""The metrics in the order in which `token_metrics_kernel` sums them. Two counts follow."""
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def token_loss(
             value *= token_weight
             dlogp *= token_weight
             inactive |= token_weight == 0
-        # A select instead of a product: a zero advantage times an infinite ratio would be NaN.
+        # `where` instead of a product, because a zero advantage times an infinite ratio would be NaN.
         value = tl.where(inactive, 0.0, value * row_weight)
         dlogp = tl.where(inactive, 0.0, dlogp * row_weight)
     dkl, dkl_forward = tl.zeros_like(logp), tl.zeros_like(logp)
@@ -135,7 +135,7 @@ def token_metrics_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     unmasked = tl.load(mask_ptr + i, mask=i < N, other=0) != 0
     known = tl.load(known_ptr + i, mask=i < N, other=0) != 0
-    # One by one, because Triton before 3.7 cannot make a tuple of results that may be None.
+    # Loaded one by one, because Triton before 3.7 cannot build a tuple of values that may be None.
     logp = load_given(logps_ptr, i, known)
     old_logp = load_given(old_logps_ptr, i, known)
     ref_logp = load_given(ref_logps_ptr, i, known)
@@ -154,10 +154,13 @@ def token_metrics_kernel(
             store_sum(sums_ptr + 2, (below | above).to(tl.float32), known)
             store_sum(sums_ptr + 3, below.to(tl.float32), known)
             store_sum(sums_ptr + 4, above.to(tl.float32), known)
+        if CLIP == "log band":
+            below, above = (log_ratio < low) & (advantage < 0), (log_ratio > high) & (advantage > 0)
+            store_sum(sums_ptr + 2, (below | above).to(tl.float32), known)
         if CLIP == "cap":
             store_sum(sums_ptr + 2, ((ratio > high) & (advantage != 0)).to(tl.float32), known)
         if CLIP == "region":
-            # A clamp, because a ratio that underflows to 0 would pass for one outside the region.
+            # The clamp keeps a ratio that underflows to 0 from counting as outside the region.
             _, weight, _ = SURROGATE(logp, log_ratio, advantage, 20.0, surrogate_params)
             store_sum(sums_ptr + 2, ((weight == 0) & (advantage != 0)).to(tl.float32), known)
     if KL_KIND == "sampled":
@@ -185,7 +188,7 @@ def token_metrics_kernel(
 
 
 class KernelLoss(NamedTuple):
-    """A loss that does not couple tokens, as the kernels take it. An absent bound is infinite."""
+    """Arguments of the kernels for a loss that does not couple tokens. A missing bound is infinity."""
 
     surrogate: str | None  # a name in kernels/surrogates.py
     anchor: str | None
@@ -243,9 +246,9 @@ def token_metrics(
     ratio: bool,
     clip: "Clip | None",
 ) -> dict[str, Tensor]:
-    """Means of METRICS, 0-dim, over the tokens that `known` `[N]` bool marks.
+    """Compute the means of METRICS, 0-dim, over the tokens that `known` `[N]` bool marks.
 
-    `ratio`: the loss has a ratio. The values of metrics that do not apply are undefined.
+    `ratio`: whether the loss has a ratio. The values of metrics that do not apply are undefined.
     """
     count = inputs.mask.numel()
     programs = triton.cdiv(count, BLOCK)

@@ -1,1 +1,1 @@
-"""Everything from hidden states: chunks of logits, passes over them, gradients of the LM head."""
+"""Computations from hidden states: chunks of logits, passes over them, gradients of the LM head."""

@@ -17,7 +17,7 @@ from ..tokens.differentiation import apply, first_order, outside_graphs
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import RowStats
 from ..vocab import dispatch
-from ..vocab.rows import LossRows, Rows
+from ..vocab.rows import FusedOutput, Rows
 from ..vocab.want import Want
 from . import passes
 from .chunks import Chunks
@@ -30,7 +30,7 @@ from .rows import LinearRows
 def linear_loss(
     rows: LinearRows, loss: BatchLoss, plan: RowPlan, want: Want
 ) -> tuple[Tensor, Tensor, RowStats]:
-    """A loss that does not couple tokens, computed with its gradient in the forward.
+    """Compute a loss that does not couple tokens, together with its gradient, in the forward.
 
     Returns the value, 0-dim and differentiable, `dlogp` `[N]`, and detached statistics.
     """
@@ -39,7 +39,7 @@ def linear_loss(
 
 
 def differentiable_stats(rows: LinearRows, want: Want) -> RowStats:
-    """Statistics of every row.
+    """Compute the statistics of every row.
 
     Log-probabilities, entropy and exact KL are differentiable with respect to the head.
     """
@@ -74,7 +74,7 @@ class LinearLossFunction(torch.autograd.Function):
         chunks = Chunks(rows, plan, shard)
         for chunk in chunks(0, plan.active):
             place = chunk.place
-            chunk_out = LossRows(chunk.dlogits, value[place], dlogp[place], stats.rows(place))
+            chunk_out = FusedOutput(chunk.dlogits, value[place], dlogp[place], stats.rows(place))
             chunk_loss(chunk.rows, BatchLoss(loss.spec, inputs.rows(place)), chunk_out, want)
             sums.add(chunk)
         sums.finish()
@@ -105,8 +105,8 @@ class LinearLossFunction(torch.autograd.Function):
         return *found, *(None,) * 5
 
 
-def chunk_loss(rows: Rows, loss: BatchLoss, out: LossRows, want: Want) -> None:
-    """Fill the outputs of a chunk."""
+def chunk_loss(rows: Rows, loss: BatchLoss, out: FusedOutput, want: Want) -> None:
+    """Compute statistics, loss and gradient of a chunk into `out`."""
     if want.shard is None:
         dispatch.fused_loss(rows, loss, out)
         return
@@ -154,7 +154,7 @@ class LinearRowStatsFunction(torch.autograd.Function):
         coefficients = want.coefficients(grads)
         if coefficients is None:
             return (None,) * 6
-        # Read once, because checkpoints and offloading hooks fetch all of them each time.
+        # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
         hidden, weight, bias, *saved = ctx.saved_tensors
         head, ref = Head(hidden, weight, bias), None if saved[0] is None else Head(*saved[:3])
         rows = LinearRows(head, ref, *saved[3:5], *ctx.settings)

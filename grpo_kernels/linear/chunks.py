@@ -19,12 +19,12 @@ logger = logging.getLogger("grpo_kernels")
 
 Index: TypeAlias = Tensor | slice
 
-# Memory for the buffers of a chunk. On a CPU little compared to what training holds, but enough for efficient
-# products. Elsewhere a share of the free memory, up to a length beyond which longer chunks gain little: each
-# chunk reads and writes the fp32 gradient of the weight once.
+# Memory for the buffers of a chunk. On a CPU it is small compared to that of training, but large enough for
+# efficient products. On other devices it is a share of the free memory. Each chunk reads and writes the fp32
+# gradient of the weight once, but chunks longer than CHUNK_TOKENS gain little.
 CPU_CHUNK_BYTES = 1 << 26
 MEMORY_SHARE, CHUNK_TOKENS = 0.25, 8192
-ASSUMED_MEMORY = 16 << 30  # if the device does not tell
+ASSUMED_MEMORY = 16 << 30  # if the device does not report it
 
 
 class Chunk(NamedTuple):
@@ -38,25 +38,25 @@ class Chunk(NamedTuple):
 
 
 class Chunks:
-    """The rows of a plan, a chunk at a time.
+    """Iterates over the rows of a plan, one chunk at a time.
 
     Create it after the other allocations of a call, because it takes a share of the memory that is still
     free.
     """
 
     def __init__(self, rows: LinearRows, plan: RowPlan, shard: VocabShard | None = None) -> None:
-        """`rows` have been cast. If there is a `shard`, all ranks use chunks of one length."""
+        """`rows` are the result of `LinearRows.cast`. With a `shard`, all ranks use the same chunk length."""
         self.rows, self.plan = rows, plan
         self.targets, self.temperatures = plan.take(rows.targets), plan.take(rows.temperatures)
         config, weight = rows.config, rows.head.weight
-        # The products of the backward need operands of one dtype.
+        # The matrix products of the gradient need operands of one dtype.
         in_place = plan.active == 0 or config.logits_dtype == config.dtype
         dtypes = [config.logits_dtype, *([] if in_place else [config.dtype])]
         dtypes += [] if rows.ref is None else [config.ref_logits_dtype]
         bytes_per_token = padded(weight.shape[0]) * sum(dtype.itemsize for dtype in dtypes)
         self.size = config.chunk_tokens or choose_chunk_tokens(plan.running, bytes_per_token, weight.device)
         if shard is not None and config.chunk_tokens is None:
-            self.size = shard.minimum(self.size, weight.device)
+            self.size = shard.min_over_ranks(self.size, weight.device)
         self.size = max(1, min(self.size, plan.running))
         logger.debug(
             "linear form: %d of %d tokens run, %d with a gradient, in chunks of %d: %.0f MiB",
@@ -67,13 +67,13 @@ class Chunks:
         self.ref_logits = None if rows.ref is None else self.buffer(config.ref_logits_dtype)
 
     def buffer(self, dtype: torch.dtype) -> Tensor:
-        """`[size, V]`, with each row aligned for 16-byte loads."""
+        """Allocate `[size, V]`, with each row aligned for 16-byte loads."""
         weight = self.rows.head.weight
         vocab = weight.shape[0]
         return torch.empty(self.size, padded(vocab), dtype=dtype, device=weight.device)[:, :vocab]
 
     def __call__(self, start: int, stop: int) -> Iterator[Chunk]:
-        """The chunks of the rows from `start` to `stop` in the order of the plan."""
+        """Yield the chunks of the rows from `start` to `stop` in the order of the plan."""
         for begin in range(start, stop, self.size):
             place = slice(begin, min(begin + self.size, stop))
             n = place.stop - begin
@@ -97,25 +97,25 @@ class Chunks:
 
 
 def padded(vocab: int) -> int:
-    """The length of a row that keeps the next row aligned for 16-byte loads, in any dtype."""
+    """Return the length of a row that keeps the next row aligned for 16-byte loads, in any dtype."""
     return math.ceil(vocab / 8) * 8
 
 
 def choose_chunk_tokens(count: int, bytes_per_token: int, device: torch.device) -> int:
-    """The number of tokens per chunk that divides `count` tokens as evenly as possible."""
+    """Return the number of tokens per chunk: `count` tokens, divided as evenly as the memory allows."""
     bytes_per_token = max(1, bytes_per_token)  # 0 in an empty part of a vocabulary that is split over ranks
     if device.type == "cpu":
         longest, multiple = CPU_CHUNK_BYTES // bytes_per_token, 1
     else:
         longest, multiple = int(MEMORY_SHARE * free_memory(device)) // bytes_per_token, 128
-    # A power of two, so that a little more free memory does not change the order of a gradient's sums.
+    # Rounded down to a power of two, so that a small change of free memory does not change the order of sums.
     longest = 1 << max(multiple, min(longest, CHUNK_TOKENS)).bit_length() - 1
     chunks = max(1, math.ceil(count / longest))
     return math.ceil(count / chunks / multiple) * multiple
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated, including those that PyTorch's allocator holds for reuse."""
+    """Return the bytes that can be allocated, including those that PyTorch's allocator keeps for reuse."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return ASSUMED_MEMORY
     free, _ = torch.cuda.mem_get_info(device)

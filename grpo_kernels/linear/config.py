@@ -19,7 +19,7 @@ class LinearConfig:
     Attributes:
         dtype, ref_dtype: of the operands of all matrix products, of policy and reference.
         logits_dtype, ref_logits_dtype: of a chunk of logits.
-        chunk_tokens: None to choose it.
+        chunk_tokens: tokens per chunk. None: `Chunks` chooses it.
         compact: order the rows, and leave out those that are not needed.
     """
 
@@ -40,7 +40,7 @@ def linear_config(
     compact: bool,
     skip_inactive: bool = False,
 ) -> LinearConfig:
-    """Check the options of the linear form. They are those of `linear_grpo_loss`."""
+    """Check the options that `linear_grpo_loss` documents, and return them as a LinearConfig."""
     if logits_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"logits_dtype must be torch.float32 or torch.bfloat16, got {logits_dtype}")
     if logits_dtype == torch.bfloat16 != product_dtype(hidden):
@@ -49,7 +49,7 @@ def linear_config(
     check_flag("compact", compact)
     check_flag("skip_inactive", skip_inactive)
     if skip_inactive and not compact:
-        raise ValueError("skip_inactive=True needs compact=True, which counts the rows that are left out")
+        raise ValueError("skip_inactive=True needs compact=True, because only compact leaves out rows")
     ref_hidden = hidden if ref is None else ref.hidden
     return LinearConfig(
         *held_dtypes(hidden, logits_dtype),
@@ -60,7 +60,7 @@ def linear_config(
 
 
 def held_dtypes(hidden: Tensor, logits_dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the operands and of the logits.
+    """Return the dtypes of the operands and of the logits.
 
     If 16-bit operands cannot be multiplied into fp32, they are cast to fp32 once.
     """

@@ -14,7 +14,7 @@ from .products import product
 
 
 class HeadGradients(NamedTuple):
-    """The gradients of a head, fp32 (fp64). None if they are not needed."""
+    """The gradients of a head, in fp32 (fp64 for fp64). None if they are not needed."""
 
     dhidden: Tensor | None = None  # [N, H]
     dweight: Tensor | None = None  # [V, H]
@@ -35,17 +35,17 @@ class GradientSums:
     """Accumulates the gradients of hidden states, weight and bias over chunks."""
 
     def __init__(self, head: Head, out: HeadGradients, selected: Tensor | None) -> None:
-        """`out` is filled. `selected` `[N]` bool: the rows with a gradient, if chunks may have others."""
+        """`out` is filled. `selected` `[N]` bool marks the rows with a gradient if chunks may have others."""
         self.head, self.out, self.selected = head, out, selected
         self.started = False
 
     def finish(self) -> None:
-        """Write the zeros of a pass without chunks."""
+        """Write zeros if there was no chunk."""
         if not self.started:
             self.start(0)
 
     def start(self, vocab: int) -> None:
-        """Write zeros where the first chunk does not write: of the weight, only into the padding."""
+        """Write zeros where the first chunk does not write. For the weight this is only the padding."""
         dhidden, dweight, dbias = self.out
         for part in (dhidden, None if dweight is None else dweight[vocab:], dbias):
             if part is not None:

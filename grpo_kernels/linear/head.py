@@ -20,7 +20,7 @@ class Head(NamedTuple):
     bias: Tensor | None = None  # [V]
 
     def to(self, dtype: torch.dtype, vocab_size: int) -> Head:
-        """In the dtype of the matrix products, without the vocabulary's padding."""
+        """Return the head in the dtype of the matrix products, without the vocabulary's padding."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         return Head(self.hidden.to(dtype), self.weight[:vocab_size].to(dtype), bias)
 
@@ -42,16 +42,16 @@ def check_head(
     prefix: str = "",
     shard: VocabShard | None = None,
 ) -> Head:
-    """Return hidden states, weight and bias as a Head, or raise an error.
+    """Check hidden states, weight and bias, and return them as a Head.
 
-    `hidden` is `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`. `prefix` starts all names.
+    `hidden` is `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`. `prefix` is that of all names.
     """
     plain = gathered if shard is None else local_part
     names = [prefix + name for name in ("hidden", "lm_head_weight", "lm_head_bias")]
     check_tensor(names[0], hidden)
     if is_dtensor(hidden):
         raise ValueError(
-            f"{names[0]} is a DTensor: each rank gives its own tokens, to_local() or full_tensor()"
+            f"{names[0]} is a DTensor: pass this rank's own tokens, by to_local() or full_tensor()"
         )
     check_dtype(names[0], hidden)
     if hidden.dim() not in (2, 3):
@@ -59,7 +59,7 @@ def check_head(
     weight = plain(check_tensor(names[1], weight))
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{names[1]} must be [V, H], H as {names[0]} {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+            f"{names[1]} must be [V, H] with H of {names[0]} {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
     if bias is not None:
         bias = plain(check_tensor(names[2], bias))
@@ -75,7 +75,7 @@ def check_head(
                 raise ValueError(f"{name} is {x.dtype}, {names[0]} {hidden.dtype}: fp64 goes with fp64 only")
     if weight.dtype != hidden.dtype and not autocasts(hidden):
         raise ValueError(
-            f"{names[1]} is {weight.dtype}, {names[0]} {hidden.dtype}: without autocast they must be alike"
+            f"{names[1]} is {weight.dtype}, {names[0]} {hidden.dtype}: without autocast they must be equal"
         )
     return Head(hidden.flatten(0, -2), weight, bias)
 
@@ -90,10 +90,10 @@ def check_ref_head(
     padded: bool,
     shard: VocabShard | None = None,
 ) -> Head | None:
-    """Return the reference's head, detached, None if it is not given, or raise an error.
+    """Check the reference's head and return it detached, or None if it is not given.
 
-    `policy` are the policy's hidden states. `width` rows of the weight are the vocabulary. If `padded`, the
-    caller gave `vocab_size`, and the numbers of rows may differ.
+    `policy` is the policy's hidden states. The vocabulary has `width` rows. `padded` means that the caller
+    gave `vocab_size`, so the numbers of rows may differ.
     """
     if hidden is None or weight is None:
         for name, given, other, wanted in (
@@ -125,10 +125,10 @@ def check_ref_head(
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Return the whole of a DTensor, and any other tensor unchanged.
+    """Return the full tensor of a DTensor, and any other tensor unchanged.
 
-    FSDP2 and tensor parallelism shard weights as DTensors. Each rank's gradient is that of its own batch,
-    and the shards get the mean over ranks, as from FSDP2 itself.
+    FSDP2 and tensor parallelism shard weights as DTensors. Each rank computes the gradient of its own batch,
+    and the shards get the mean over ranks, as with FSDP2.
     """
     if not is_dtensor(x):
         return x

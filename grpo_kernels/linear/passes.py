@@ -29,8 +29,8 @@ def row_stats(rows: LinearRows, out: RowStats) -> None:
     if not traced(rows.targets):
         fill_row_stats(rows, out)
         return
-    names, tensors = dispatch.present(out)
-    torch.ops.grpo_kernels.linear_row_stats(tensors, names, *flat(rows))
+    names, tensors = dispatch.pack_fields(out)
+    torch.ops.grpo_kernels.linear_row_stats(tensors, names, *flatten_rows(rows))
 
 
 def gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out: HeadGradients) -> None:
@@ -38,9 +38,9 @@ def gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out
     if not traced(rows.targets):
         fill_gradients(rows, stats, coefficients, out)
         return
-    out_names, tensors = dispatch.present(out)
-    names, known = dispatch.present(stats, coefficients)
-    torch.ops.grpo_kernels.linear_gradients(tensors, out_names, known, names, *flat(rows))
+    out_names, tensors = dispatch.pack_fields(out)
+    names, known = dispatch.pack_fields(stats, coefficients)
+    torch.ops.grpo_kernels.linear_gradients(tensors, out_names, known, names, *flatten_rows(rows))
 
 
 def fill_row_stats(rows: LinearRows, out: RowStats) -> None:
@@ -68,11 +68,11 @@ def fill_gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients
     sums.finish()
 
 
-# --- The operators, which take flat lists: made and unmade here. ---
+# --- Custom operators. They take flat lists, which these functions pack and unpack. ---
 
 
-def flat(rows: LinearRows) -> tuple[object, ...]:
-    """Rows as the last arguments of an operator."""
+def flatten_rows(rows: LinearRows) -> tuple[object, ...]:
+    """Return the rows as the last arguments of a custom operator."""
     heads = [*rows.head, *(rows.ref or (None, None, None))]
     transform = rows.transform
     return (
@@ -90,7 +90,7 @@ def unflatten(
     backend: str,
     config: LinearConfig,
 ) -> LinearRows:
-    """The rows whose `flat` list is given."""
+    """Rebuild the rows from the result of `flatten_rows`."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
     assert hidden is not None and weight is not None
     ref = None
@@ -118,7 +118,7 @@ def row_stats_operator(
 ) -> None:
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
     rows = unflatten(heads, targets, temperatures, vocab_size, numbers, backend, config)
-    fill_row_stats(rows, dispatch.named(names, out)[0])
+    fill_row_stats(rows, dispatch.unpack_fields(names, out)[0])
 
 
 def gradients_operator(
@@ -142,7 +142,7 @@ def gradients_operator(
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
     rows = unflatten(heads, targets, temperatures, vocab_size, numbers, backend, config)
     head_gradients = HeadGradients(**dict(zip(out_names.split(), out, strict=True)))
-    fill_gradients(rows, *dispatch.named(names, known), head_gradients)
+    fill_gradients(rows, *dispatch.unpack_fields(names, known), head_gradients)
 
 
 torch.library.custom_op("grpo_kernels::linear_row_stats", row_stats_operator, mutates_args=("out",))

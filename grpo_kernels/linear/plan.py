@@ -15,18 +15,18 @@ class RowPlan(NamedTuple):
     running: int  # rows that are run
     active: int  # of these, rows that have a gradient
     order: Tensor | None = None  # [running] int64; None: all rows in their own order
-    selected: Tensor | None = None  # [total] bool, the rows with a gradient, if they were not counted
+    selected: Tensor | None = None  # [total] bool: rows with a gradient, if `active` does not count them
 
     @classmethod
     def of(cls, needed: Tensor, active: Tensor, *, compact: bool) -> RowPlan:
-        """The plan for the rows that are `needed`, `[N]` bool. Those that are `active` have a gradient.
+        """Plan which rows to run: those `needed`, `[N]` bool. Those that are `active` have a gradient.
 
-        Unless `compact`, all rows are run as if they had one.
+        Unless `compact`, all rows are run as if they had a gradient.
         """
         total = needed.numel()
         if not compact:
             return cls(total, total, total, selected=active)
-        # The only sync of a pass: how many rows to multiply. compact=False avoids it.
+        # The only sync of a pass reads how many rows to multiply. compact=False avoids it.
         with_gradient, running = torch.stack([active.sum(), needed.sum()]).tolist()
         if running == total and with_gradient in (0, total):
             return cls(total, running, with_gradient)
@@ -40,7 +40,7 @@ class RowPlan(NamedTuple):
         return x[self.order] if isinstance(x, Tensor) else x.rows(self.order)
 
     def empty_like(self, x: Tensor) -> Tensor:
-        """A tensor `[running]` to fill in the plan's order. `x` `[N]` itself if the order is the same."""
+        """Return a tensor `[running]` to fill in the plan's order, `x` `[N]` itself if `order` is None."""
         return x if self.order is None else x.new_empty(self.running)
 
     def restore(self, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrix products that are not rounded below fp32."""
+"""Matrix products whose result may have a wider dtype than the operands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("grpo_kernels")
 
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
-    """`out = a @ b`, or `out += a @ b`. Sums are in the dtype of `out`, whatever that of the operands."""
+    """Compute `out = a @ b`, or `out += a @ b`, with sums in the dtype of `out`, not of the operands."""
     options: dict[str, Any] = {}
     if a.dtype != out.dtype:
         if multiplies_mixed(a):
@@ -28,7 +28,7 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
 
 
 def multiplies_mixed(x: Tensor) -> bool:
-    """Whether the device of `x` multiplies 16-bit operands into fp32. Without data no device is tried."""
+    """Return whether the device of `x` multiplies 16-bit operands into fp32. False if `x` has no data."""
     return x.device.type != "cpu" and has_data(x) and device_multiplies_mixed(x.device)
 
 
@@ -47,7 +47,7 @@ def device_multiplies_mixed(device: torch.device) -> bool:
 def autocasts(x: Tensor) -> bool:
     """Whether autocast applies to `x`."""
     kind = x.device.type
-    # Autocast does not know "meta". Dynamo before torch 2.9 cannot trace the question whether it does.
+    # Autocast does not support "meta". Before torch 2.9, Dynamo cannot trace a check for support.
     return x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)
 
 

@@ -1,4 +1,4 @@
-"""What a pass from hidden states reads."""
+"""Input of a pass from hidden states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .head import Head
 
 
 class LinearRows(NamedTuple):
-    """The rows of a pass, whose logits are computed from hidden states. `N` rows."""
+    """Input of a pass: `N` rows, whose logits are computed from hidden states."""
 
     head: Head
     ref: Head | None
@@ -37,7 +37,7 @@ class LinearRows(NamedTuple):
         return self._replace(head=self.head.detach())
 
     def cast(self) -> LinearRows:
-        """With both heads in the dtype of the products and without the vocabulary's padding."""
+        """Return the rows with both heads in the dtype of the products, without the vocabulary's padding."""
         size, ref = self.transform.vocab_size, self.ref
         return self._replace(
             head=self.head.to(self.config.dtype, size),

@@ -1,4 +1,4 @@
-"""What to compute: LossSpec and presets, KL, and the surrogates with their formulas."""
+"""Descriptions of losses: LossSpec and presets, KL, and the surrogates with their formulas."""
 
 from .kl import KL
 from .logit_transform import LogitTransform

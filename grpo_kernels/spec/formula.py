@@ -1,8 +1,7 @@
-"""What the formulas of surrogates and KL estimates share. Elementwise PyTorch on tensors `[N]`, in nats.
+"""Helpers shared by the formulas of surrogates and KL estimates: elementwise PyTorch on `[N]`, in nats.
 
-Every formula states its derivative explicitly, because autograd would decide two things wrongly: which
-branch a tie takes, and that an inactive token has a gradient of exactly zero, where autograd would compute
-0 * inf.
+Every formula states its derivative explicitly, because autograd would be wrong in two cases. At a tie it may
+take the other branch. For an inactive token it would compute 0 * inf, although the gradient is exactly 0.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 
 class TokenLoss(NamedTuple):
-    """The loss of each token and its derivatives, `[N]` each. None is zero.
+    """The loss of each token and its derivatives, `[N]` each. None stands for zero.
 
     At token level the log-ratio is the token's own, so its derivative adds to that of the log-probability. At
     the other levels the log-ratio is the sequence's.
@@ -27,40 +26,40 @@ class TokenLoss(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """What a surrogate is computed from, `[N]` each."""
+    """Inputs of a surrogate's formula, `[N]` each."""
 
     log_ratio: Tensor
     advantages: Tensor
     token_weights: Tensor | None
     dlog_ratio: Tensor | None = None
-    """If the log-ratio is the sequence's, its derivative with respect to the token's own. Else None."""
+    """If the log-ratio is the sequence's, its derivative with respect to the token's own; otherwise None."""
 
 
 def log_ratio_to(logp: Tensor, anchor: Tensor | None) -> Tensor:
-    """`logp - anchor`. Without an anchor 0, also for a `logp` of -inf; a NaN stays NaN."""
+    """Return `logp - anchor`, or 0 without an anchor, even for a `logp` of -inf. NaN stays NaN."""
     return torch.where(logp.isnan(), logp, 0.0) if anchor is None else logp - anchor
 
 
 def clamped_ratio(log_ratio: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
-    """`exp` of the log-ratio clamped to ±`clamp`, and its derivative with respect to the log-ratio."""
+    """Return `exp` of the clamped log-ratio, and its derivative with respect to the log-ratio."""
     ratio = torch.exp(log_ratio.clamp(-clamp, clamp))
     return ratio, torch.where(log_ratio.abs() > clamp, 0.0, ratio)
 
 
 def weighted_logp(logp: Tensor, weight: Tensor) -> TokenLoss:
-    """`weight * logp`, the weight held constant. 0 if the weight is 0, also for a `logp` of -inf."""
+    """Return `weight * logp` for a constant weight. It is 0 if the weight is 0, even for a `logp` of -inf."""
     return TokenLoss(torch.where(weight == 0, 0.0, weight * logp), weight, None)
 
 
 def select(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:
-    """`torch.where` of two numbers, in the dtype of `like`. `torch.where` itself would return fp32."""
+    """Choose between two numbers, as `torch.where` does, but in the dtype of `like` instead of fp32."""
     return torch.full_like(like, no).masked_fill(condition, yes)
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """As `torch.sigmoid`, but with bits that depend on `x` alone.
+    """Compute `torch.sigmoid(x)` with bits that depend only on the entry, not on its position.
 
-    On a CPU `torch.sigmoid` computes the last few entries of a tensor with another `exp` than the rest, so a
+    On a CPU `torch.sigmoid` computes the last few entries of a tensor with a different `exp`, so a
     token's gradient would depend on its position in the batch.
     """
     # The exponential of a negative number cannot overflow.
@@ -69,5 +68,5 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def unbounded(bound: float | None) -> float:
-    """A bound as a float: None is infinity."""
+    """Return a bound as a float, infinity for None."""
     return math.inf if bound is None else float(bound)

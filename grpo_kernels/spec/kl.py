@@ -1,4 +1,4 @@
-"""The KL penalty: its settings, and the estimates of it from the log-probability of the taken token."""
+"""The KL penalty: its settings, and its estimates from the log-probabilities of the taken tokens."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class KL:
         kind: "k1" `-x`, "abs" `|x|`, "k2" `x^2 / 2`, "k3" `exp(x) - x - 1` (Schulman, "Approximating KL
             divergence"), or over the whole vocabulary "exact" `KL(policy || reference)` and "exact_forward"
             `KL(reference || policy)`, which need the reference's logits.
-        beta: weight of the penalty. If it is 0, no reference is read.
-        ratio_corrected: multiply by `exp(logp - old_logp)`, at sequence level by the sequence's ratio, with
-            gradient through both.
+        beta: weight of the penalty. If it is 0, the loss needs no reference.
+        ratio_corrected: multiply the estimate by the ratio `exp(logp - old_logp)`, at sequence level by the
+            sequence's ratio. The gradient flows through both factors.
         straight_through: the value of `kind` with the gradient of "k2".
         clamp, output_clamp: bounds on the absolute value of `x` and of the estimate. Beyond a bound there is
             no gradient.
@@ -74,11 +74,11 @@ class KL:
         estimator = ESTIMATORS[self.kind]
         clamp, output_clamp = unbounded(self.clamp), unbounded(self.output_clamp)
         x = ref_logp - logp
-        held = x.clamp(-clamp, clamp)
-        value, slope = estimator(held)
-        over = value.abs() > output_clamp
-        flat = (x.abs() > clamp) | over
-        slope = -x if self.straight_through else torch.where(flat, 0.0, slope)
+        clamped = x.clamp(-clamp, clamp)
+        value, slope = estimator(clamped)
+        output_clamped = value.abs() > output_clamp
+        no_slope = (x.abs() > clamp) | output_clamped
+        slope = -x if self.straight_through else torch.where(no_slope, 0.0, slope)
         value = value.clamp(-output_clamp, output_clamp)
         if not self.ratio_corrected:
             return TokenLoss(value, slope, None)
@@ -86,20 +86,20 @@ class KL:
         ratio, _ = clamped_ratio(log_ratio, log_ratio_clamp)
         value, slope = ratio * value, ratio * slope
         if estimator is k3:
-            # exp(x) may be infinite when the ratio is 0. exp(log_ratio + x) is then a number.
-            grown = torch.exp(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp) + held)
-            large = (held > 1) & ~over
-            value = torch.where(large, grown - ratio * (1 + held), value)
+            # exp(x) may be infinite while the ratio is 0. exp(log_ratio + x) is finite then.
+            exp_sum = torch.exp(log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp) + clamped)
+            large = (clamped > 1) & ~output_clamped
+            value = torch.where(large, exp_sum - ratio * (1 + clamped), value)
             if not self.straight_through:
-                slope = torch.where(large & ~flat, ratio - grown, slope)
-        still = log_ratio.abs() > log_ratio_clamp
-        dlog_ratio = torch.where(still, 0.0, value)
+                slope = torch.where(large & ~no_slope, ratio - exp_sum, slope)
+        ratio_clamped = log_ratio.abs() > log_ratio_clamp
+        dlog_ratio = torch.where(ratio_clamped, 0.0, value)
         if not own_ratio:
             return TokenLoss(value, slope, dlog_ratio)
         total = slope + dlog_ratio
         if estimator is k3 and not self.straight_through:
-            # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x. The difference cancels most digits.
-            total = torch.where(flat | still, total, -ratio * held)
+            # d(r k3)/dlogp = r (exp(x) - 1 - x) - r (exp(x) - 1) = -r x. Subtracting would cancel digits.
+            total = torch.where(no_slope | ratio_clamped, total, -ratio * clamped)
         return TokenLoss(value, total, None)
 
 

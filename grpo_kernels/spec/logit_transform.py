@@ -1,4 +1,4 @@
-"""From raw logits to the distribution: scale, softcap, temperature, and padding of the vocabulary."""
+"""The transform from raw logits to a distribution: scale, softcap, temperature, vocabulary padding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..checks.scalars import number_field
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """`z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`. Without a softcap `z * scale`.
+    """Maps z to `softcap * tanh(z * scale / softcap) / temperature`, or to `z * scale / temperature`.
 
     Attributes:
-        vocab_size: columns from here on are padding.
+        vocab_size: number of vocabulary entries. Later columns are padding.
         scale, softcap: of the policy.
         ref_scale, ref_softcap: of the reference.
-        temperature: of both; 1 if there is a temperature per token, which is a tensor elsewhere.
+        temperature: of both models. 1 if each token has its own, which `Rows.temperatures` has.
     """
 
     vocab_size: int
@@ -46,7 +46,7 @@ class LogitTransform:
         ref_scale: float | None = None,
         ref_softcap: float | None = None,
     ) -> LogitTransform:
-        """The transform of a call. The reference's scale and softcap default to those of the policy."""
+        """Create the transform of a call. Scale and softcap of the reference default to the policy's."""
         return cls(
             vocab_size,
             scale,
@@ -58,13 +58,13 @@ class LogitTransform:
 
     @property
     def numbers(self) -> list[float]:
-        """The fields after `vocab_size` as floats, for an operator. No softcap is infinity."""
+        """The fields after `vocab_size` as floats, for a custom operator. A missing softcap is infinity."""
         softcap, ref_softcap = (math.inf if x is None else x for x in (self.softcap, self.ref_softcap))
         return [self.scale, softcap, self.ref_scale, ref_softcap, self.temperature]
 
     @classmethod
     def from_numbers(cls, vocab_size: int, numbers: Sequence[float]) -> LogitTransform:
-        """The transform whose `numbers` are given."""
+        """Create the transform from its `numbers`."""
         scale, softcap, ref_scale, ref_softcap, temperature = numbers
         return cls(
             vocab_size,

@@ -1,4 +1,4 @@
-"""What to compute: a frozen description of the loss that checks itself."""
+"""`LossSpec`: a frozen description of a loss, checked when it is created."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .surrogates import PPOClip, Surrogate
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The loss: `aggregate(surrogate + KL) - entropy_coef * mean entropy`.
+    """Description of the loss `aggregate(surrogate + KL) - entropy_coef * mean entropy`.
 
     Attributes:
         surrogate: an instance of a surrogate, None for the KL term alone, or a callable
@@ -36,14 +36,14 @@ class LossSpec:
             `[B, T]`, or `[N]` if packed, None if they were not given, and zero at masked positions. Autograd
             differentiates it.
         kl: a `KL`, or None.
-        level: which ratio a token has. "token": its own. "sequence": that of the sequence's mean log-ratio,
-            with the gradient shared by all its tokens (GSPO, arXiv:2507.18071); for DRO the sum instead of
-            the mean. "sequence-token": the same value, with the gradient of the token's own ratio
+        level: the ratio of a token. "token" is its own ratio. "sequence" is the ratio of the sequence's mean
+            log-ratio (for DRO its sum), and its gradient reaches all tokens of the sequence (GSPO,
+            arXiv:2507.18071). "sequence-token" has the same value, but the gradient of the token's own ratio
             (GSPO-token).
         aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
             (divides by `max_tokens`) or "token-sum".
         max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783), which requires it.
-            The padded width would change the loss from batch to batch.
+            The padded width is not used, because it would change the loss from batch to batch.
         entropy_coef: weight of the entropy bonus.
         log_ratio_clamp: bound on the absolute log-ratio before `exp` (for DRO before the square). Beyond it
             the ratio has no gradient.
@@ -101,7 +101,7 @@ class LossSpec:
 
     @classmethod
     def preset(cls, name: PresetName, **options: Unpack[PresetOptions]) -> LossSpec:
-        """A published loss by name; `options` replace fields of the LossSpec or of its surrogate.
+        """Create a published loss by name. `options` override fields of the LossSpec or of its surrogate.
 
         >>> LossSpec.preset("dapo", eps_high=0.3, kl=KL("k3", beta=0.04)).surrogate.eps_high
         0.3
@@ -111,8 +111,8 @@ class LossSpec:
             options: the fields of LossSpec, and those of the preset's surrogate, such as `eps_low`.
 
         Raises:
-            ValueError: an unknown name, an option that the preset does not have or that a new `surrogate`
-                would discard, a bad value, or no `max_tokens` if the aggregation divides by it.
+            ValueError: the name is unknown; the preset has no such option; a new `surrogate` would discard an
+                option; a value is bad; or `max_tokens` is missing and the aggregation divides by it.
         """
         check_choice("preset", name, PRESET_NAMES)
         preset = PRESETS[name]
@@ -138,12 +138,12 @@ class LossSpec:
 
     @property
     def uses_callable(self) -> bool:
-        """Whether the surrogate is a callable of the user's."""
+        """Whether the surrogate is a user's callable."""
         return self.surrogate is not None and not isinstance(self.surrogate, Surrogate)
 
     @property
     def couples_tokens(self) -> bool:
-        """Whether a token's loss depends on other tokens, so that it needs all statistics first."""
+        """Whether a token's loss depends on other tokens, and so on the statistics of all rows."""
         if self.uses_callable or self.level != "token":
             return True
         return isinstance(self.surrogate, Surrogate) and self.surrogate.couples_tokens
@@ -166,17 +166,17 @@ class LossSpec:
         return self.kl if self.kl is not None and self.kl.beta and self.kl.kind in EXACT_KL else None
 
 
-# The presets that need no option, looked up if a loss is given its spec by name.
+# The presets that need no option. `resolve_spec` looks them up.
 COMPLETE_PRESETS: dict[PresetName, LossSpec] = {
     name: LossSpec.preset(name) for name in PRESET_NAMES if name != "dr_grpo"
 }
 
 
 def resolve_spec(spec: LossSpec | PresetName) -> LossSpec:
-    """Return the LossSpec that is given, directly or as the name of a preset."""
+    """Return `spec`, or the preset that it names."""
     if isinstance(spec, str):
         check_choice("spec", spec, PRESET_NAMES)
-        return COMPLETE_PRESETS.get(spec) or LossSpec.preset(spec)  # whose error names the missing option
+        return COMPLETE_PRESETS.get(spec) or LossSpec.preset(spec)  # its error names the missing option
     if not isinstance(spec, LossSpec):
         raise TypeError(f"spec must be a LossSpec or the name of a preset, got {spec!r}")
     return spec

@@ -1,4 +1,4 @@
-"""Published losses by name: which surrogate, level and aggregation each one is."""
+"""Published losses by name, as a surrogate, a level and an aggregation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PresetOptions(TypedDict, total=False):
 # 5.1).
 GSPO_CLIP = PPOClip(eps_low=3e-4, eps_high=4e-4)
 
-# Fields of a LossSpec instead of a LossSpec, because "dr_grpo" is complete only with `max_tokens`.
+# Each value has fields of a LossSpec. It is not a LossSpec, because "dr_grpo" still needs `max_tokens`.
 PRESETS: dict[PresetName, dict[str, Any]] = {
     "log_ratio": {"surrogate": LogRatio()},
     "importance_ratio": {"surrogate": ImportanceRatio()},

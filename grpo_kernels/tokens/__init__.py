@@ -1,1 +1,1 @@
-"""Everything over tokens `[N]`, without the vocabulary: batch, sequences, loss, derivatives, metrics."""
+"""Computations on tokens `[N]`, without the vocabulary: batch, sequences, loss, derivatives, metrics."""

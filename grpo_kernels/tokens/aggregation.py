@@ -1,4 +1,4 @@
-"""Every aggregation as a weight per token."""
+"""The aggregations, each as a weight per token."""
 
 from __future__ import annotations
 

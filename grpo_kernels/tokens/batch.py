@@ -1,4 +1,4 @@
-"""The tokens of a batch: mask and sequences, and every per-token argument checked and laid out as `[N]`."""
+"""The tokens of a batch: mask and sequences. Checks per-token arguments and flattens them to `[N]`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sequences import Sequences, check_seq_lens, sequences_within
 
 @dataclass(frozen=True)
 class Batch:
-    """The tokens of a batch, without their logits or hidden states. `N` is `B * T` if it is not packed.
+    """The tokens of a batch, without their logits or hidden states. `N` is `B * T` unless it is packed.
 
     Attributes:
         sequences: mask and sequences of the tokens.
@@ -40,7 +40,7 @@ class Batch:
         name: str = "logits",
         mask_name: str = "completion_mask",
     ) -> Batch:
-        """The tokens of `source` `[B, T, ...]` or `[N, ...]`, the argument `name`, which has been checked."""
+        """Create the batch of `source` `[B, T, ...]` or `[N, ...]`, the already checked argument `name`."""
         shape, device = tuple(source.shape[:-1]), source.device
         if seq_lens is not None:
             check_seq_lens(seq_lens, source, name)
@@ -91,14 +91,14 @@ class Batch:
 
         Padding beyond `vocab_size` is not checked. Nothing is checked if all tokens are masked.
         """
-        # The sync is part of GRPO_KERNELS_DEBUG.
+        # `bool` syncs with the device, under GRPO_KERNELS_DEBUG only.
         if debug.enabled() and has_data(self.mask) and bool(self.mask.any()):
             for name, x in parts.items():
                 if x is not None:
                     debug.check_head(name, x.detach()[:vocab_size])
 
     def require_sequences(self, what: str) -> None:
-        """Raise ValueError if it is not known which tokens form a sequence."""
+        """Raise ValueError if the batch is packed and `seq_lens` was not given."""
         if self.num_sequences is None:
             raise ValueError(f"{what} on a packed batch needs seq_lens")
 
@@ -114,9 +114,9 @@ class Batch:
         per_sequence: bool = False,
         masked: float = 0.0,
     ) -> Tensor:
-        """Return `value` as detached `[N]` in the dtype of the arithmetic, and `masked` at masked positions.
+        """Check `value` and return it as `[N]`, detached, in the dtype of the arithmetic.
 
-        `per_sequence` also accepts `[B]`, `[B, 1]` and packed `[S]`.
+        Masked positions get the value `masked`. `per_sequence` also accepts `[B]`, `[B, 1]` and packed `[S]`.
         """
         check_tensor(name, value)
         check_device(name, value, self.device, self.source)
@@ -148,7 +148,7 @@ class Batch:
         return torch.where(self.mask, value.to(self.dtype), masked)
 
     def optional(self, name: str, value: Tensor | None, *, per_sequence: bool = False) -> Tensor | None:
-        """`per_token`, or None if the value is None."""
+        """Return `per_token(...)`, or None if `value` is None."""
         return None if value is None else self.per_token(name, value, per_sequence=per_sequence)
 
     def temperatures(self, temperature: float | Tensor) -> Tensor | None:
@@ -161,7 +161,7 @@ class Batch:
 
 
 def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device, source: str) -> Tensor:
-    """Return whether each token is unmasked, bool of the given shape, or raise an error."""
+    """Check the mask and return it as bool, True for unmasked tokens."""
     check_tensor(name, mask)
     check_device(name, mask, device, source)
     if tuple(mask.shape) != shape:

@@ -1,4 +1,4 @@
-"""Autograd functions that are differentiable once. Every way to a second derivative raises an error."""
+"""Makes autograd functions differentiable only once. Every second derivative raises an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 T = TypeVar("T")
 
 
-def once_differentiable(x: Tensor, *sources: Tensor | None) -> Tensor:
+def not_differentiable(x: Tensor, *sources: Tensor | None) -> Tensor:
     """Return `x` as a function of `sources` whose derivative raises an error."""
     error = torch._C._functions.DelayedError(
         "the losses of grpo_kernels are differentiable once", 1 + len(sources)
@@ -26,8 +26,8 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
 
     `torch.autograd.function.once_differentiable` does so only if the incoming gradient requires grad. The
     gradient of a loss does not, so a penalty on the gradient would silently drop out. The engine also skips
-    nodes that lead to none of the inputs it was asked for. So the gradient depends on the origin of the
-    forward's inputs (see `apply`) and on the incoming gradients.
+    nodes that lead to none of the requested inputs. Therefore the returned gradient depends on the origin of
+    the forward's inputs (see `apply`) and on the incoming gradients.
     """
 
     @functools.wraps(backward)
@@ -36,7 +36,7 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        return tuple(None if x is None else once_differentiable(x, *ctx.origin, *grads) for x in found)
+        return tuple(None if x is None else not_differentiable(x, *ctx.origin, *grads) for x in found)
 
     return wrapper
 
@@ -64,7 +64,7 @@ def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, 
     if torch.compiler.is_compiling():
         return function.apply(*inputs, *rest, ())
     refuse_transforms(*inputs)
-    origin = (once_differentiable(torch.empty(0), *inputs),) if torch.is_grad_enabled() else ()
+    origin = (not_differentiable(torch.empty(0), *inputs),) if torch.is_grad_enabled() else ()
     return function.apply(*inputs, *rest, origin)
 
 

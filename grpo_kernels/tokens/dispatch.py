@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
-    """Whether loss and metrics take one launch each, instead of one for each operation."""
+    """Return whether one kernel can compute the loss, and another the metrics."""
     return (
         backend == "triton"
         and spec.has_kernel
@@ -31,7 +31,7 @@ def has_token_kernels(spec: LossSpec, logps: Tensor, backend: str) -> bool:
 
 
 def token_losses(loss: BatchLoss, stats: RowStats, backend: str) -> tuple[Tensor, Coefficients]:
-    """`loss.values(stats)`, by one kernel if there is one."""
+    """Compute `loss.values(stats)`, with one kernel if possible."""
     if not has_token_kernels(loss.spec, stats.logps, backend):
         return loss.values(stats)
     from ..kernels import token_loss
@@ -51,7 +51,7 @@ def token_metrics(
     ratio: bool,
     clip: Clip | None,
 ) -> dict[str, Tensor]:
-    """Every metric of metrics.py by one kernel. The values of those that do not apply are undefined."""
+    """Compute every metric of metrics.py with one kernel. Those that do not apply are undefined."""
     from ..kernels import token_loss
 
     stats = stats._replace(ref_logps=loss.ref_logps(stats))
@@ -61,7 +61,7 @@ def token_metrics(
 
 
 def kernel_loss(spec: LossSpec) -> KernelLoss:
-    """A loss that `has_kernel`, as the kernels take it."""
+    """Convert the spec of a loss that `has_kernel` to the arguments of the kernels."""
     from ..kernels.token_loss import KernelLoss
 
     surrogate, kl = spec.surrogate, spec.sampled_kl or spec.exact_kl

@@ -31,10 +31,10 @@ class TokenInputs(NamedTuple):
 
 
 def check_reference(spec: LossSpec, whole: Tensor | None, ref_logps: Tensor | None, name: str | None) -> None:
-    """Raise ValueError unless the reference that the loss needs is given, once.
+    """Raise ValueError unless the reference that the loss needs is given exactly once.
 
-    `whole` gives the reference's distribution. It is the argument `name`, or None if there is no such
-    argument.
+    `whole` is the argument `name`, from which the reference's whole distribution can be computed. `name` is
+    None if the function has no such argument.
     """
     if whole is not None and ref_logps is not None:
         raise ValueError(f"{name} and ref_logps are both given: give one")

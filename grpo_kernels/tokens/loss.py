@@ -1,4 +1,4 @@
-"""From the statistics of all rows to the weighted loss of each, with its derivatives. Plain PyTorch."""
+"""Computes the weighted loss of each row and its derivatives from the statistics, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .statistics import Coefficients, RowStats
 class BatchLoss(NamedTuple):
     """A loss with the constants of a batch.
 
-    `sequences` is None only for some rows of a loss that does not couple tokens.
+    `sequences` is None for a subset of the rows (see `rows`), whose loss does not couple tokens.
     """
 
     spec: LossSpec
@@ -27,11 +27,11 @@ class BatchLoss(NamedTuple):
     sequences: Sequences | None = None
 
     def rows(self, index: Tensor | slice) -> BatchLoss:
-        """The loss of some rows, if the tokens are not coupled."""
+        """Return the loss of some rows. It must not couple tokens."""
         return BatchLoss(self.spec, self.inputs.rows(index))
 
     def values(self, stats: RowStats) -> tuple[Tensor, Coefficients]:
-        """Each row's weighted loss, `[N]`, which sum to the loss, and its derivatives."""
+        """Compute each row's weighted loss, `[N]`, and its derivatives. The sum over rows is the loss."""
         spec, inputs, ref_logps = self.spec, self.inputs, self.ref_logps(stats)
         if spec.uses_callable:
             value, dlogp = self.callable_loss(stats.logps, ref_logps)
@@ -51,7 +51,7 @@ class BatchLoss(NamedTuple):
         return value, derivatives
 
     def coefficients(self, dlogp: Tensor) -> Coefficients:
-        """All derivatives, given the one that is not a constant: entropy and exact KL enter linearly."""
+        """Return all derivatives. All but `dlogp` are constant: entropy and exact KL enter linearly."""
         found, kl = Coefficients(dlogp, self.inputs.entropy_weights), self.spec.exact_kl
         if kl is None:
             return found
@@ -59,11 +59,11 @@ class BatchLoss(NamedTuple):
         return found._replace(**{"dkl" if kl.kind == "exact" else "dkl_forward": weight})
 
     def ref_logps(self, stats: RowStats) -> Tensor | None:
-        """The reference's log-probabilities, given or computed."""
+        """Return the reference's log-probabilities: computed, or else as given."""
         return self.inputs.ref_logps if stats.ref_logps is None else stats.ref_logps
 
     def may_be_active(self) -> Tensor:
-        """Whether each row can have a gradient, `[N]` bool, as far as is known before the policy is run."""
+        """Return which rows may have a gradient, `[N]` bool. It is computed before the policy's logits."""
         spec, inputs, surrogate = self.spec, self.inputs, self.spec.surrogate
         if not isinstance(surrogate, Surrogate) or spec.sampled_kl or spec.exact_kl or spec.entropy_coef:
             return inputs.mask
@@ -90,7 +90,7 @@ class BatchLoss(NamedTuple):
             assert self.sequences is not None
             terms = surrogate.couple(terms, spec.level, clamp, self.sequences)
         loss = surrogate.token_loss(logps, terms.log_ratio, terms.advantages, clamp)
-        # A select instead of a product: a zero advantage times an infinite ratio would be NaN.
+        # `where` instead of a product, because a zero advantage times an infinite ratio would be NaN.
         inactive = ~inputs.mask
         if surrogate.zero_without_advantage:
             inactive = inactive | (terms.advantages == 0)
@@ -102,7 +102,7 @@ class BatchLoss(NamedTuple):
         return self.collect(TokenLoss(*weighted), terms.dlog_ratio)  # type: ignore[arg-type]
 
     def collect(self, loss: TokenLoss, dlog_ratio: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A weighted loss, and its derivative with respect to each token's own log-probability.
+        """Return a weighted loss, and its derivative with respect to each token's own log-probability.
 
         `dlog_ratio` is the derivative of a sequence's log-ratio with respect to the token's. The losses of
         all tokens of the sequence then depend on each token.
@@ -151,7 +151,7 @@ class BatchLoss(NamedTuple):
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             dlogp, (_, value) = torch.func.grad_and_value(total, has_aux=True)(logps)
         else:
-            # The innermost hooks win. These keep checkpointing and offloading away from this small graph.
+            # Only the innermost hooks apply. These keep checkpointing and offloading out of this small graph.
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
                 leaf = logps.detach().requires_grad_()
                 summed, value = total(leaf)

@@ -58,7 +58,7 @@ def metrics(
         ratio = torch.exp(log_ratio.clamp(-clamp, clamp))
         found |= {"log_ratio": log_ratio, "ratio": ratio}
         if surrogate is not None and clip is not None:
-            found |= clip_fractions(surrogate, clip, stats.logps, log_ratio, ratio, inputs.advantages)
+            found |= clipped_tokens(surrogate, clip, stats.logps, log_ratio, ratio, inputs.advantages)
     if spec.sampled_kl is not None:
         found["kl"] = loss.sampled_kl(stats.logps, loss.ref_logps(stats))[0].value
     elif spec.exact_kl is not None:
@@ -69,14 +69,14 @@ def metrics(
     return dict(zip(names, means.unbind(), strict=True))
 
 
-def clip_fractions(
+def clipped_tokens(
     surrogate: Surrogate, clip: Clip, logps: Tensor, log_ratio: Tensor, ratio: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
     """Whether each token counts as clipped, `[N]` bool, by the surrogate's rule."""
     if clip.kind == "cap":
         return {"clip_fraction": (ratio > clip.high) & (advantages != 0)}
     if clip.kind == "region":
-        # A clamp, because a ratio that underflows to 0 would pass for one outside the region.
+        # The clamp keeps a ratio that underflows to 0 from counting as outside the region.
         weight = surrogate.token_loss(logps, log_ratio, advantages, 20.0).dlogp
         return {"clip_fraction": (weight == 0) & (advantages != 0)}
     bounded = log_ratio if clip.kind == "log band" else ratio

@@ -1,4 +1,4 @@
-"""What a loss returns."""
+"""The output of a loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .statistics import Coefficients, RowStats
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns. See `grpo_loss`."""
+    """Output of a loss. `grpo_loss` documents the fields."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -32,7 +32,7 @@ def loss_output(
     backend: str,
     known: Tensor | None = None,
 ) -> LossOutput:
-    """Return the output of a loss whose 0-dim value is given, in the caller's shapes.
+    """Return the output of a loss with the 0-dim `value`, in the caller's shapes.
 
     `stats` and `derivatives` are detached. `known` is as in `metrics`.
     """

@@ -33,7 +33,7 @@ class Sequences:
     def total(self, x: Tensor) -> Tensor:
         """The sum of `x` over the unmasked tokens of each token's sequence, `[N]`.
 
-        It is summed in fp64, except on MPS, which has none.
+        The sum is in fp64, except on MPS, which lacks it.
         """
         wide = torch.where(self.mask, x, 0.0).to(x.dtype if x.device.type == "mps" else torch.float64)
         return self._sums(wide).to(x.dtype)
@@ -41,7 +41,7 @@ class Sequences:
     def _sums(self, x: Tensor) -> Tensor:
         if self.seq_lens is None or self.ids is None:
             return x.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
-        # index_add would add in any order on a GPU.
+        # On a GPU, index_add would sum in an undefined order.
         return torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True)[self.ids]
 
     @property
@@ -80,9 +80,9 @@ def check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
 
 
 def sequences_within(seq_lens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return lengths that sum to at most `tokens` whatever `seq_lens` holds, and the sequence of each token.
+    """Return lengths that sum to at most `tokens` for any `seq_lens`, and the sequence of each token.
 
-    On a GPU the values have not been checked, and `segment_reduce` would read out of bounds.
+    On a GPU the values have not been checked. Wrong ones would make `segment_reduce` read out of bounds.
     """
     ends = seq_lens.cumsum(0).clamp(0, tokens).cummax(0).values
     positions = torch.arange(tokens, device=seq_lens.device)

@@ -1,4 +1,4 @@
-"""What the loss needs from each row of the vocabulary, and its derivatives with respect to that."""
+"""Statistics of rows of logits, and the derivatives of the loss with respect to them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class RowStats(NamedTuple):
-    """Statistics of each row of logits, `[N]` each. None if they were not asked for. Nats.
+    """Statistics of each row of logits, `[N]` each, in nats. None if they were not requested.
 
     `shift` is the row's largest logit, after the softcap and before scale and temperature. `sum_exp` is the
-    sum of the exponentials relative to it. A single logsumexp would lose, in fp32, the digits of a row far
-    from zero.
+    sum of the exponentials relative to it. In fp32, a single logsumexp would lose digits if the row is
+    far from zero.
     """
 
     logps: Tensor
@@ -35,14 +35,14 @@ class RowStats(NamedTuple):
         return RowStats(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
     def copy_(self, other: RowStats) -> None:
-        """Copy what both hold."""
+        """Copy the fields that are None in neither tuple."""
         for target, x in zip(self, other, strict=True):
             if target is not None and x is not None:
                 target.copy_(x)
 
 
 class Coefficients(NamedTuple):
-    """Derivatives of the loss with respect to each row's statistics, `[N]` each. None is zero."""
+    """Derivatives of the loss with respect to each row's statistics, `[N]` each. None stands for zero."""
 
     dlogp: Tensor | None
     dentropy: Tensor | None = None

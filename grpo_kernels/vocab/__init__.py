@@ -1,1 +1,1 @@
-"""Everything over rows of logits `[B, T, V]`: statistics, gradients, backends, shards of a vocabulary."""
+"""Computations on rows of logits `[B, T, V]`: statistics, gradients, backends, shards of a vocabulary."""

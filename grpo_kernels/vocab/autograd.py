@@ -12,21 +12,21 @@ from ..tokens.differentiation import apply, first_order, outside_graphs
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import RowStats
 from . import dispatch
-from .rows import LossRows, Rows
+from .rows import FusedOutput, Rows
 from .want import Want
 
 
 def fusible(spec: LossSpec, dtype: torch.dtype) -> bool:
-    """Whether a loss and its gradient can be computed in one step, in the forward.
+    """Return whether the forward can compute the loss together with its gradient.
 
-    Not in fp16, whose gradients would underflow before a GradScaler's factor reaches them in the backward.
-    Not in fp64, which is for gradcheck and has no such kernel.
+    fp16 gradients would underflow, because a GradScaler's factor arrives only in the backward. fp64 is for
+    gradcheck and has no such kernel.
     """
     return spec.has_kernel and dtype in (torch.bfloat16, torch.float32)
 
 
 def differentiable_stats(rows: Rows, want: Want) -> RowStats:
-    """Statistics of every row.
+    """Compute the statistics of every row.
 
     Log-probabilities, entropy and exact KL are differentiable with respect to the logits.
     """
@@ -36,7 +36,7 @@ def differentiable_stats(rows: Rows, want: Want) -> RowStats:
 
 
 def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor, RowStats]:
-    """A loss that does not couple tokens. The gradient overwrites `rows.logits`.
+    """Compute a loss that does not couple tokens. The gradient overwrites `rows.logits`.
 
     Returns the value, 0-dim and differentiable, `dlogp` `[B * T]`, and detached statistics.
     """
@@ -45,7 +45,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor,
 
 
 class RowStatsFunction(torch.autograd.Function):
-    """Returns `want.outputs`, only those that exist: torch.compile miscounts outputs if some are None."""
+    """Computes `want.outputs`. None of them is None, because torch.compile would miscount the outputs."""
 
     @staticmethod
     def forward(
@@ -69,7 +69,7 @@ class RowStatsFunction(torch.autograd.Function):
         coefficients = want.coefficients(grads)
         if coefficients is None:
             return (None,) * 4
-        # Read once, because checkpoints and offloading hooks fetch all of them each time.
+        # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
         logits, ref_logits, targets, temperatures, *stats = ctx.saved_tensors
         rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
         out = logits.detach()
@@ -89,10 +89,10 @@ class FusedLossFunction(torch.autograd.Function):
         ctx: Any, logits: Tensor, rows: Rows, loss: BatchLoss, want: Want, origin: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
         stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=False)
-        out = LossRows(rows.logits, torch.empty_like(stats.logps), torch.empty_like(stats.logps), stats)
+        out = FusedOutput(rows.logits, torch.empty_like(stats.logps), torch.empty_like(stats.logps), stats)
         dispatch.fused_loss(rows, loss, out)
-        # Other saved references to the logits learn of the change by the version, as for any in-place
-        # operation.
+        # The version makes an operation that saved the old logits raise an error, as any in-place operation
+        # does.
         torch.autograd.graph.increment_version(logits)
         ctx.backend, ctx.origin = rows.backend, origin
         ctx.save_for_backward(logits)
@@ -108,6 +108,6 @@ class FusedLossFunction(torch.autograd.Function):
             return (None,) * 5
         (gradient,) = ctx.saved_tensors
         dispatch.scale_rows(gradient, grad, ctx.backend)
-        # The buffer now belongs to autograd. A second backward must not take it for the gradient.
+        # The buffer now belongs to autograd. The version makes a second backward raise an error.
         torch.autograd.graph.increment_version(gradient)
         return gradient.detach(), *(None,) * 4

@@ -20,7 +20,7 @@ from ..tokens.dispatch import kernel_loss
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import Coefficients, RowStats
 from . import torch_backend
-from .rows import LossRows, Rows
+from .rows import FusedOutput, Rows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -50,8 +50,8 @@ def row_stats(rows: Rows, out: RowStats) -> None:
     if not traced(rows.logits):
         fill_row_stats(rows, out)
         return
-    names, tensors = present(out)
-    torch.ops.grpo_kernels.row_stats(tensors, names, *flat(rows))
+    names, tensors = pack_fields(out)
+    torch.ops.grpo_kernels.row_stats(tensors, names, *flatten_rows(rows))
 
 
 def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
@@ -62,11 +62,11 @@ def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor
     if not traced(rows.logits):
         fill_dlogits(rows, stats, coefficients, out)
         return
-    names, tensors = present(stats, coefficients)
-    torch.ops.grpo_kernels.dlogits(out, tensors, names, *flat(rows))
+    names, tensors = pack_fields(stats, coefficients)
+    torch.ops.grpo_kernels.dlogits(out, tensors, names, *flatten_rows(rows))
 
 
-def fused_loss(rows: Rows, loss: BatchLoss, out: LossRows) -> None:
+def fused_loss(rows: Rows, loss: BatchLoss, out: FusedOutput) -> None:
     """Fill `out` with statistics, loss and gradient, if the loss does not couple tokens."""
     if rows.num_rows == 0:
         return
@@ -79,7 +79,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, out: LossRows) -> None:
 
 
 def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:
-    """`x *= factor`, which costs nothing if the factor is 1. On a GPU this needs no sync."""
+    """Multiply `x` by `factor` in place, on a GPU without a sync. Kernel and CPU skip a factor of 1."""
     if x.numel() == 0:
         return
     if backend == "torch":
@@ -92,7 +92,7 @@ def scale_rows(x: Tensor, factor: Tensor, backend: str) -> None:
 
 
 def fill_row_stats(rows: Rows, out: RowStats) -> None:
-    """`row_stats` by the rows' backend."""
+    """Run `row_stats` on the backend of `rows`."""
     if rows.num_rows == 0:
         return
     if rows.transform.vocab_size == 0:  # an empty part of a vocabulary that is split over ranks
@@ -109,7 +109,7 @@ def fill_row_stats(rows: Rows, out: RowStats) -> None:
 
 
 def fill_dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
-    """`dlogits` by the rows' backend."""
+    """Run `dlogits` on the backend of `rows`."""
     if rows.num_rows == 0:
         return
     if rows.transform.vocab_size == 0:
@@ -123,24 +123,24 @@ def fill_dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: T
     dlogits.dlogits(rows, stats, coefficients, out)
 
 
-# --- The operators, which take flat lists: made and unmade here. ---
+# --- Custom operators. They take flat lists, which these functions pack and unpack. ---
 
 
-def present(*tuples: Any) -> tuple[str, list[Tensor]]:
-    """The names and tensors of the fields of NamedTuples that are not None."""
+def pack_fields(*tuples: Any) -> tuple[str, list[Tensor]]:
+    """Return the names and tensors of those fields of NamedTuples that are not None."""
     found = [(name, x) for each in tuples for name, x in each._asdict().items() if x is not None]
     return " ".join(name for name, _ in found), [x for _, x in found]
 
 
-def named(names: str, tensors: Sequence[Tensor]) -> tuple[RowStats, Coefficients]:
-    """The tuples whose `present` fields are given."""
+def unpack_fields(names: str, tensors: Sequence[Tensor]) -> tuple[RowStats, Coefficients]:
+    """Rebuild the tuples from the result of `pack_fields`."""
     given = dict(zip(names.split(), tensors, strict=True))
     stats = RowStats(**{name: x for name, x in given.items() if name in RowStats._fields})
     return stats, Coefficients(**{name: given.get(name) for name in Coefficients._fields})
 
 
-def flat(rows: Rows) -> tuple[object, ...]:
-    """Rows as the last arguments of an operator."""
+def flatten_rows(rows: Rows) -> tuple[object, ...]:
+    """Return the rows as the last arguments of a custom operator."""
     return *rows[:4], rows.transform.vocab_size, rows.transform.numbers, rows.backend
 
 
@@ -156,7 +156,7 @@ def row_stats_operator(
     backend: str,
 ) -> None:
     transform = LogitTransform.from_numbers(vocab_size, numbers)
-    stats, _ = named(names, out)
+    stats, _ = unpack_fields(names, out)
     fill_row_stats(Rows(logits, ref_logits, targets, temperatures, transform, backend), stats)
 
 
@@ -174,7 +174,7 @@ def dlogits_operator(
 ) -> None:
     transform = LogitTransform.from_numbers(vocab_size, numbers)
     rows = Rows(logits, ref_logits, targets, temperatures, transform, backend)
-    fill_dlogits(rows, *named(names, known), out)
+    fill_dlogits(rows, *unpack_fields(names, known), out)
 
 
 torch.library.custom_op("grpo_kernels::row_stats", row_stats_operator, mutates_args=("out",))

@@ -17,9 +17,9 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_ref_logits(ref_logits: Tensor, logits: Tensor, width: int, *, padded: bool) -> None:
-    """Raise an error unless `ref_logits` go with the policy's.
+    """Raise an error unless device, shape and dtype of `ref_logits` fit those of the policy's logits.
 
-    `width` columns are the vocabulary. If `padded`, the caller gave `vocab_size`, and the numbers of
+    The vocabulary has `width` columns. `padded` means that the caller gave `vocab_size`, so the numbers of
     columns may differ.
     """
     check_numbers("ref_logits", ref_logits)
@@ -46,7 +46,7 @@ def check_numbers(name: str, logits: Tensor) -> None:
     """Raise an error unless `logits` are a plain floating-point tensor."""
     check_tensor(name, logits)
     if is_dtensor(logits):
-        raise ValueError(f"{name} is a DTensor: give shard=VocabShard.of(logits, dim=-1), or full_tensor()")
+        raise ValueError(f"{name} is a DTensor: pass shard=VocabShard.of(logits, dim=-1), or full_tensor()")
     check_dtype(name, logits)
 
 
@@ -57,12 +57,12 @@ def check_row_stride(name: str, logits: Tensor) -> None:
 
 
 def check_writable(logits: Tensor, given: Tensor, ref_logits: Tensor | None) -> None:
-    """Raise an error if the gradient cannot overwrite the logits `[B, T, V]`, which are a part of `given`."""
+    """Raise an error if the gradient cannot overwrite the logits `[B, T, V]`, a part of argument `given`."""
     owners = (given,) if given._base is None else (given, given._base)
     if torch.is_grad_enabled() and any(x.is_leaf and x.requires_grad for x in owners):
         raise RuntimeError(
-            "inplace=True would overwrite logits that are a leaf requiring grad: as for every in-place "
-            "operation, they must be computed from something"
+            "inplace=True would overwrite a leaf that requires grad. As for any in-place operation, logits "
+            "must be the result of an operation"
         )
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
@@ -81,14 +81,14 @@ def check_writable(logits: Tensor, given: Tensor, ref_logits: Tensor | None) -> 
 def overlaps_other_rows(x: Tensor, y: Tensor) -> bool:
     """Whether a row of `x` `[B, T, V]` shares memory with a row of `y` `[B, T, W]` at another position.
 
-    Rows of the same address and dtype count as the same row.
+    Rows with the same address and dtype count as the same row.
     """
     storages = {z.untyped_storage().data_ptr() for z in (x, y)}
     if len(storages) == 2 or 0 in storages:  # 0: an empty tensor, or one on "meta"
         return False
 
     def first_bytes(z: Tensor) -> Tensor:
-        # On the CPU whatever the default device, so that nothing syncs.
+        # Computed on the CPU, even if the default device is another, so that nothing syncs.
         batch, time = (torch.arange(z.shape[dim], device="cpu") * z.stride(dim) for dim in (0, 1))
         return (z.data_ptr() + z.element_size() * (batch[:, None] + time)).view(-1)
 

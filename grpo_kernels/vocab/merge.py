@@ -1,4 +1,4 @@
-"""The statistics of a vocabulary that is split over ranks, merged from those of its parts."""
+"""Merges the statistics of the parts of a vocabulary that is split over ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shard import VocabShard
 def nats_per_shift(
     transform: LogitTransform, temperatures: Tensor | None
 ) -> tuple[Tensor | float, Tensor | float]:
-    """Nats per unit of `RowStats.shift` and of `ref_shift`."""
+    """Return the nats per unit of `RowStats.shift` and of `ref_shift`."""
     scale = 1.0 if transform.softcap is not None else transform.scale
     ref_scale = 1.0 if transform.ref_softcap is not None else transform.ref_scale
     temperature = transform.temperature if temperatures is None else temperatures
@@ -28,7 +28,7 @@ def merge(
     nats: tuple[Tensor | float, Tensor | float],  # per unit of shift and ref_shift
     shard: VocabShard,
 ) -> RowStats:
-    """The statistics of the whole vocabulary, computed from those of all parts after one all-gather.
+    """Return the statistics of the whole vocabulary, from those of all parts, after one all-gather.
 
     With P_i the policy's probability of part i and Q_i the reference's: H = sum P_i (H_i - log P_i) and
     KL(p || q) = sum P_i (KL_i + log P_i - log Q_i). A part of probability 0 contributes 0.
@@ -59,8 +59,8 @@ def merge(
         return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))
 
     def expected(log_part: Tensor, each: Tensor) -> Tensor:
-        # In the dtype of the arithmetic, where a tiny probability is 0, as in a vocabulary that is not split.
-        # The value it multiplies may be infinite.
+        # Rounded to the dtype of the arithmetic, where a tiny probability is 0, as without a split. The value
+        # that it multiplies may be infinite.
         share = log_part.exp().to(dtype)
         return torch.where(share == 0, 0.0, share * each).sum(0).clamp(min=0)
 

@@ -1,4 +1,4 @@
-"""A few rows of logits at a time, for the PyTorch backend: their indices, views of them, and buffers."""
+"""Chunks of rows of logits for the PyTorch backend: their indices, views of them, and buffers."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-# On the CPU 16 MiB of fp32: large enough that Python's overhead is small, small enough for a last-level
-# cache. Elsewhere large enough to be worth the launches.
+# On the CPU, 16 MiB of fp32 make Python's overhead small and still fit into the last-level cache. Other
+# devices need larger chunks to amortise the launches.
 CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 25
 
 Index: TypeAlias = Tensor | slice
 
 
 class RowChunk(NamedTuple):
-    """Some rows of a batch, and a 2-D view that has them."""
+    """Some rows of a batch, and their position in a 2-D view of the logits."""
 
     rows: Index  # among the B * T rows of the batch
     local: Index  # the same rows in the 2-D view
     sequence: int | None  # the view is logits[sequence]; None: the whole batch is one 2-D view
 
     def read(self, logits: Tensor) -> Tensor:
-        """The rows of `logits` `[B, T, V]`, as `[n, V]`."""
+        """Return the chunk's rows of `logits` `[B, T, V]`, as `[n, V]`."""
         rows = self.view(logits)
         return rows[self.local] if isinstance(self.local, slice) else rows.index_select(0, self.local)
 
     def direct(self, out: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
-        """The rows of `out` if the gradient can be computed in them; None if it has to be copied there."""
+        """Return the chunk's rows of `out` if the gradient can be computed there directly, else None."""
         if isinstance(self.local, slice) and out.dtype == dtype and out.device.type == "cpu":
             return self.view(out)[self.local, :width]
         return None
@@ -37,7 +37,7 @@ class RowChunk(NamedTuple):
         """Write `values` into the rows of `out`, and zeros into the padding columns beyond them."""
         target, width = self.view(out), values.shape[1]
         if needed.device.type != "cpu":
-            # The chunk has all rows here, and those that are not needed may be NaN.
+            # On these devices a chunk has all rows, and those that are not needed may be NaN.
             values = torch.where(needed[self.rows].unsqueeze(-1), values, 0.0)
         if isinstance(self.local, slice):
             if values.data_ptr() != target[self.local].data_ptr():
@@ -48,7 +48,7 @@ class RowChunk(NamedTuple):
             target[:, width:].index_fill_(0, self.local, 0.0)
 
     def pick(self, picked: Tensor) -> RowChunk:
-        """Some rows of the chunk, by their position in it."""
+        """Return some rows of the chunk, by their position in it."""
 
         def take(index: Index) -> Tensor:
             return index[picked] if isinstance(index, Tensor) else picked + index.start
@@ -69,7 +69,7 @@ def is_flat(logits: Tensor) -> bool:
 
 
 def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
-    """Chunks of the rows that are `needed`, `[B * T]` bool. On a GPU all rows: choosing them would sync."""
+    """Yield chunks of the `needed` rows, `[B * T]` bool, on a GPU of all rows, as a choice would sync."""
     batch, time, vocab = tensors[0].shape
     flat = all(is_flat(tensor) for tensor in tensors)
     rows = max(1, (CPU_CHUNK_ELEMENTS if needed.device.type == "cpu" else CHUNK_ELEMENTS) // max(1, vocab))
@@ -88,7 +88,7 @@ def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
 
 
 class Scratch:
-    """Buffers that all chunks of a pass share. Allocating them anew would cost more than the arithmetic."""
+    """Buffers that all chunks of a pass share. New ones per chunk would cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}

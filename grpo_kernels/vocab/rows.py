@@ -1,4 +1,4 @@
-"""What a pass over rows of the vocabulary reads and writes."""
+"""Inputs and outputs of a pass over rows of logits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MASKED = -1
 
 
 class Rows(NamedTuple):
-    """The rows of a pass, `B * T` rows of `V` columns.
+    """Input of a pass over logits: `B * T` rows of `V` columns.
 
-    Every function over rows takes this object, down to the launchers of the kernels.
+    All functions on rows take this object, down to the launchers of the kernels.
     """
 
     logits: Tensor  # [B, T, V], any batch and time stride
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
         return arithmetic_dtype(self.logits)
 
     @property
-    def given_logits(self) -> list[Tensor]:
+    def all_logits(self) -> list[Tensor]:
         """The logits of policy and reference."""
         return [self.logits] if self.ref_logits is None else [self.logits, self.ref_logits]
 
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
         return self._replace(logits=self.logits.detach())
 
 
-class LossRows(NamedTuple):
+class FusedOutput(NamedTuple):
     """The outputs of a fused loss."""
 
     dlogits: Tensor  # [B, T, V]: the gradient of sum(value); may be the logits themselves
@@ -56,5 +56,5 @@ class LossRows(NamedTuple):
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Logits or hidden states as `[B, T, ...]`. A packed batch becomes one sequence."""
+    """View logits as `[B, T, V]`. A packed batch becomes one sequence."""
     return x if x.dim() == 3 else x.unsqueeze(0)

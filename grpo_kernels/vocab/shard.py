@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 class VocabShard:
     """This rank's columns `start:stop` of a vocabulary that is split over the ranks of `group`.
 
-    Logits, or the LM head's weight and bias, hold these columns. Hidden states and per-token tensors are the
-    same on all ranks. All ranks call the loss and its backward together, with the same options and with
+    Logits, or the LM head's weight and bias, have only these columns. Hidden states and per-token tensors are
+    the same on all ranks. All ranks call the loss and its backward together, with the same options and with
     gradients required for the same tensors. The parts may differ in length, be empty, and be in any order.
-    Together they are the vocabulary.
+    Together they must cover the vocabulary.
 
     Attributes:
         start, stop: the columns of this rank.
         group: a `torch.distributed` process group. None: all ranks.
         sum_dhidden: sum the gradient of the hidden states over the ranks, so that it is the same on all.
-            False leaves each rank its part, for callers that sum the parts themselves, such as Megatron's
-            sequence parallelism.
+            If False, each rank keeps its part of the sum, for callers that sum the parts themselves, such as
+            Megatron's sequence parallelism.
 
     Raises:
         ValueError: `start` or `stop` is out of range.
@@ -89,8 +89,8 @@ class VocabShard:
         if dhidden is not None and self.sum_dhidden:
             torch.distributed.all_reduce(dhidden, group=self.group)
 
-    def minimum(self, number: int, device: torch.device) -> int:
-        """Minimum over ranks. Syncs with the device, because the number is the length of the chunks."""
+    def min_over_ranks(self, number: int, device: torch.device) -> int:
+        """Return the minimum over ranks. Syncs, because the host needs the length of the chunks."""
         found = torch.tensor(number, device=device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=self.group)
         return int(found)

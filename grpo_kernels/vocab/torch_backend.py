@@ -16,7 +16,7 @@ from ..checks.tensors import arithmetic_dtype
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import Coefficients, RowStats
 from .row_chunks import Index, RowChunk, Scratch, row_chunks
-from .rows import MASKED, LossRows, Rows
+from .rows import MASKED, FusedOutput, Rows
 
 
 class Exponentials(NamedTuple):
@@ -47,7 +47,7 @@ class Distribution(NamedTuple):
         scratch: Scratch | None = None,
         name: str = "",
     ) -> tuple[Exponentials, Tensor]:
-        """Exponentials of a chunk of raw logits `[n, V]`, and the row maxima, which are computed if None.
+        """Return the exponentials of raw logits `[n, V]` and the row maxima, which are computed if None.
 
         If `scratch` is given, they are in its buffers whose names start with `name`.
         """
@@ -70,7 +70,7 @@ class Distribution(NamedTuple):
         return Exponentials(d, e, slope), row_max
 
     def taken(self, z: Tensor, row_max: Tensor, targets: Tensor) -> Tensor:
-        """`d` of the taken tokens, `[n]`. NaN for an id outside the vocabulary."""
+        """Return `d` of the taken tokens, `[n]`. It is NaN for an id outside the vocabulary."""
         valid = (targets >= 0) & (targets < z.shape[1])
         column = z.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1))
         d = self.exponentials(column, row_max, keep_d=True)[0].d
@@ -93,7 +93,7 @@ class ChunkRows(NamedTuple):
         temperature: Tensor | float = transform.temperature
         if rows.temperatures is not None:
             temperature = rows.temperatures[chunk.rows].unsqueeze(-1)
-        z, *rest = (chunk.read(x)[:, : transform.vocab_size] for x in rows.given_logits)
+        z, *rest = (chunk.read(x)[:, : transform.vocab_size] for x in rows.all_logits)
         return cls(
             z,
             rest[0] if rest else None,
@@ -104,10 +104,10 @@ class ChunkRows(NamedTuple):
 
 
 def row_sum(x: Tensor) -> Tensor:
-    """`[n, V]` to `[n]`, with the same bits for a row whatever the other rows are.
+    """Sum `[n, V]` to `[n]`, with bits of a row that do not depend on the other rows.
 
-    PyTorch would divide a single long row among its threads, and add in another order, so it gets a second
-    row.
+    PyTorch would divide a single long row among its threads, and add in another order. So a single row is
+    summed twice, as two rows.
     """
     return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
@@ -115,7 +115,7 @@ def row_sum(x: Tensor) -> Tensor:
 def statistics(
     rows: ChunkRows, want: RowStats, scratch: Scratch
 ) -> tuple[RowStats, Exponentials, Exponentials | None]:
-    """Statistics of a chunk, those that are not None in `want`, and the exponentials they come from."""
+    """Compute the statistics of a chunk that are not None in `want`, and return their exponentials, too."""
     keep_d = want.entropy is not None or rows.ref_z is not None
     p, row_max = rows.policy.exponentials(rows.z, None, keep_d=keep_d, scratch=scratch, name="policy")
     sum_exp = row_sum(p.e)
@@ -158,7 +158,7 @@ def gradient(
     coefficients: Coefficients,
     out: Tensor | None,
 ) -> Tensor:
-    """The gradient with respect to the raw logits of a chunk, `[n, V]`. In `out`, or else overwrites `p.e`.
+    """Compute the gradient with respect to a chunk's raw logits, `[n, V]`, in `out`, or in `p.e` if None.
 
     dz_v = dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
            + dkl_forward (p_v - q_v), times dd/dz.
@@ -182,7 +182,7 @@ def gradient(
             offset -= dkl * (stats.sum_exp.log() - stats.ref_sum_exp.log() + stats.kl)
         if dkl_forward is not None:
             offset += dkl_forward
-        # If p_v is 0, its logarithm is -inf. The select avoids 0 * inf.
+        # If p_v is 0, its logarithm is -inf. `where` avoids 0 * inf.
         rest = torch.where(p.e > 0, (rest + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
         if dkl_forward is not None:
             assert q is not None and stats.ref_sum_exp is not None
@@ -201,20 +201,20 @@ def gradient(
 
 
 def row_stats(rows: Rows, out: RowStats) -> None:
-    """Fill `out`. Masked rows are not read and get zeros."""
+    """Fill `out` with each row's statistics. Masked rows get zeros, and on the CPU they are not read."""
     scratch = Scratch()
-    for chunk in row_chunks(rows.targets != MASKED, *rows.given_logits):
+    for chunk in row_chunks(rows.targets != MASKED, *rows.all_logits):
         found, _, _ = statistics(ChunkRows.read(chunk, rows), out, scratch)
         store(out, found, chunk.rows)
     clear_masked(out, rows.targets)
 
 
 def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
-    """Fill `out` with the gradient. Rows whose coefficients are all zero are not read and get zeros."""
+    """Fill `out` with the gradient. Rows without one get zeros, and on the CPU they are not read."""
     needed = coefficients.active() & (rows.targets != MASKED)
     keep_d = coefficients.dentropy is not None or coefficients.dkl is not None
     scratch = Scratch()
-    for chunk in row_chunks(needed, out, *rows.given_logits):
+    for chunk in row_chunks(needed, out, *rows.all_logits):
         here, own = ChunkRows.read(chunk, rows), stats.rows(chunk.rows)
         p, _ = here.policy.exponentials(here.z, own.shift, keep_d=keep_d, scratch=scratch, name="policy")
         q = None
@@ -228,12 +228,12 @@ def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor
     zero_rows(out, needed)
 
 
-def fused_loss(rows: Rows, loss: BatchLoss, out: LossRows) -> None:
+def fused_loss(rows: Rows, loss: BatchLoss, out: FusedOutput) -> None:
     """Fill `out`: statistics, loss and gradient, while a chunk of rows is in the cache."""
     present = rows.targets != MASKED
     written = present.clone()
     scratch = Scratch()
-    for chunk in row_chunks(present, out.dlogits, *rows.given_logits):
+    for chunk in row_chunks(present, out.dlogits, *rows.all_logits):
         here = ChunkRows.read(chunk, rows)
         stats, p, q = statistics(here, out.stats, scratch)
         out.value[chunk.rows], own = loss.rows(chunk.rows).values(stats)
@@ -242,7 +242,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, out: LossRows) -> None:
         store(out.stats, stats, chunk.rows)
         active = own.active() & present[chunk.rows]
         written[chunk.rows] = active
-        # Picking rows copies them, which pays for few. Otherwise zeros replace what is written of the others.
+        # Picking rows copies them, which pays only for few rows. Otherwise zeros overwrite the other rows.
         if active.device.type == "cpu" and 2 * int(active.sum()) < active.numel():
             picked = active.nonzero().view(-1)  # on the CPU, so it does not sync
             chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
@@ -254,7 +254,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, out: LossRows) -> None:
 
 
 def store(out: RowStats, values: RowStats, index: Index) -> None:
-    """Write the values of some rows into `out`, those that it wants."""
+    """Write the values of some rows into the fields of `out` that are not None."""
     for target, value in zip(out, values, strict=True):
         if target is not None and value is not None:
             target[index] = value

@@ -1,4 +1,4 @@
-"""Which vocabulary entries the columns of logits, or the rows of an LM head, stand for."""
+"""The vocabulary entries of the columns of logits, or of the rows of an LM head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .shard import VocabShard
 
 
 class Vocabulary(NamedTuple):
-    """The vocabulary entries of the columns at hand."""
+    """The range of vocabulary entries that a tensor has."""
 
     width: int  # columns that are not padding
     start: int = 0  # the entry of the first column, if the vocabulary is split over ranks
@@ -26,7 +26,7 @@ class Vocabulary(NamedTuple):
     def of(
         cls, vocab_size: int | None, held: Tensor, dim: int, what: str, shard: VocabShard | None = None
     ) -> Vocabulary:
-        """The vocabulary, or the shard's part of it, along dimension `dim` of `held`."""
+        """Create the vocabulary, or the shard's part of it, from dimension `dim` of `held`."""
         columns = held.shape[dim]
         vocab_size = check_integer("vocab_size", vocab_size, optional=True)
         if shard is None:
@@ -45,7 +45,7 @@ class Vocabulary(NamedTuple):
         return cls(max(0, stop - shard.start), shard.start, vocab_size)
 
     def targets(self, batch: Batch, ids: Tensor, name: str = "completion_ids") -> Tensor:
-        """The column of each taken token, `[N]` int64: MASKED if masked, the width if it is not a column.
+        """Return the column of each taken token, `[N]` int64: MASKED if masked, the width if not in a column.
 
         Raises an error unless `ids`, the argument `name`, are int32 or int64 of the batch's shape.
         """

@@ -1,4 +1,4 @@
-"""Which statistics a call wants of its rows, and for what."""
+"""The statistics that a call needs from its rows, and their use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TransformedRows(Protocol):
 
 @dataclass(frozen=True)
 class Want:
-    """Which statistics a call wants of its rows.
+    """The statistics that a call needs from its rows.
 
     Attributes:
         reference: there are logits of a reference, so `ref_logps` and `kl` are wanted.
@@ -55,7 +55,7 @@ class Want:
         inplace: bool = False,
         shard: VocabShard | None = None,
     ) -> Want:
-        """What a loss wants. `entropy`: the caller wants it too."""
+        """Return what a loss needs. `entropy` means that the caller needs the entropy, too."""
         return cls(
             reference,
             entropy=entropy or bool(spec.entropy_coef),
@@ -87,7 +87,7 @@ class Want:
     def empty_stats(
         self, count: int, dtype: torch.dtype, device: torch.device, *, for_backward: bool
     ) -> RowStats:
-        """Statistics of `count` rows, to be filled. Shifts and sums are included if a backward needs them."""
+        """Allocate statistics of `count` rows, for a backward with shifts and sums."""
         names = self.outputs
         if for_backward:
             names += ["shift", "sum_exp"]
@@ -95,14 +95,14 @@ class Want:
         return RowStats(**{name: torch.empty(count, dtype=dtype, device=device) for name in names})
 
     def merged(self, stats: RowStats, rows: TransformedRows) -> RowStats:
-        """The statistics of the whole vocabulary, given those of this rank's columns."""
+        """Return the statistics of the whole vocabulary, from those of this rank's columns."""
         if self.shard is None:
             return stats
         nats = nats_per_shift(rows.transform, rows.temperatures)
         return merge(stats, rows.targets, rows.transform.vocab_size, nats, self.shard)
 
     def coefficients(self, grads: tuple[Tensor | None, ...]) -> Coefficients | None:
-        """The gradients with respect to `outputs` as coefficients. None if there is nothing to do."""
+        """Return the gradients with respect to `outputs` as coefficients, or None if there are none."""
         by = {name: g.contiguous() for name, g in zip(self.outputs, grads, strict=True) if g is not None}
         found = Coefficients(by.get("logps"), by.get("entropy"))
         if self.kl_gradient:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grpo_kernels import LossSpec, grpo_loss, linear_grpo_loss, linear_logps, selective_logps
-from grpo_kernels.log import OnceLogger, log_once, takes_records, warn_once
+from grpo_kernels.log import OnceLogger, log_once, warn_once, would_output
 from grpo_kernels.policy_loss import policy_loss
 
 B, T, V, H = 2, 3, 7, 4
@@ -224,12 +224,12 @@ def test_handlers_in_the_hierarchy(monkeypatch: pytest.MonkeyPatch) -> None:
     child.setLevel(logging.INFO)
     child.propagate = False
     monkeypatch.setattr(logging, "lastResort", None)
-    assert not takes_records(child, logging.WARNING)
+    assert not would_output(child, logging.WARNING)
     child.addHandler(handler := logging.StreamHandler())
-    assert takes_records(child, logging.INFO) and not takes_records(child, logging.DEBUG)
+    assert would_output(child, logging.INFO) and not would_output(child, logging.DEBUG)
     child.removeHandler(handler)
     child.propagate = True
-    assert takes_records(child, logging.INFO)  # pytest has handlers
+    assert would_output(child, logging.INFO)  # pytest has handlers
 
 
 def test_seen_messages_are_not_looked_at_again(
@@ -242,6 +242,6 @@ def test_seen_messages_are_not_looked_at_again(
     def refuse(*args: Any) -> bool:
         raise AssertionError("the handlers were looked at")
 
-    monkeypatch.setattr("grpo_kernels.log.takes_records", refuse)
+    monkeypatch.setattr("grpo_kernels.log.would_output", refuse)
     once("%s and %s", "this", torch.float32)
     assert informed.messages == ["this and torch.float32"]

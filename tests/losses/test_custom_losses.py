@@ -20,7 +20,8 @@ from torch import Tensor
 
 from grpo_kernels import DRO, ImportanceRatio, LossOutput, LossSpec, PPOClip, grpo_loss, linear_grpo_loss
 from grpo_kernels.spec.formula import TokenLoss
-from grpo_kernels.spec.surrogates import Surrogate
+from grpo_kernels.spec.surrogates import Reinforce, Surrogate
+from grpo_kernels.spec.surrogates.base import Clip
 from grpo_kernels.testing import RandomBatch, make_batch
 
 
@@ -249,6 +250,28 @@ def test_a_surrogate_without_a_triton_function_from_hidden_states(backend: str) 
         grads += torch.autograd.grad(out.loss, weight)
     assert grads[0].any()
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@dataclass(frozen=True)
+class Banded(Reinforce):
+    """`-A * logp`, whose clip fraction counts log-ratios beyond a band."""
+
+    uses_ratio = True
+
+    @property
+    def clip(self) -> Clip:
+        return Clip("log band", -0.1, 0.2)
+
+
+def test_clip_fraction_of_a_log_band(backend: str) -> None:
+    """The kernel and PyTorch count log-ratios beyond the bound to which the advantage pushes them."""
+    batch = make_batch(6, 7, 33)
+    out, _ = loss_and_gradient(batch, LossSpec(Banded()), backend=backend)
+    log_ratio, advantages = out.logps - batch.old_logps, batch.advantages[:, None]
+    clipped = ((log_ratio < -0.1) & (advantages < 0)) | ((log_ratio > 0.2) & (advantages > 0))
+    share = clipped[batch.completion_mask].float().mean()
+    assert 0 < share < 1
+    torch.testing.assert_close(out.metrics["clip_fraction"], share)
 
 
 ADDED = """

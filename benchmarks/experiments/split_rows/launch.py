@@ -16,7 +16,7 @@ from grpo_kernels.kernels.kl import ESTIMATORS
 from grpo_kernels.kernels.launch import compile_options, on_device_of, row_strides, rows_aligned
 from grpo_kernels.kernels.token_loss import KernelLoss
 from grpo_kernels.tokens.inputs import TokenInputs
-from grpo_kernels.vocab.rows import LossRows, Rows
+from grpo_kernels.vocab.rows import FusedOutput, Rows
 
 from .kernel import LANES, split_loss_kernel
 
@@ -93,7 +93,7 @@ def split_fused_loss(
     rows: Rows,
     loss: KernelLoss,
     inputs: TokenInputs,
-    out: LossRows,
+    out: FusedOutput,
     *,
     plan: Callable[[Tensor, int, int], Plan] = plan_for,
 ) -> None:

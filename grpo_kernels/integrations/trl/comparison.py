@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .step import Step
 
-# Relative to the loss's size. Rounding makes TRL's loss and ours differ by 1e-6.
+# Tolerance relative to the size of the loss. Rounding makes TRL's loss and ours differ by 1e-6.
 TOLERANCE = 1e-3
 
 
@@ -38,14 +38,14 @@ def compare_losses(
     """Compare `ours` with `theirs`, two values of the loss of one micro-batch.
 
     A loss of TRL that is not finite counts as equal: TRL multiplies a ratio that overflowed by an advantage
-    of 0. Other tokens than those of the batch count as a difference.
+    of 0. A call with other tokens than the batch's counts as a difference.
 
     Args:
         step: the micro-batch.
         ours: 0-dim, without a graph.
         theirs: 0-dim, a function of `step.logps` and `step.entropy`.
         size: the loss of tokens that all have an advantage of 1 and a ratio of 1.
-        divisor: what `ours` was divided by, see `micro_batch_divisor`.
+        divisor: the divisor of `ours`, see `micro_batch_divisor`.
         with_gradients: compare the gradients with respect to log-probabilities and entropies, too.
     """
     too_large = ~((ours - theirs).abs() <= TOLERANCE * (size + theirs.abs())) & theirs.isfinite()

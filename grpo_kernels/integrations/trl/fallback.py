@@ -1,4 +1,4 @@
-"""The reasons for which `FusedGRPOTrainer` leaves the loss to TRL, and the settings that it refuses."""
+"""The reasons why `FusedGRPOTrainer` leaves the loss to TRL, and the settings that it rejects."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def check_settings(trainer: Any, *, own_spec: bool) -> None:
 
     Args:
         trainer: a `FusedGRPOTrainer`.
-        own_spec: the loss is that of an overridden `loss_spec()`.
+        own_spec: whether the loss is that of an overridden `loss_spec()`.
     """
     for name, unset in (("top_entropy_quantile", 1.0), ("off_policy_mask_threshold", None)):
         value = getattr(trainer, name)
         if value != unset:
             raise ValueError(
-                f"{name}={value} weighs tokens by entropies or log-probabilities, which the same forward "
-                "computes"
+                f"{name}={value} weighs tokens by entropies or log-probabilities, which are known only "
+                "after the forward"
             )
     if (
         trainer.loss_type == "vespo"
@@ -72,7 +72,7 @@ def check_spec(spec: Any, *, beta: float) -> LossSpec:
         beta: TRL's `beta`. TRL runs its reference only if it is not 0.
 
     Raises:
-        TypeError: `spec` is no LossSpec.
+        TypeError: `spec` is not a LossSpec.
         ValueError: `spec` needs the reference's logits, or its log-probabilities while `beta` is 0.
     """
     if not isinstance(spec, LossSpec):

@@ -1,4 +1,4 @@
-"""A loss that a model computes in its forward, in place of TRL's log-probabilities."""
+"""The loss that a model's forward computes instead of TRL's log-probabilities."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class ForwardLoss:
     def completions(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of the completions, `[B, T, H]`.
 
-        TRL's rows are all positions of all sequences. If it runs its Triton kernel, they are only those with
+        TRL passes the rows of all positions of all sequences. Its Triton kernel makes it pass only those with
         labels.
         """
         rows = self.completion_ids.numel()

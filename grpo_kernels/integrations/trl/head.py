@@ -1,4 +1,4 @@
-"""Replaces the function that TRL's fused head calls, by `linear_logps` or by a whole loss.
+"""Replaces the function that TRL's fused head calls with `linear_logps` or with a whole loss.
 
 `trl.trainer.utils.add_fused_lm_head` gives a model a forward that runs the backbone, finds the head and calls
 `_ChunkedLogProbFunction.apply`. The replacements have the same signature. TRL's forward still reads scales
@@ -101,7 +101,7 @@ class FusedLogProbs:
 
 
 class FusedUnlessSharded:
-    """`FusedLogProbs`, or TRL's own function under DeepSpeed ZeRO-3.
+    """Calls `FusedLogProbs`, or TRL's own function under DeepSpeed ZeRO-3.
 
     The backward of `FusedLogProbs` reads the head, which ZeRO-3 has sharded again by then.
     """
@@ -129,7 +129,7 @@ def cast_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 @torch.no_grad()
 def mean_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the mean over the vocabulary, `[N]` fp32: the product with the mean row of the weight."""
+    """Return the mean logit, `[N]` fp32, as the product with the mean row of the weight."""
     with torch.autocast(hidden.device.type, enabled=False):
         mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
         return mean if bias is None else mean + bias.mean(dtype=torch.float32)
@@ -155,8 +155,8 @@ def fuse_trl_logps() -> None:
     """Compute the log-probabilities of TRL's fused heads with `linear_logps` from now on.
 
     This changes all trainers to which TRL gives such a head: GRPO, RLOO, SFT, DPO and KTO. Their losses stay
-    TRL's. Call it before or after a trainer is created; a second call changes nothing. Logits are held and
-    gradients accumulated in fp32. Tokens without an upstream gradient cost nothing in the backward.
+    TRL's. Call it before or after a trainer is created; a second call changes nothing. Logits and accumulated
+    gradients are fp32. Tokens without an upstream gradient cost nothing in the backward.
 
     In these cases TRL's own function still runs, and one warning says so:
 

@@ -13,7 +13,7 @@ CONTROLLER = ("entropy_coef", "_last_world_entropy", "_entropy_window_stats")
 
 
 def current_metrics(trainer: Any) -> dict[str, list[float]]:
-    """The metrics that the trainer collects at present, of the training or of the evaluation."""
+    """Return the metrics that the trainer is collecting, for training or for evaluation."""
     return trainer._metrics["train" if trainer.model.training else "eval"]
 
 

@@ -16,12 +16,12 @@ TOKENS_OF_ALL_MICRO_BATCHES = ("cispo", "dapo", "vespo")
 
 
 def accumulated_micro_batches(trainer: Any) -> int:
-    """The number of micro-batches whose losses TRL adds up in one optimizer step; 1 in an evaluation."""
+    """Return the number of micro-batches whose losses TRL adds up in an optimizer step; 1 in evaluation."""
     return trainer.current_gradient_accumulation_steps if trainer.model.training else 1
 
 
 def trl_normalizer(trainer: Any, spec: LossSpec, inputs: dict[str, Any]) -> Tensor | None:
-    """The tokens of all micro-batches of one optimizer step per process, or None for a micro-batch's own.
+    """Return the tokens of an optimizer step per process, or None for the micro-batch's own denominator.
 
     `num_items_in_batch` counts the tokens of a whole generation on all processes. TRL takes the average of
     the generation's optimizer steps.
@@ -35,12 +35,12 @@ def trl_normalizer(trainer: Any, spec: LossSpec, inputs: dict[str, Any]) -> Tens
 
 
 def micro_batch_divisor(trainer: Any, normalizer: Tensor | None) -> int:
-    """What a micro-batch's loss is divided by. A normalizer counts all micro-batches already."""
+    """Return the divisor of a micro-batch's loss. It is 1 if a normalizer counts all micro-batches."""
     return accumulated_micro_batches(trainer) if normalizer is None else 1
 
 
 def entropy_coef(trainer: Any, spec: LossSpec, mask: Tensor, normalizer: Tensor | None) -> float:
-    """The `entropy_coef` that makes our entropy bonus equal to TRL's.
+    """Return the `entropy_coef` that makes our entropy bonus equal to TRL's.
 
     If `GRPOConfig` asks for no bonus, this is the spec's own coefficient.
     """
@@ -51,6 +51,6 @@ def entropy_coef(trainer: Any, spec: LossSpec, mask: Tensor, normalizer: Tensor 
     if normalizer is None:
         return trainer.entropy_coef
     # We divide the bonus by the normalizer. TRL takes its mean over the micro-batch. This line syncs with the
-    # device, because a LossSpec holds numbers.
+    # device, because a LossSpec needs numbers.
     tokens = mask.sum().clamp(min=1) * accumulated_micro_batches(trainer)
     return trainer.entropy_coef * float(normalizer / tokens)

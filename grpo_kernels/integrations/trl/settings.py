@@ -52,7 +52,7 @@ def spec_of_settings(trainer: Any) -> LossSpec:
 
 
 def surrogate_of_settings(trainer: Any) -> PPOClip | CISPO | SAPO | VESPO:
-    """The surrogate of the trainer's `loss_type`, with TRL's bounds."""
+    """Return the surrogate of the trainer's `loss_type`, with TRL's bounds."""
     args = trainer.args
     match trainer.loss_type:
         case "cispo":
@@ -72,7 +72,7 @@ def surrogate_of_settings(trainer: Any) -> PPOClip | CISPO | SAPO | VESPO:
 
 
 def loss_arguments(trainer: Any, spec: LossSpec, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `linear_grpo_loss` for the batch `inputs` of TRL's `_compute_loss`."""
+    """Return the keyword arguments of `linear_grpo_loss` for the batch `inputs` of TRL's `_compute_loss`."""
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     normalizer = trl_normalizer(trainer, spec, inputs)
     corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction

@@ -100,7 +100,7 @@ def refuse_gradient(_: Tensor) -> None:
 
 
 class CallWithLoss:
-    """Stands for the model of a step in TRL's code. Its call computes the loss."""
+    """Stands in for the model in TRL's code. Calling it computes the loss."""
 
     def __init__(self, step: Step) -> None:
         self.step = step

@@ -21,8 +21,8 @@ from .normalizer import accumulated_micro_batches, micro_batch_divisor
 from .settings import loss_arguments, spec_of_settings
 from .step import CallWithLoss, Step
 
-# Micro-batches whose gradients are compared. Later on, a ratio within rounding of its clip bound may be
-# clipped by one loss and not by the other, which changes the gradient and hardly the loss.
+# Number of micro-batches whose gradients are compared. Later, a ratio within rounding of its clip bound may
+# be clipped by only one of the losses. That changes the gradient, but hardly the loss.
 GRADIENT_CHECKS = 8
 
 
@@ -56,7 +56,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         add_fused_loss(self.model)
         self._fused_step: Step | None = None
         self._gradient_checks = GRADIENT_CHECKS
-        self._log_once = OnceLogger(logging.INFO)  # once per trainer, and not once per process
+        self._log_once = OnceLogger(logging.INFO)  # once per trainer, not once per process
         self._why_not_fused: str | None = None
         ignored = ignored_forward(self.model)
         if ignored is not None:

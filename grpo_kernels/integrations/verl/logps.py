@@ -1,4 +1,4 @@
-"""Replaces verl's fused kernels by `linear_logps`."""
+"""Replaces verl's fused kernels with `linear_logps`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IGNORED_LABEL = -100
 
 
 def fuse_verl_logps() -> None:
-    """Replace verl's own fused kernels, its backends "torch" and "triton", by `linear_logps`.
+    """Replace verl's own fused kernels, its backends "torch" and "triton", with `linear_logps`.
 
     verl calls them if `actor_rollout_ref.model.use_fused_kernels=True`. The backend "liger" stays Liger's.
     Models that verl patches after this call also get the bias, scale and softcap of their logits.

@@ -34,7 +34,7 @@ def register_loss(name: str, spec: LossSpec | PresetName | Callable[[Any], LossS
 
     Raises:
         ValueError: verl's registry has a loss of its own with this name; `spec` has an exact KL, which needs
-            logits, or an entropy bonus, which is verl's `entropy_coeff`; `spec` is no preset's name.
+            logits, or an entropy bonus, which is verl's `entropy_coeff`; `spec` names no preset.
         TypeError: `spec` is of another type.
     """
     if isinstance(spec, str):

@@ -19,7 +19,7 @@ def unscaled_preset(preset: PresetName) -> LossSpec:
 
 
 def preset_spec(preset: PresetName, config: Any) -> LossSpec:
-    """Return a preset with the bounds of verl's `ActorConfig` on the ratio, and verl's on the log-ratio."""
+    """Return a preset with verl's bounds: `ActorConfig`'s on the ratio, a constant on the log-ratio."""
     spec = unscaled_preset(preset)
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
     high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high

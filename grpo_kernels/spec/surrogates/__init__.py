@@ -1,4 +1,4 @@
-"""The surrogates, one per file: numbers, formula and derivative, clip rule, and how it couples tokens."""
+"""The surrogates, one per file: parameters, formula with derivative, clip rule, and coupling of tokens."""
 
 from .base import Surrogate
 from .cispo import CISPO

@@ -1,4 +1,4 @@
-"""The base class of the surrogates: what the loss, its metrics and the kernels ask of one."""
+"""The base class of the surrogates: the interface that the loss, its metrics and the kernels use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Clip(NamedTuple):
-    """Which tokens the metric `clip_fraction` counts.
+    """Rule for the tokens that the metric `clip_fraction` counts.
 
     kind:
-        "band": the ratio is below `low` and the advantage negative, or above `high` and it is positive.
+        "band": the ratio is below `low` with a negative advantage, or above `high` with a positive one.
         "log band": the same for the log-ratio.
-        "cap": the ratio is above `high` and the advantage not 0.
+        "cap": the ratio is above `high` and the advantage is not 0.
         "region": the surrogate gives the token a weight of 0 and the advantage is not 0.
     """
 
@@ -30,9 +30,9 @@ class Clip(NamedTuple):
 
 
 class Surrogate:
-    """Base of the surrogates. A subclass is a frozen dataclass of its numbers, with its formula `token_loss`.
+    """Base of the surrogates. A subclass is a frozen dataclass of parameters with a formula, `token_loss`.
 
-    A subclass that couples the tokens of a sequence overrides `couple` too. docs/custom_losses.md shows both.
+    If it couples the tokens of a sequence, it also overrides `couple`. docs/custom_losses.md shows both.
     """
 
     anchor: Anchor | None = None
@@ -50,21 +50,21 @@ class Surrogate:
     zero_without_weight = True
     """Whether a token with zero token weight has neither loss nor gradient."""
     kernel: str | None = None
-    """The name of its Triton function in kernels/surrogates.py. None: PyTorch computes the loss."""
+    """Name of the Triton function in kernels/surrogates.py. None: only PyTorch computes the loss."""
 
     @property
     def clip(self) -> Clip | None:
-        """The rule of the metric `clip_fraction`. None: the metric is absent."""
+        """The rule of the metric `clip_fraction`, or None if there is no such metric."""
         return None
 
     @property
     def params(self) -> tuple[float, ...]:
-        """The numbers that its Triton function takes: its fields in order, None as infinity."""
+        """Parameters of the Triton function: the numeric fields in order, with infinity for None."""
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
         return tuple(unbounded(value) for value in values if not isinstance(value, str))
 
     def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
-        """The loss of each token, before weights and aggregation.
+        """Compute the loss of each token, before weights and aggregation.
 
         Args:
             logp: `[N]`, nats: log-probabilities of the taken tokens under the policy.
@@ -75,16 +75,16 @@ class Surrogate:
         raise NotImplementedError
 
     def couple(self, terms: TokenTerms, level: Level, clamp: float, sequences: Sequences) -> TokenTerms:
-        """The terms of a loss that couples tokens. By default the log-ratio becomes that of the sequence."""
+        """Return the terms of a loss that couples tokens, by default with the log-ratio of the sequence."""
         log_ratio, dlog_ratio = sequence_log_ratio(level, terms.log_ratio, sequences)
         return terms._replace(log_ratio=log_ratio, dlog_ratio=dlog_ratio)
 
     def spread_sequence_weights(self, weights: Tensor, sequences: Sequences) -> Tensor:
-        """Token weights `[N]` from weights that were given one per sequence."""
+        """Return token weights `[N]` for weights that the caller gave per sequence, expanded to `[N]`."""
         return weights
 
 
 def sequence_log_ratio(level: Level, log_ratio: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
-    """The mean log-ratio of each token's sequence, and its derivative with respect to the token's own."""
+    """Return the mean log-ratio of each token's sequence, and its derivative with respect to the token's."""
     dlog_ratio = None if level == "sequence-token" else 1 / sequences.lengths
     return sequences.total(log_ratio) / sequences.lengths, dlog_ratio

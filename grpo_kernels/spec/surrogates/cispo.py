@@ -1,4 +1,4 @@
-"""The log-probability weighted by the clipped ratio."""
+"""CISPO: the log-probability weighted by the clipped ratio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log-probability weighted by the ratio inside a trust region on probabilities."""
+"""DPPO: the log-probability weighted by the ratio, inside a trust region on probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Clip, Surrogate
 class DPPO(Surrogate):
     """`-sg(min(ratio, ratio_cap)) * A * logp` inside a trust region of the taken token (arXiv:2602.04879).
 
-    The region bounds the divergence of old and new policy over two outcomes: the taken token, or another one.
+    The region bounds the divergence of old and new policy over two outcomes: the taken token or any other.
 
     Attributes:
         kind: "tv", the change of the token's probability, or "kl", KL(old || new).
@@ -48,22 +48,22 @@ class DPPO(Surrogate):
         return Clip("region")
 
     def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
-        region = self.total_variation if self.kind == "tv" else self.binary_kl
+        region = self.inside_tv if self.kind == "tv" else self.inside_kl
         inside = region(logp, log_ratio, advantage)
         ratio, _ = clamped_ratio(log_ratio, clamp)
-        # A NaN stays NaN.
+        # A NaN ratio stays NaN, although it is not inside.
         weight = torch.where(inside | ratio.isnan(), -advantage * ratio.clamp(max=self.ratio_cap), 0.0)
         return weighted_logp(logp, weight)
 
-    def total_variation(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    def inside_tv(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
         """Whether each token is inside the region of kind "tv"."""
         change = torch.exp(logp) - torch.exp(logp - log_ratio)
         return torch.where(advantage > 0, change <= self.high, change >= -self.low)
 
-    def binary_kl(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
+    def inside_kl(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
         """Whether each token is inside the region of kind "kl"."""
         p, old_p = torch.exp(logp), torch.exp(logp - log_ratio)
-        # A probability may be rounded to more than 1. The select avoids 0 * inf.
+        # A probability may be rounded to more than 1. `where` avoids 0 * inf.
         others, old_others = (1 - p).clamp(min=0), (1 - old_p).clamp(min=0)
         divergence = old_others * torch.log((old_others + 1e-8) / (others + 1e-8))
         divergence = divergence - torch.where(old_p == 0, 0.0, old_p * log_ratio)

@@ -1,4 +1,4 @@
-"""The score-function estimator with a squared log-ratio as regulariser."""
+"""DRO: the score-function estimator with a squared log-ratio as regulariser."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class DRO(Surrogate):
     """`-(A * logp - beta / 2 * (logp - anchor)^2)` (arXiv:2405.19107).
 
-    At `level="sequence"` the square is that of the sequence's summed log-ratio, divided equally among its
-    tokens: Kimi k1.5 (arXiv:2501.12599), and OPMD with `anchor="ref"`. The square has a gradient at zero
-    advantage too.
+    At `level="sequence"`, the squared sum of a sequence's log-ratios is divided equally among its tokens.
+    This is Kimi k1.5 (arXiv:2501.12599), and OPMD with `anchor="ref"`. The square has a gradient even at
+    zero advantage.
 
     Attributes:
         beta: weight of the square.
@@ -42,13 +42,13 @@ class DRO(Surrogate):
         number_field(self, "beta", strict=True)
 
     def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
-        held = log_ratio.clamp(-clamp, clamp)
-        slope = torch.where(log_ratio.abs() > clamp, 0.0, self.beta * held)
+        clamped = log_ratio.clamp(-clamp, clamp)
+        slope = torch.where(log_ratio.abs() > clamp, 0.0, self.beta * clamped)
         value, dlogp, _ = weighted_logp(logp, -advantage)
-        return TokenLoss(self.beta / 2 * held * held + value, dlogp, slope)
+        return TokenLoss(self.beta / 2 * clamped * clamped + value, dlogp, slope)
 
     def couple(self, terms: TokenTerms, level: Level, clamp: float, sequences: Sequences) -> TokenTerms:
-        # Sum s over n tokens: n tokens with the log-ratio s / sqrt(n) have squares that sum to s^2.
+        # For the sum s over n tokens, give each token the log-ratio s / sqrt(n). The squares then sum to s^2.
         mean, _ = sequence_log_ratio(level, terms.log_ratio, sequences)
         root = sequences.lengths.sqrt()
         return terms._replace(log_ratio=mean * root, dlog_ratio=1 / root)

@@ -1,4 +1,4 @@
-"""The geometric mean of a sequence's clipped ratios."""
+"""GMPO: the geometric mean of a sequence's clipped ratios."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class GMPO(Surrogate):
     """`-A * exp(mean of the clipped log-ratios)`: a sequence's geometric mean ratio (arXiv:2507.20673).
 
-    As "geo_mean" of verl 0.9.1: `A` is the sequence's mean advantage, and token weights enter by their
+    This is "geo_mean" of verl 0.9.1. `A` is the mean advantage of the sequence. Token weights enter as their
     geometric mean, so exclude a token by the mask, not by a weight of 0. With the aggregation
     "seq-mean-token-mean" the loss is the mean over sequences.
 
@@ -55,7 +55,7 @@ class GMPO(Surrogate):
         count = sequences.lengths
         high = select(advantages > 0, self.eps_high, math.inf, like=advantages)
         low = select(advantages < 0, -self.eps_low, -math.inf, like=advantages)
-        flat = (log_ratio > high) | (log_ratio < low) | (advantages == 0)
+        no_slope = (log_ratio > high) | (log_ratio < low) | (advantages == 0)
         bounded = torch.where(advantages == 0, 0.0, torch.minimum(torch.maximum(log_ratio, low), high))
         if weights is not None:
             mean = torch.exp(sequences.total(torch.log(weights + 1e-10)) / count)
@@ -64,5 +64,5 @@ class GMPO(Surrogate):
             sequences.total(bounded) / count,
             sequences.total(advantages) / count,
             weights,
-            torch.where(flat, 0.0, 1 / count),
+            torch.where(no_slope, 0.0, 1 / count),
         )

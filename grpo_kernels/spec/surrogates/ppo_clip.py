@@ -1,4 +1,4 @@
-"""The clipped surrogate of PPO, with the bounds of later papers."""
+"""PPO's clipped surrogate, with additional bounds from later papers."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class PPOClip(Surrogate):
         value = -torch.minimum(unclipped, clipped)
         # A tie counts as unclipped. If delta is below the clip range, the minimum can be the clipped term
         # at a ratio inside the range, where that term has a slope.
-        flat = torch.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
+        no_slope = torch.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
         bound = -dual_clip * advantage
         beyond = (advantage < 0) & (value > bound)
-        slope = torch.where(flat | beyond, 0.0, -advantage * dratio)
+        slope = torch.where(no_slope | beyond, 0.0, -advantage * dratio)
         return TokenLoss(torch.where(beyond, bound, value), None, slope)

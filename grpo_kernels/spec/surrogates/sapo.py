@@ -18,7 +18,7 @@ class SAPO(Surrogate):
     """`-A * sigmoid(tau * (ratio - 1)) * 4 / tau` (arXiv:2511.20347).
 
     Attributes:
-        tau_pos, tau_neg: `tau` if `A > 0`, and otherwise.
+        tau_pos, tau_neg: `tau` for `A > 0`, and for all other advantages.
     """
 
     tau_pos: float = 1.0
@@ -36,7 +36,7 @@ class SAPO(Surrogate):
         ratio, dratio = clamped_ratio(log_ratio, clamp)
         tau = select(advantage > 0, self.tau_pos, self.tau_neg, like=advantage)
         gate = sigmoid(tau * (ratio - 1))
-        # sigmoid(-x) instead of 1 - sigmoid(x), which has no digits left if the ratio is large.
+        # sigmoid(-x) instead of 1 - sigmoid(x), which loses all digits if the ratio is large.
         steepness = gate * sigmoid(-tau * (ratio - 1))
         # If the steepness is 0, the ratio may be infinite.
         slope = torch.where(steepness == 0, 0.0, -4 * steepness * advantage * dratio)

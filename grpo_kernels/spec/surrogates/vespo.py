@@ -1,4 +1,4 @@
-"""The log-probability weighted by a smooth function of the sequence's ratio."""
+"""VESPO: the log-probability weighted by a smooth function of the sequence's ratio."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ LOWEST, HIGHEST = math.log(1e-8), 20.0
 class VESPO(Surrogate):
     """`-sg(phi) * A * logp`, `phi = e^lambda * w^k * e^(-lambda w)`, `w` the product of a sequence's ratios.
 
-    As "vespo" of TRL 1.16, including its bounds: token log-ratios up to 20, log w between log 1e-8 and 20,
-    lambda from 1e-4. Token weights multiply `w`, so exclude a token by zero advantage, not by zero weight.
+    This is "vespo" of TRL 1.16 with its bounds: absolute token log-ratios are at most 20, log w is
+    between log 1e-8 and 20, and lambda is at least 1e-4. Token weights multiply `w`, so exclude a token by
+    zero advantage, not by zero weight.
 
     Attributes:
         k_pos, lambda_pos: `k` and `lambda` if `A >= 0`.
