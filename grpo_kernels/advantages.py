@@ -34,7 +34,8 @@ def group_advantages(
             arXiv:2402.14740).
 
     Returns:
-        `[B]` in the dtype of `rewards`, or in fp32 if that dtype is not floating point. Computed in fp64.
+        `[B]` in the dtype of `rewards`, or in fp32 if that dtype is not floating point. Computed in fp64
+        (fp32 on MPS).
         Exactly 0 if all rewards of a group are equal, for example in a group of one.
 
     Raises:
@@ -49,7 +50,7 @@ def group_advantages(
     check_choice("scale", scale, ADVANTAGE_SCALES)
     eps = check_number("eps", eps)
     groups, count = _groups(rewards, group_size, group_ids)
-    # In fp32, the mean of rewards far from 0 has their rounding error, and squares underflow or overflow.
+    # In fp32, the mean of rewards far from 0 would be inaccurate, and squares could underflow or overflow.
     values = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
 
     def group_sum(x: Tensor) -> Tensor:

@@ -77,8 +77,9 @@ def linear_grpo_loss(
         hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: the input of the LM head.
             `hidden[b, t]` predicts `completion_ids[b, t]`.
         lm_head_weight: `[V, H]`, in the dtype of `hidden`, or in any dtype under autocast. Its gradient is
-            summed in fp32 over the chunks and rounded once. A frozen weight gets none, which saves its
-            cost. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as with FSDP2.
+            summed in fp32 over the chunks and rounded once. A frozen weight gets none, which saves
+            2 N V H FLOPs. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as
+            with FSDP2.
         completion_ids, advantages: as in `grpo_loss`, as are all options that are not described here.
         lm_head_bias: `[V]`.
         ref_hidden, ref_lm_head_weight, ref_lm_head_bias: `[B, T, H']`, `[V, H']` and `[V]` of the reference
@@ -88,15 +89,16 @@ def linear_grpo_loss(
         logits_dtype: dtype of a chunk of logits. `torch.float32` keeps the precision of the products. With
             bf16 operands, `torch.bfloat16` halves the memory traffic at 1e4 times the error.
         compact: leave out rows that need no computation, and run those with a gradient first. Counting them
-            syncs with the device once, and with two passes once more in the backward. False: all rows are
-            run in their own order, without a sync.
+            syncs with the device once. A loss with two passes syncs once more in the backward. False: all
+            rows are run in their own order, without a sync.
         skip_inactive: leave rows without a gradient out of the forward, too. Their `logps`, `ref_logps` and
             `entropy` are 0, and the metrics except `active_fraction` are means over the other rows.
         shard: the heads have these rows of a vocabulary that is split over ranks. All ranks have the same
             hidden states, as in tensor parallelism after gathering the sequences. Loss, outputs and the
             gradient of `hidden`, summed over the ranks, are then the same on all of them, and each has the
-            gradients of its own rows. The ranks communicate in every chunk. They agree on its length if it
-            is not given, which syncs. Of DTensors the local parts are used (`VocabShard.of(weight)`).
+            gradients of its own rows. The ranks communicate in every chunk. If `chunk_tokens` is
+            None, they agree on it, which syncs. If the heads are DTensors, their local parts are used, with
+            `VocabShard.of(weight)`.
 
     Returns:
         LossOutput as in `grpo_loss`.

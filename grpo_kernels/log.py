@@ -32,7 +32,7 @@ class OnceLogger:
 
 
 def would_output(logger: logging.Logger, level: int) -> bool:
-    """Whether a record of this level would reach a handler that outputs it."""
+    """Return whether a record of this level would reach a handler that outputs it."""
     if not logger.isEnabledFor(level):
         return False
     if not logger.hasHandlers():  # then Python prints warnings to stderr, and drops what is below

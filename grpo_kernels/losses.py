@@ -54,7 +54,7 @@ def grpo_loss(
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
-    """Compute a GRPO-style policy loss from logits, and its gradient in one pass over them.
+    """Compute a GRPO-style policy loss from logits in one pass over them, and its gradient in another.
 
     A padded batch has `B` sequences of `T` tokens. A packed batch has `N` tokens of `S` sequences, end to
     end. docs/math.md has the formulas, and the classes of the surrogates name the papers. A number may be any
@@ -67,7 +67,7 @@ def grpo_loss(
         advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
         spec: a `LossSpec`, or the name of a preset. The default is PPO-clip with "token-mean".
         completion_mask: `[B, T]` or `[N]`, bool, int or float. 0 means that the token is not part of the
-            completion. No argument is read at such a position.
+            completion. The values of all other arguments at such a position are ignored.
         seq_lens: packed only: `[S]` integers that sum to `N`, on the device of the logits to avoid a sync.
         ref_logits: logits of the reference model, shaped as `logits`. They get no gradient.
         ref_logps: `[B, T]` or `[N]`, nats: log-probabilities of the reference model instead of `ref_logits`.

@@ -33,14 +33,14 @@ def global_normalizer(
     | "seq-mean-*" | sequences / ranks | `global_batch_size / dp_size` |
     | "token-sum" | 1 / ranks | `1 / dp_size` |
 
-    Sequences without an unmasked token count, as in `grpo_loss` and as verl is configured.
+    Sequences are counted even if all their tokens are masked, as in `grpo_loss` and in verl's configuration.
     "seq-mean-token-sum-norm" divides by `LossSpec.max_tokens` in addition (verl: `loss_scale_factor`). Set
     it, because micro-batches are padded to different widths. An entropy bonus is aggregated as the loss is.
 
     TRL 1.16 divides the losses `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`. That is
     the "token-mean" normalizer for the masks of one generation. If a generation serves several optimizer
     steps, TRL multiplies by `gradient_accumulation_steps / steps_per_generation`. It thus uses the average
-    number of tokens in these steps, and this function the number of tokens in one step.
+    number of tokens in these steps. This function uses the number of tokens in one step.
 
     Args:
         mask: `[B, T]` or packed `[N]`, bool, int or float. 0: not a completion token. Or the masks of all

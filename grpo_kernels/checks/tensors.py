@@ -59,14 +59,14 @@ def traced(x: Tensor) -> bool:
 def scalar_on(device: torch.device, x: Tensor) -> Tensor:
     """Return a 0-dim tensor detached, moved to `device` if it is on the CPU.
 
-    It is added as a number, because a copy from the CPU to a GPU would sync.
+    The move adds its value to a zero on `device`, because a copy from the CPU to a GPU would sync.
     """
     x = x.detach()
     return torch.zeros_like(x, device=device) + x if x.device.type == "cpu" != device.type else x
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Whether `x` is a DTensor."""
+    """Return whether `x` is a DTensor."""
     if type(x) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -52,7 +52,7 @@ def tanh(x):
 
 @triton.jit
 def softcapped(z, scale, softcap, CAPPED: tl.constexpr):
-    """Return `y` of a raw logit, softcapped if CAPPED. Otherwise `y` is the logit, and `k` has the scale."""
+    """Return `y`: the softcapped logit if CAPPED, else the raw logit, whose scale is then part of `k`."""
     if CAPPED:
         z = softcap * tanh(z * (scale / softcap))
     return z

@@ -51,8 +51,9 @@ def gradient_block(
 ):  # fmt: skip
     """Write one block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
 
-    TAKEN: it may contain the taken token. PARTIAL: it may end beyond the vocabulary. Both compare columns of
-    the row, so `start` is 0. Otherwise `start` is the block's, and the machine code has constant `columns`.
+    TAKEN: the block may contain the taken token. PARTIAL: it may end beyond the vocabulary. If either is set,
+    columns of the row are compared, so `columns` count from its beginning and `start` is 0. Otherwise `start`
+    is the first column of the block, and `columns` are constants in the machine code.
     """
     EVICTION: tl.constexpr = "evict_first" if KEPT else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)

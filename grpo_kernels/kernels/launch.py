@@ -38,7 +38,8 @@ class Blocking(NamedTuple):
     """Division of a row into blocks of BLOCK columns. A thread loads GROUP adjacent columns at once.
 
     The rest of the row, less than BLOCK columns, is processed TAIL columns at a time. Its loads are
-    predicated per element. For a whole BLOCK that would need more registers than the rest of the kernel.
+    predicated per element. The predicates of a whole BLOCK would need more registers than the rest of the
+    kernel.
     """
 
     BLOCK: int
@@ -59,7 +60,7 @@ def blocking(
 
     A block is as large as the registers allow: smaller for two rows at once, with a softcap, in fp64, and for
     a small vocabulary. GROUP is 1 if rows are not aligned for 16-byte loads. Otherwise such a load has GROUP
-    elements of the narrowest tensor, and Triton gives a thread as many adjacent elements of wider ones.
+    elements of the narrowest tensor, and a thread also gets GROUP adjacent elements of each wider tensor.
     """
     given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
     itemsize = min(tensor.element_size() for tensor in given)
@@ -72,7 +73,7 @@ def blocking(
 
 
 def rows_aligned(tensor: Tensor) -> bool:
-    """Whether every row of `[B, T, V]` starts at a multiple of 16 bytes.
+    """Return whether every row of `[B, T, V]` starts at a multiple of 16 bytes.
 
     The stride of a dimension of size 1 counts too. So a single row is reduced in the same order, and to the
     same bits, as in a batch.

@@ -21,7 +21,7 @@ Index: TypeAlias = Tensor | slice
 
 # Memory for the buffers of a chunk. On a CPU it is small compared to that of training, but large enough for
 # efficient products. On other devices it is a share of the free memory. Each chunk reads and writes the fp32
-# gradient of the weight once, but chunks longer than CHUNK_TOKENS gain little.
+# gradient of the weight once. Longer chunks thus save traffic, but beyond CHUNK_TOKENS they gain little.
 CPU_CHUNK_BYTES = 1 << 26
 MEMORY_SHARE, CHUNK_TOKENS = 0.25, 8192
 ASSUMED_MEMORY = 16 << 30  # if the device does not report it
@@ -102,7 +102,7 @@ def padded(vocab: int) -> int:
 
 
 def choose_chunk_tokens(count: int, bytes_per_token: int, device: torch.device) -> int:
-    """Return the number of tokens per chunk: `count` tokens, divided as evenly as the memory allows."""
+    """Return the number of tokens per chunk: `count` divided evenly into as few chunks as possible."""
     bytes_per_token = max(1, bytes_per_token)  # 0 in an empty part of a vocabulary that is split over ranks
     if device.type == "cpu":
         longest, multiple = CPU_CHUNK_BYTES // bytes_per_token, 1

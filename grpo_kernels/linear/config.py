@@ -1,4 +1,4 @@
-"""How logits are computed from hidden states: dtypes, chunks, and which rows are run."""
+"""The configuration of a pass from hidden states: dtypes, chunks, and which rows are run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LinearConfig:
     """How logits are computed from hidden states.
 
     Attributes:
-        dtype, ref_dtype: of the operands of all matrix products, of policy and reference.
-        logits_dtype, ref_logits_dtype: of a chunk of logits.
+        dtype, ref_dtype: the dtypes of the operands of all matrix products, for policy and reference.
+        logits_dtype, ref_logits_dtype: the dtypes of a chunk of logits, for policy and reference.
         chunk_tokens: tokens per chunk. None: `Chunks` chooses it.
         compact: order the rows, and leave out those that are not needed.
     """

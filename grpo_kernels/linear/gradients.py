@@ -35,7 +35,7 @@ class GradientSums:
     """Accumulates the gradients of hidden states, weight and bias over chunks."""
 
     def __init__(self, head: Head, out: HeadGradients, selected: Tensor | None) -> None:
-        """`out` is filled. `selected` `[N]` bool marks the rows with a gradient if chunks may have others."""
+        """`out` is filled. `selected` `[N]` bool marks the rows with a gradient. None: all have one."""
         self.head, self.out, self.selected = head, out, selected
         self.started = False
 

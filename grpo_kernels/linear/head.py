@@ -44,7 +44,7 @@ def check_head(
 ) -> Head:
     """Check hidden states, weight and bias, and return them as a Head.
 
-    `hidden` is `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`. `prefix` is that of all names.
+    `hidden` is `[B, T, H]` or `[N, H]`, `weight` `[V, H]`, `bias` `[V]`. `prefix` starts the names in errors.
     """
     plain = gathered if shard is None else local_part
     names = [prefix + name for name in ("hidden", "lm_head_weight", "lm_head_bias")]

@@ -40,7 +40,7 @@ class RowPlan(NamedTuple):
         return x[self.order] if isinstance(x, Tensor) else x.rows(self.order)
 
     def empty_like(self, x: Tensor) -> Tensor:
-        """Return a tensor `[running]` to fill in the plan's order, `x` `[N]` itself if `order` is None."""
+        """Return an empty tensor `[running]` for values in the plan's order. If `order` is None, `x`."""
         return x if self.order is None else x.new_empty(self.running)
 
     def restore(self, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def device_multiplies_mixed(device: torch.device) -> bool:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast applies to `x`."""
+    """Return whether autocast applies to `x`."""
     kind = x.device.type
     # Autocast does not support "meta". Before torch 2.9, Dynamo cannot trace a check for support.
     return x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind)

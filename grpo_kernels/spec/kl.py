@@ -27,9 +27,9 @@ class KL:
         beta: weight of the penalty. If it is 0, the loss needs no reference.
         ratio_corrected: multiply the estimate by the ratio `exp(logp - old_logp)`, at sequence level by the
             sequence's ratio. The gradient flows through both factors.
-        straight_through: the value of `kind` with the gradient of "k2".
-        clamp, output_clamp: bounds on the absolute value of `x` and of the estimate. Beyond a bound there is
-            no gradient.
+        straight_through: keep the value of `kind`, but use the gradient of "k2".
+        clamp, output_clamp: bounds on the absolute value of `x` and of the estimate. Beyond a bound the
+            estimate has no gradient, unless `straight_through`.
     """
 
     kind: KLKind = "k3"

@@ -17,9 +17,9 @@ class LogitTransform:
 
     Attributes:
         vocab_size: number of vocabulary entries. Later columns are padding.
-        scale, softcap: of the policy.
-        ref_scale, ref_softcap: of the reference.
-        temperature: of both models. 1 if each token has its own, which `Rows.temperatures` has.
+        scale, softcap: scale and softcap of the policy.
+        ref_scale, ref_softcap: scale and softcap of the reference.
+        temperature: the temperature of both models; 1 if `Rows.temperatures` has one per token.
     """
 
     vocab_size: int

@@ -1,4 +1,4 @@
-"""Makes autograd functions differentiable only once. Every second derivative raises an error."""
+"""Makes autograd functions differentiable only once. A second derivative raises an error."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def metrics(
 def clipped_tokens(
     surrogate: Surrogate, clip: Clip, logps: Tensor, log_ratio: Tensor, ratio: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
-    """Whether each token counts as clipped, `[N]` bool, by the surrogate's rule."""
+    """Return whether each token counts as clipped, `[N]` bool, by the surrogate's rule."""
     if clip.kind == "cap":
         return {"clip_fraction": (ratio > clip.high) & (advantages != 0)}
     if clip.kind == "region":

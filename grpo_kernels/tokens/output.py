@@ -14,7 +14,15 @@ from .statistics import Coefficients, RowStats
 
 
 class LossOutput(NamedTuple):
-    """Output of a loss. `grpo_loss` documents the fields."""
+    """Output of a loss. `[B, T]` tensors are `[N]` if the batch is packed.
+
+    Attributes:
+        loss: 0-dim fp32, fp64 for fp64 inputs; differentiable.
+        metrics: detached 0-dim tensors by name. `grpo_loss` lists them.
+        logps: `[B, T]`, nats, detached: log-probabilities of the taken tokens under the policy.
+        ref_logps: the same under the reference, or None.
+        entropy: `[B, T]`, nats, detached: entropies of the policy, or None.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]

@@ -13,7 +13,7 @@ from ..checks.tensors import check_tensor, has_data
 
 @dataclass
 class Sequences:
-    """Which tokens form a sequence. `N` tokens, `S` sequences if packed.
+    """The division of `N` tokens into sequences. A packed batch has `S` of them.
 
     Attributes:
         shape: `[B, T]`, or `[N]` if packed.

@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 class RowStats(NamedTuple):
-    """Statistics of each row of logits, `[N]` each, in nats. None if they were not requested.
+    """Statistics of each row of logits, `[N]` each. None if they were not requested.
 
-    `shift` is the row's largest logit, after the softcap and before scale and temperature. `sum_exp` is the
+    Log-probabilities, entropy and KL are in nats. `shift` is the row's largest softcapped logit before the
+    temperature, or, without a softcap, its largest raw logit before scale and temperature. `sum_exp` is the
     sum of the exponentials relative to it. In fp32, a single logsumexp would lose digits if the row is
     far from zero.
     """
@@ -53,6 +54,6 @@ class Coefficients(NamedTuple):
         return Coefficients(*(None if x is None else x[index] for x in self))
 
     def active(self) -> Tensor:
-        """Whether each row has a gradient, `[N]` bool."""
+        """Return whether each row has a gradient, `[N]` bool."""
         nonzero = [x != 0 for x in self if x is not None]
         return functools.reduce(torch.logical_or, nonzero)

@@ -45,7 +45,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor,
 
 
 class RowStatsFunction(torch.autograd.Function):
-    """Computes `want.outputs`. None of them is None, because torch.compile would miscount the outputs."""
+    """Computes `want.outputs`. Each is a tensor, because torch.compile would miscount if one were None."""
 
     @staticmethod
     def forward(

@@ -59,8 +59,8 @@ def merge(
         return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))
 
     def expected(log_part: Tensor, each: Tensor) -> Tensor:
-        # Rounded to the dtype of the arithmetic, where a tiny probability is 0, as without a split. The value
-        # that it multiplies may be infinite.
+        # Rounding to the dtype of the arithmetic makes a tiny probability 0, as in a vocabulary that is not
+        # split. `where` avoids 0 * inf.
         share = log_part.exp().to(dtype)
         return torch.where(share == 0, 0.0, share * each).sum(0).clamp(min=0)
 

@@ -63,13 +63,16 @@ class RowChunk(NamedTuple):
 
 
 def is_flat(logits: Tensor) -> bool:
-    """Whether all rows of `[B, T, V]` have one stride, so that they are rows of one 2-D view."""
+    """Return whether all rows of `[B, T, V]` have one stride, so that they are rows of one 2-D view."""
     batch, time, _ = logits.shape
     return batch == 1 or time == 0 or logits.stride(0) == time * logits.stride(1)
 
 
 def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
-    """Yield chunks of the `needed` rows, `[B * T]` bool, on a GPU of all rows, as a choice would sync."""
+    """Yield chunks of the `needed` rows, `[B * T]` bool.
+
+    On a GPU the chunks have all rows, because selecting some of them would sync.
+    """
     batch, time, vocab = tensors[0].shape
     flat = all(is_flat(tensor) for tensor in tensors)
     rows = max(1, (CPU_CHUNK_ELEMENTS if needed.device.type == "cpu" else CHUNK_ELEMENTS) // max(1, vocab))

@@ -104,7 +104,7 @@ class ChunkRows(NamedTuple):
 
 
 def row_sum(x: Tensor) -> Tensor:
-    """Sum `[n, V]` to `[n]`, with bits of a row that do not depend on the other rows.
+    """Sum `[n, V]` to `[n]`, so that the bits of a row's sum do not depend on the other rows.
 
     PyTorch would divide a single long row among its threads, and add in another order. So a single row is
     summed twice, as two rows.
@@ -115,7 +115,7 @@ def row_sum(x: Tensor) -> Tensor:
 def statistics(
     rows: ChunkRows, want: RowStats, scratch: Scratch
 ) -> tuple[RowStats, Exponentials, Exponentials | None]:
-    """Compute the statistics of a chunk that are not None in `want`, and return their exponentials, too."""
+    """Compute a chunk's statistics that are not None in `want`. Also return both models' exponentials."""
     keep_d = want.entropy is not None or rows.ref_z is not None
     p, row_max = rows.policy.exponentials(rows.z, None, keep_d=keep_d, scratch=scratch, name="policy")
     sum_exp = row_sum(p.e)

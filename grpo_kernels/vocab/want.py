@@ -87,7 +87,7 @@ class Want:
     def empty_stats(
         self, count: int, dtype: torch.dtype, device: torch.device, *, for_backward: bool
     ) -> RowStats:
-        """Allocate statistics of `count` rows, for a backward with shifts and sums."""
+        """Allocate statistics of `count` rows, including shifts and sums if `for_backward`."""
         names = self.outputs
         if for_backward:
             names += ["shift", "sum_exp"]

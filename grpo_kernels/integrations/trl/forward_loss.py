@@ -99,8 +99,8 @@ class ForwardLoss:
     def completions(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of the completions, `[B, T, H]`.
 
-        TRL passes the rows of all positions of all sequences. Its Triton kernel makes it pass only those with
-        labels.
+        TRL passes the rows of all positions of all sequences, or only those with labels if it uses its
+        Triton kernel.
         """
         rows = self.completion_ids.numel()
         if len(hidden) >= rows:

@@ -23,8 +23,8 @@ def accumulated_micro_batches(trainer: Any) -> int:
 def trl_normalizer(trainer: Any, spec: LossSpec, inputs: dict[str, Any]) -> Tensor | None:
     """Return the tokens of an optimizer step per process, or None for the micro-batch's own denominator.
 
-    `num_items_in_batch` counts the tokens of a whole generation on all processes. TRL takes the average of
-    the generation's optimizer steps.
+    `num_items_in_batch` counts the tokens of a whole generation on all processes. TRL divides by
+    the average number of tokens in one of the generation's optimizer steps.
     """
     if trainer.loss_type not in TOKENS_OF_ALL_MICRO_BATCHES or spec.aggregation != "token-mean":
         return None

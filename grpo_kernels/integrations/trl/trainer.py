@@ -214,8 +214,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         Args:
             step: the micro-batch.
             loss: our loss; None if the model was not called exactly once.
-            theirs: TRL's loss. If no call of the model computed our loss, this has all gradients, and the
-                micro-batch is not computed again.
+            theirs: TRL's loss. If no call of the model computed our loss, the gradient of TRL's loss is
+                complete, and this rank need not compute the micro-batch again.
         """
         if loss is None:
             found = Difference(torch.tensor(step.computed > 0, device=theirs.device))

@@ -60,7 +60,7 @@ def register_loss(name: str, spec: LossSpec | PresetName | Callable[[Any], LossS
         rollout_is_weights: Tensor | None = None,  # [B, T]
     ) -> tuple[Tensor, dict[str, float]]:
         chosen = spec if isinstance(spec, LossSpec) else spec(config)
-        # "token-mean" is the default of LossSpec, so it may not be a choice.
+        # "token-mean" is the default of LossSpec, so the user need not have chosen it.
         if chosen.aggregation not in ("token-mean", loss_agg_mode):
             warn_once(
                 f"loss {name!r}: its own aggregation is {chosen.aggregation}, but "
@@ -94,7 +94,9 @@ def is_free(name: str) -> bool:
 
 
 def verl_normalizer(loss_agg_mode: str, info: Mapping[str, Any], mask: Tensor) -> float | Tensor:
-    """Return the denominator of verl's `agg_loss`, of all ranks and micro-batches if verl knows it.
+    """Return the denominator of verl's `agg_loss`, divided by the number of ranks.
+
+    It counts all ranks and micro-batches if verl knows these numbers.
 
     Args:
         loss_agg_mode: verl's aggregation.

@@ -80,7 +80,7 @@ class Surrogate:
         return terms._replace(log_ratio=log_ratio, dlog_ratio=dlog_ratio)
 
     def spread_sequence_weights(self, weights: Tensor, sequences: Sequences) -> Tensor:
-        """Return token weights `[N]` for weights that the caller gave per sequence, expanded to `[N]`."""
+        """Convert weights per sequence, already expanded to `[N]`, to weights per token, `[N]`."""
         return weights
 
 

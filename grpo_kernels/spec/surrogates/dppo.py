@@ -56,12 +56,12 @@ class DPPO(Surrogate):
         return weighted_logp(logp, weight)
 
     def inside_tv(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        """Whether each token is inside the region of kind "tv"."""
+        """Return whether each token is inside the region of kind "tv"."""
         change = torch.exp(logp) - torch.exp(logp - log_ratio)
         return torch.where(advantage > 0, change <= self.high, change >= -self.low)
 
     def inside_kl(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        """Whether each token is inside the region of kind "kl"."""
+        """Return whether each token is inside the region of kind "kl"."""
         p, old_p = torch.exp(logp), torch.exp(logp - log_ratio)
         # A probability may be rounded to more than 1. `where` avoids 0 * inf.
         others, old_others = (1 - p).clamp(min=0), (1 - old_p).clamp(min=0)
