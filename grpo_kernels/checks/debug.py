@@ -14,7 +14,7 @@ logger = logging.getLogger("grpo_kernels")
 
 
 def enabled() -> bool:
-    """Whether GRPO_KERNELS_DEBUG is set. False under `torch.compile`, whose graph cannot raise an error."""
+    """Return whether GRPO_KERNELS_DEBUG is set, but False under `torch.compile`, whose graph cannot raise."""
     return not torch.compiler.is_compiling() and os.environ.get("GRPO_KERNELS_DEBUG", "0") not in ("", "0")
 
 

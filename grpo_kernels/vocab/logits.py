@@ -79,7 +79,7 @@ def check_writable(logits: Tensor, given: Tensor, ref_logits: Tensor | None) -> 
 
 
 def overlaps_other_rows(x: Tensor, y: Tensor) -> bool:
-    """Whether a row of `x` `[B, T, V]` shares memory with a row of `y` `[B, T, W]` at another position.
+    """Return whether rows of `x` `[B, T, V]` and `y` `[B, T, W]` at different positions share memory.
 
     Rows with the same address and dtype count as the same row.
     """

@@ -159,7 +159,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return check_spec(self.loss_spec(), beta=self.beta)
 
     def _has_gradient_in_the_forward(self) -> bool:
-        """Whether the forward computes the gradient, too. Only then does the backward not need the head."""
+        """Return whether the forward computes the gradient, so that the backward does not need the head."""
         try:
             return fusible(self._fusible_spec(), torch.float16 if self.args.fp16 else self.model.dtype)
         except ValueError:
