@@ -152,7 +152,7 @@ def test_every_provider_has_its_rows(tmp_path: Path) -> None:
     for row in rows:
         assert all((row[f"{kind}_E"] == "") == bool(row["note"]) for kind in KINDS)
     text = tables.traffic_tables(path)
-    assert "absent: no-such-package is not installed" in text and "eager: no kernel" in text
+    assert "absent: no-such-package is not installed" in text and "eager: no Triton kernel" in text
     assert "| grpo, floor 4 | grpo_kernels | 2 + 2 | 0 + 0 | 0 + 2 |" in text
     assert "| grpo | grpo_kernels | 8.01 + 0 | 2 + 0 |" in text
     record.write_table(path, [row for one in found[2:] for row in tables.operations_rows(one)])

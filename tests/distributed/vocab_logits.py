@@ -253,7 +253,7 @@ def dtensor_logits() -> None:
     torch.testing.assert_close(grad.full_tensor(), want.grad)
     logps = selective_logps(logits, case.completion_ids, mask=case.options["completion_mask"], shard=shard)
     torch.testing.assert_close(logps.detach(), want.out.logps)
-    with pytest.raises(RuntimeError, match="a leaf requiring grad"):
+    with pytest.raises(RuntimeError, match="a leaf that requires grad"):
         grpo_loss(logits, case.completion_ids, case.advantages, shard=shard, inplace=True, **options)
     with pytest.raises(ValueError, match="logits is a DTensor"):
         selective_logps(logits, case.completion_ids)
