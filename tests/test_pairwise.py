@@ -148,6 +148,7 @@ def test_the_option(example: Path) -> None:
     }
 
 
+@pytest.mark.long
 def test_every_process_chooses_the_same(example: Path) -> None:
     """Strings hash differently in each process."""
     assert collected(example, "--pairwise", seed=1) == collected(example, "--pairwise", seed=2)

@@ -281,6 +281,7 @@ def test_every_provider_can_be_timed_on_a_gpu(work: Workload, fake_driver: list[
             assert set(found) <= {"full", "forward", "backward"} and found["full"].median > 0
 
 
+@pytest.mark.long
 def test_the_gate_at_a_large_vocabulary() -> None:
     """The check works with tiny rows in the head's gradient and with coarsely rounded bf16 logits."""
     work = Workload("linear", "grpo_kl", 64, 151936, 64, inactive=0.5)
@@ -290,6 +291,7 @@ def test_the_gate_at_a_large_vocabulary() -> None:
     assert gate.check(broken("one id", "linear"), batch).wrong is not None
 
 
+@pytest.mark.long
 def test_a_failure_without_a_batch_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_memory(*given: object) -> Batch:
         raise torch.OutOfMemoryError("there is none")

@@ -199,7 +199,9 @@ def test_against_fp64(case: str, prefetch: bool) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reference", [False, True], ids=["", "reference"])
+@pytest.mark.parametrize(
+    "reference", [pytest.param(False, marks=pytest.mark.long), True], ids=["", "reference"]
+)
 def test_against_the_fused_kernel(dtype: torch.dtype, reference: bool) -> None:
     """Options: weights and temperatures per token, a scale, padded columns, and a last slice of 8 columns."""
     batch = make_batch(2, 6, 136 + 24, dtype=dtype, seed=2)
@@ -218,6 +220,7 @@ def test_against_the_fused_kernel(dtype: torch.dtype, reference: bool) -> None:
 
 
 @interpreted
+@pytest.mark.long
 def test_hard_rows() -> None:
     """Rows with -inf in a slice, in all but the taken token or in the taken token; NaN, inf, and a wrong id.
 
@@ -245,7 +248,9 @@ def test_hard_rows() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("prefetch", [False, True], ids=["", "prefetch"])
+@pytest.mark.parametrize(
+    "prefetch", [False, pytest.param(True, marks=pytest.mark.long)], ids=["", "prefetch"]
+)
 def test_masked_rows_are_not_read(prefetch: bool) -> None:
     """Addresses show that for the reference. The policy has NaN in its masked rows."""
     plan = SMALL._replace(PREFETCH=prefetch)
@@ -272,7 +277,7 @@ def test_masked_rows_are_not_read(prefetch: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("slow", range(3))
+@pytest.mark.parametrize("slow", [0, *(pytest.param(x, marks=pytest.mark.long) for x in (1, 2))])
 def test_any_block_may_be_late(slow: int) -> None:
     """Each block in turn is the last to write its words, and the others wait for it in every row."""
     batch = make_batch(1, 4, 192, masked=0, inactive=0, seed=5)

@@ -132,7 +132,9 @@ LOGPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOGPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.long) if x in ("kto", "sft, dft") else x for x in LOGPS]
+)
 def test_fused_logps(
     name: str,
     folders: Folders,
