@@ -189,7 +189,9 @@ call()
 """
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(x, marks=pytest.mark.long) if x == "level alone" else x for x in ORDERS]
+)
 def test_before_logging_is_configured(order: str) -> None:
     """The program runs in its own process, because pytest configures logging here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -125,7 +125,7 @@ def test_who_runs_out_of_memory_is_tried_with_less(run: Callable[..., list[recor
     [
         (lambda loss: 1.01 * loss, "loss differs by"),
         (lambda loss: loss + 0.01 * (loss - loss.detach()), "gradient of the head differs by 1.0e-02"),
-        (lambda loss: loss * torch.nan, "loss differs by nan"),
+        pytest.param(lambda loss: loss * torch.nan, "loss differs by nan", marks=pytest.mark.long),
     ],
     ids=["loss", "gradient", "NaN"],
 )

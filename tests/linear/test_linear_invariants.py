@@ -89,6 +89,7 @@ def test_case_19_loss_times_1024(
 
 @local_and_not
 class TestCase20SameResults:
+    @pytest.mark.long
     def test_a_hundred_times(self, spec: LossSpec, backend: str, device: str) -> None:
         case = random_case(spec, shape=(1, 1), V=37, device=device)
         first, *others = (run_linear(case, backend=backend) for _ in range(100))

@@ -118,6 +118,7 @@ class TestCase20SameBits:
             for got, whole in zip(call(index, change), want, strict=True):
                 assert torch.equal(got, whole.expand_as(got)), index
 
+    @pytest.mark.long
     @levels
     def test_a_hundred_times(self, device: str, backend: str, level: str, packed: bool) -> None:
         case = laid_out(random_case(LossSpec(PPOClip(), level=level), 1, 1, 37, device=device), packed)

@@ -133,7 +133,8 @@ LOGPS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.long) if x in ("kto", "sft, dft") else x for x in LOGPS]
+    "name",
+    [pytest.param(x, marks=pytest.mark.long) if x in ("kto", "rloo", "sft, dft") else x for x in LOGPS],
 )
 def test_fused_logps(
     name: str,

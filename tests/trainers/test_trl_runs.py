@@ -224,6 +224,8 @@ LONG = {
     "grpo",
     "grpo, accumulated",
     "grpo, on-policy",
+    "dapo, accumulated",
+    "vespo, accumulated",
     "luspo, accumulated",
     "luspo, sequence",
     "vespo, sequence",
