@@ -86,8 +86,8 @@ def grpo_loss(
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
             afterwards. As for any in-place operation, autograd raises an error if another operation still
-            needs the old values. `logits` must not overlap `ref_logits` of other tokens. Under torch.compile
-            this option has no effect.
+            needs the old values. A token's `logits` must not share memory with another token's
+            `ref_logits`. Under torch.compile this option has no effect.
         shard: `logits` and `ref_logits` are these columns of a vocabulary that is split over ranks. The
             ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
             and each gets the gradient of its own columns. If they are DTensors, their local parts

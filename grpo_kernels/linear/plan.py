@@ -15,7 +15,7 @@ class RowPlan(NamedTuple):
     running: int  # rows that are run
     active: int  # of these, rows that have a gradient
     order: Tensor | None = None  # [running] int64; None: all rows in their own order
-    selected: Tensor | None = None  # [total] bool: rows with a gradient, if `active` does not count them
+    selected: Tensor | None = None  # [total] bool: rows with a gradient; None: the first `active`
 
     @classmethod
     def of(cls, needed: Tensor, active: Tensor, *, compact: bool) -> RowPlan:

@@ -25,9 +25,9 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
     """Make every derivative of the gradient that `backward` returns raise an error.
 
     `torch.autograd.function.once_differentiable` does so only if the incoming gradient requires grad. The
-    gradient of a loss does not, so a penalty on the gradient would silently drop out. The engine also skips
-    nodes that lead to none of the requested inputs. Therefore the returned gradient depends on the origin of
-    the forward's inputs (see `apply`) and on the incoming gradients.
+    one that enters at a loss does not, so a penalty on the gradient would silently drop out. The engine also
+    skips nodes that lead to none of the requested inputs. Therefore the returned gradient depends on the
+    origin of the forward's inputs (see `apply`) and on the incoming gradients.
     """
 
     @functools.wraps(backward)

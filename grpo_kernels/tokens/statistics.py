@@ -12,9 +12,9 @@ from torch import Tensor
 class RowStats(NamedTuple):
     """Statistics of each row of logits, `[N]` each. None if they were not requested.
 
-    Log-probabilities, entropy and KL are in nats. `shift` is the row's largest softcapped logit before the
-    temperature, or, without a softcap, its largest raw logit before scale and temperature. `sum_exp` is the
-    sum of the exponentials relative to it. In fp32, a single logsumexp would lose digits if the row is
+    Log-probabilities, entropy and KL are in nats. With a softcap, `shift` is the row's largest
+    softcapped logit before the temperature. Without one, it is the row's largest raw logit. `sum_exp` is the
+    sum of the exponentials relative to `shift`. In fp32, a single logsumexp would lose digits if the row is
     far from zero.
     """
 
@@ -36,7 +36,7 @@ class RowStats(NamedTuple):
         return RowStats(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
 
     def copy_(self, other: RowStats) -> None:
-        """Copy the fields that are None in neither tuple."""
+        """Copy the fields of `other` into those of `self`. A field that is None in either is skipped."""
         for target, x in zip(self, other, strict=True):
             if target is not None and x is not None:
                 target.copy_(x)

@@ -45,7 +45,7 @@ class Vocabulary(NamedTuple):
         return cls(max(0, stop - shard.start), shard.start, vocab_size)
 
     def targets(self, batch: Batch, ids: Tensor, name: str = "completion_ids") -> Tensor:
-        """Return the column of each taken token, `[N]` int64: MASKED if masked, `width` if none of them.
+        """Return the column of each taken token, `[N]` int64: MASKED if masked, `width` if not here.
 
         Raises an error unless `ids`, the argument `name`, are int32 or int64 of the batch's shape.
         """
