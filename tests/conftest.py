@@ -1,4 +1,4 @@
-"""Fixtures of all tests: device and backend, NaN in new memory, a faster interpreter."""
+"""Fixtures of all tests: device and backend, NaN in new memory, a faster interpreter, the emulator of PTX."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
 torch.compile(lambda: torch.empty(1), backend="eager")()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("EMULATE")  # "sm_80" or "sm_90": kernels are compiled, and the emulator runs them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_TRITON = (
     None
-    if importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or INTERPRETED)
-    else "no GPU: the kernels run with TRITON_INTERPRET=1 in the environment"
+    if importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or INTERPRETED or EMULATED)
+    else "no GPU: the kernels run with TRITON_INTERPRET=1 or EMULATE=sm_90 in the environment"
 )
 NEEDS_TRITON = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
@@ -72,6 +73,18 @@ def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill the results of `torch.empty` and similar functions with NaN, which reveals unwritten outputs."""
     for owner, name in nan_memory.ALLOCATORS:
         monkeypatch.setattr(owner, name, nan_memory.filled(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels(nan_in_new_memory: None) -> Iterator[None]:
+    """Run the kernels in the emulator of PTX, if EMULATE is set."""
+    if EMULATED is None:
+        yield
+        return
+    from emulator import emulated
+
+    with emulated(EMULATED):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -61,16 +61,21 @@ class NoDevice:
 
 
 @contextlib.contextmanager
-def no_device(target: GPUTarget) -> Iterator[None]:
-    """Inside, Triton and the package see a GPU of the kind `target`."""
-    launches = mock.patch.object(tensors, "has_data", lambda x: True)
+def active(device: NoDevice) -> Iterator[None]:
+    """Inside, `device` is Triton's driver."""
     before = dict(vars(driver))  # a copy, because reading the active driver would look for a GPU
-    driver.set_active(NoDevice(target))
+    driver.set_active(device)
     try:
-        with launches:
-            yield
+        yield
     finally:
         vars(driver).update(before)
+
+
+@contextlib.contextmanager
+def no_device(target: GPUTarget) -> Iterator[None]:
+    """Inside, Triton and the package see a GPU of the kind `target`."""
+    with active(NoDevice(target)), mock.patch.object(tensors, "has_data", lambda x: True):
+        yield
 
 
 @contextlib.contextmanager

@@ -130,8 +130,13 @@ def token_metrics_kernel(
     STRAIGHT_THROUGH: tl.constexpr, RATIO_CORRECTED: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write a row of sums: METRICS in their order, the number of known tokens, and that of unmasked ones."""
+    """Write a row of sums: METRICS in their order, the number of known tokens, and that of unmasked ones.
+
+    Metrics that do not apply have a sum of 0.
+    """
     sums_ptr += tl.program_id(0) * WIDTH
+    for column in tl.static_range(WIDTH):
+        tl.store(sums_ptr + column, 0.0)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     unmasked = tl.load(mask_ptr + i, mask=i < N, other=0) != 0
     known = tl.load(known_ptr + i, mask=i < N, other=0) != 0
@@ -248,7 +253,7 @@ def token_metrics(
 ) -> dict[str, Tensor]:
     """Compute the means of METRICS, 0-dim, over the tokens that `known` `[N]` bool marks.
 
-    `ratio`: whether the loss has a ratio. The values of metrics that do not apply are undefined.
+    `ratio`: whether the loss has a ratio. Metrics that do not apply are 0, and the caller drops them.
     """
     count = inputs.mask.numel()
     programs = triton.cdiv(count, BLOCK)
