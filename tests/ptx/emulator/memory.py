@@ -53,7 +53,7 @@ class Space:
         if unknown.any():
             thread, place = access.threads[unknown][0], self.describe(int(access.offsets[unknown][0]))
             raise Fault(
-                f"{access.where}: thread {thread} reads memory that was never written, {self.name} {place}"
+                f"{access.where}: thread {thread} reads {self.name} memory that was never written, {place}"
             )
         return self.data.view(dtype)[self.elements(access, dtype)]
 
