@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator import Fault
 from programs import launch, numbers, zeros
 
 VECTORS = [
@@ -102,3 +103,26 @@ def test_parameters(kind: str, value: Any, load: str, expected: int) -> None:
     body = f"{load}, [kernel_param_1]; {widen[load.split()[1][:-1]]} st.global.b64 [%own0], %rd0;"
     launch(body, out, (kind, value))
     assert out.tolist() == [expected] * 32
+
+
+def test_a_thread_chooses_a_parameter() -> None:
+    """LLVM turns a choice between two arguments into a choice between their addresses."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """
+        mov.b64 %rd0, kernel_param_1;
+        mov.b64 %rd1, kernel_param_3;
+        setp.lt.u32 %p0, %thread0, 7;
+        selp.b64 %rd2, %rd0, %rd1, %p0;
+        ld.param.b32 %r0, [%rd2];
+        st.global.b32 [%own0], %r0;
+    """
+    launch(body, out, ("i32", 5), ("i64", 6), ("i32", -8))
+    assert out.tolist() == [5] * 7 + [-8] * 25
+
+
+@pytest.mark.parametrize(
+    "load", ["ld.param.b32 %r0, [kernel_param_1];", "ld.param.b64 %rd0, [kernel_param_1+4];"]
+)
+def test_a_part_of_a_parameter(load: str) -> None:
+    with pytest.raises(Fault, match="no argument"):
+        launch(load, torch.zeros(32), ("i64", 6))

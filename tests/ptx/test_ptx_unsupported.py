@@ -83,8 +83,6 @@ STATEMENTS = [
     "ld.global.b32 %r0, [%r1];",
     "ld.param.v2.b32 %r0, [kernel_param_0];",
     "ld.param.b64 %r0, [kernel_param_0];",
-    "ld.param.b32 %r0, [kernel_param_0];",
-    "ld.param.b32 %r0, [kernel_param_0+4];",
     "ld.param.b64 %rd0, [kernel_param_9];",
     "st.global.wt.b32 [%own0], %r0;",
     "bar.sync 1;",

@@ -16,7 +16,7 @@ import numpy as np
 from .arithmetic import perturbed
 from .errors import Fault, Unsupported
 from .instructions import APPROXIMATIONS, INSTRUCTIONS
-from .memory import ALIGNMENT, Access, GlobalMemory, SharedMemory
+from .memory import ALIGNMENT, Access, GlobalMemory, Parameters, SharedMemory
 from .parser import Address, Immediate, Name, Operand, Program, Statement, Vector
 from .types import BITS, DTYPES
 
@@ -71,7 +71,7 @@ class Machine:
         mode: Mode,
     ) -> None:
         self.program = program
-        self.arguments = arguments
+        self.parameters = Parameters(arguments)
         self.memory = memory
         self.blocks = blocks
         self.mode = mode
@@ -226,6 +226,8 @@ class Machine:
         special = {"%tid.x": self.thread.astype(np.uint32), "%ctaid.x": self.ctaid}
         if operand.name in special and BITS[kind] == 32:
             return special[operand.name].view(DTYPES[kind])
+        if operand.name in self.parameters.addresses and BITS[kind] == 64:
+            return np.full(self.size, self.parameters.addresses[operand.name], DTYPES[kind])
         if operand.name in self.program.shared_symbols:
             return np.full(self.size, SharedMemory.BASE, DTYPES[kind])
         return self.typed(operand.name, kind)
@@ -276,7 +278,7 @@ class Machine:
         if opcode == "shfl.sync.bfly.b32" and statement.predicate is None:
             return self.bind_shuffle(operands)
         if name == "ld" and modifiers[:1] == ["param"]:
-            return self.bind_parameter(modifiers[1:], operands)
+            return self.bind_parameter(modifiers[1:], operands, where)
         if name in ("ld", "st") and modifiers[:1] in (["global"], ["shared"]):
             return self.bind_access(name == "st", modifiers, operands, where)
         raise Unsupported("unknown instruction")
@@ -352,24 +354,21 @@ class Machine:
 
         return step
 
-    def bind_parameter(self, modifiers: list[str], operands: tuple[Operand, ...]) -> Step:
+    def bind_parameter(self, modifiers: list[str], operands: tuple[Operand, ...], where: str) -> Step:
         """Bind a load of an argument. PTX ISA, "ld": a signed one is extended to the register's width."""
         kind, (result, address) = ".".join(modifiers), operands
         if kind not in DTYPES or not isinstance(result, Name):
             raise Unsupported("unknown modifiers")
-        if not isinstance(address, Address) or address.base.name not in self.arguments or address.offset:
-            raise Unsupported("an address in the space of parameters")
-        raw = self.arguments[address.base.name]
-        if len(raw) != DTYPES[kind].itemsize:
-            raise Unsupported(f"an argument of {len(raw)} bytes")
-        value = np.frombuffer(raw, DTYPES[kind])
+        if not isinstance(address, Address):
+            raise Unsupported(f"address {address}")
+        base = self.source(address.base, "s64")
         width = 8 * self.register(result.name).itemsize
         if width < BITS[kind] or (width > BITS[kind] and kind.startswith("f")):
             raise Unsupported(f"{kind} in a register of {width} bits")
         target = self.target(result, f"{kind[0]}{width}")
 
         def step(threads: Threads) -> None:
-            target[threads] = value[0]
+            target[threads] = self.parameters.load(base[threads] + address.offset, DTYPES[kind], where)
 
         return step
 

@@ -6,7 +6,7 @@ An address space is an array of bytes. `locate` turns the addresses of the progr
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +105,28 @@ class SharedMemory(Space):
             raise Fault(f"{where}: an access beyond the {self.limit} bytes of shared memory")
         check_alignment(offsets, nbytes, where)
         return offsets + blocks * self.size
+
+
+class Parameters:
+    """The arguments of a kernel, read only, one after the other at addresses of their own."""
+
+    def __init__(self, arguments: Mapping[str, bytes]) -> None:
+        self.addresses: dict[str, int] = {}
+        self.sizes: dict[int, int] = {}  # by address
+        data = b""
+        for name, raw in arguments.items():
+            data += bytes(-len(data) % len(raw))
+            self.addresses[name] = len(data)
+            self.sizes[len(data)] = len(raw)
+            data += raw
+        self.data = np.frombuffer(data + bytes(-len(data) % ALIGNMENT), np.uint8)
+
+    def load(self, addresses: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+        """Return whole arguments. Raise Fault if there is none of that size at an address."""
+        for address in np.unique(addresses):
+            if self.sizes.get(int(address)) != dtype.itemsize:
+                raise Fault(f"{where}: no argument of {dtype.itemsize} bytes at {address}")
+        return self.data.view(dtype)[addresses // dtype.itemsize]
 
 
 class Run(NamedTuple):
