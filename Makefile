@@ -25,7 +25,7 @@ NUMERIC := tests/linear $(addprefix tests/losses/test_, $(addsuffix .py, parity 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
+.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-ptx test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -38,9 +38,10 @@ test: $(VENV)/.test  ## run the tests with a choice of their cases: five minutes
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(QUICK) $(ARGS)
 	env -u TRITON_INTERPRET $(PY) -m pytest tests/kernels/test_compile.py $(COMPILED) $(ARGS) || test $$? -eq 5
 
-test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile (verl's tests: test-verl)
-	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile and test-ptx (verl's tests: test-verl)
+	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(ARGS)
 	$(MAKE) test-compile
+	$(MAKE) test-ptx
 
 test-processors: $(VENV)/.test  ## run the numeric tests with the code for older processors: first MKL's, then PyTorch's
 	MKL_CBWR=COMPATIBLE $(INTERPRET) $(PY) -m pytest -n $(JOBS) $(NUMERIC) $(QUICK) $(ARGS)
@@ -56,6 +57,10 @@ sanitize-gpu:  ## run every kernel under compute-sanitizer's memcheck, with the 
 
 test-compile: $(VENV)/.test  ## compile every kernel for seven GPUs and read its machine code; needs none of them
 	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile $(ARGS)
+
+test-ptx: $(VENV)/.test  ## compile the kernels and run them in an emulator of PTX, with checks of memory and races; no GPU needed
+	env -u TRITON_INTERPRET $(PY) -m pytest -n $(JOBS) tests -m ptx $(ARGS)
+	env -u TRITON_INTERPRET EMULATE=sm_80 $(PY) -m pytest -n $(JOBS) tests/losses/test_parity.py -k "triton and not gradcheck" $(QUICK) $(ARGS)
 
 test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 to 3.12, as verl does
 	$(VERL)/bin/python -m pytest tests/verl $(ARGS)

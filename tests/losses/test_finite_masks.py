@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from parity import KLS, Case, assert_parity, every_branch, oracle, run
-from torch import Tensor
+from finite_masks import LOWEST, MASKS, cases
+from parity import KLS, Case, assert_parity, oracle, run
 
 from grpo_kernels import LossSpec, PPOClip, grpo_loss, selective_logps
 
-LOWEST = torch.finfo(torch.float32).min
-MASKS = [-1e9, -2e9, -1e10, -1e12, -1e20, -1e29, -1e30, LOWEST]
-TEMPERATURES = [1.0, 0.3, 0.1]
 V = 300  # two blocks and a partial one of the interpreter's 128 threads
-
-
-def columns(where: str) -> Tensor:
-    """The masked columns, `[V]` bool."""
-    v = torch.arange(V)
-    return {
-        "one column": v == 17,
-        "most of the row": v > 100,
-        "the front": v < 140,
-        "blocks": v // 64 % 2 == 0,
-        "scattered": v % 3 == 0,
-    }[where]
-
-
-PATTERNS = ["one column", "most of the row", "the front", "blocks", "scattered"]
-
-
-def masked(case: Case, value: float, where: str, *names: str) -> Case:
-    """Mask the logits in `names` in every row, except at the taken token."""
-
-    def mask(z: Tensor) -> Tensor:
-        taken = case.completion_ids.clamp(min=0)[..., None]
-        hit = columns(where).expand(z.shape).clone().scatter_(-1, taken, False)
-        lowest = torch.finfo(z.dtype).min
-        return z.masked_fill(hit, value if value == -torch.inf else max(value, lowest))
-
-    options = dict(case.options)
-    if "reference" in names:
-        options["ref_logits"] = mask(options["ref_logits"])
-    return case._replace(logits=mask(case.logits) if "policy" in names else case.logits, options=options)
-
-
-def cases(value: float, names: tuple[str, ...], dtype: torch.dtype, kl: str) -> Iterator[tuple[str, Case]]:
-    """The distances between ordinary logits are scaled with the temperature, and the masks are not."""
-    spec = LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1)
-    for number, where in enumerate(PATTERNS):
-        temperature = TEMPERATURES[number % len(TEMPERATURES)]
-        case = every_branch(spec, V, dtype)
-        scaled = case._replace(logits=case.logits * temperature)
-        scaled = scaled.with_options(
-            ref_logits=case.options["ref_logits"] * temperature, temperature=temperature
-        )
-        yield f"{where}, temperature {temperature}", masked(scaled, value, where, *names)
 
 
 @pytest.fixture(params=[False, True], ids=["two kernels", "in place"])
@@ -70,14 +23,14 @@ def path(request: pytest.FixtureRequest, backend: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kl", ["exact", "exact_forward"])
 @pytest.mark.parametrize("value", MASKS)
 def test_policy_and_reference(value: float, kl: str, dtype: torch.dtype, path: dict[str, Any]) -> None:
-    for what, case in cases(value, ("policy", "reference"), dtype, kl):
+    for what, case in cases(value, ("policy", "reference"), dtype, kl, V):
         assert_parity(oracle(case), what=what, return_entropy=True, **path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("value", MASKS)
 def test_policy_only(value: float, dtype: torch.dtype, path: dict[str, Any]) -> None:
-    for what, case in cases(value, ("policy",), dtype, "exact"):
+    for what, case in cases(value, ("policy",), dtype, "exact", V):
         assert_parity(oracle(case), what=what, return_entropy=True, **path)
 
 
@@ -85,14 +38,14 @@ def test_policy_only(value: float, dtype: torch.dtype, path: dict[str, Any]) -> 
 @pytest.mark.parametrize("value", [value for value in MASKS if value >= -1e20])
 def test_reference_only(value: float, dtype: torch.dtype, path: dict[str, Any]) -> None:
     """The exact KL is the policy's probability of the masked columns times the mask."""
-    for what, case in cases(value, ("reference",), dtype, "exact"):
+    for what, case in cases(value, ("reference",), dtype, "exact", V):
         assert_parity(oracle(case), what=what, return_entropy=True, **path)
 
 
 @pytest.mark.parametrize("value", [-1e10, -torch.inf])
 def test_forward_kl_to_a_masked_reference(value: float, path: dict[str, Any]) -> None:
     """The forward KL is finite, because tokens without probability in the reference have no weight."""
-    for what, case in cases(value, ("reference",), torch.float32, "exact_forward"):
+    for what, case in cases(value, ("reference",), torch.float32, "exact_forward", V):
         assert_parity(oracle(case), what=what, return_entropy=True, **path)
 
 
