@@ -16,8 +16,11 @@ INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
 # Fewer cases of each test (tests/pairwise.py), and fewer examples of hypothesis (tests/conftest.py).
 QUICK := --pairwise --hypothesis-profile=quick
-# The one target with a budget, and of its variants those with the most code and those with unaligned rows.
-COMPILED := -m compile -k "sm_90 and budget and (entropy or unaligned or odd) or reader"
+# The budgets of the variants with the most code and of those with unaligned rows, and a few emulated launches.
+COMPILED := -m "compile or ptx" -k "sm_90 and (budget and (entropy or unaligned or odd) or every_mode) or reader \
+	or 8ed1816 and place or each_barrier"
+# Tests of parity whose kernels the emulator runs.
+EMULATED := tests/losses/test_parity.py -k "triton and (every_loss or partition)" $(QUICK)
 # Tests of loss and gradient, whose numbers depend on the processor's matrix products and vector instructions.
 NUMERIC := tests/linear $(addprefix tests/losses/test_, $(addsuffix .py, parity hard_values hard_shapes hard_invariants \
 	coupled_tokens sequence_hard_values sequence_hard_shapes sequence_invariants properties api_properties autograd \
@@ -35,8 +38,8 @@ demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS
 
 # pytest's status 5 is no error: ARGS may select no test of compiled kernels.
 test: $(VENV)/.test  ## run the tests with a choice of their cases: five minutes on two cores, no GPU needed
-	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile" $(QUICK) $(ARGS)
-	env -u TRITON_INTERPRET $(PY) -m pytest tests/kernels/test_compile.py $(COMPILED) $(ARGS) || test $$? -eq 5
+	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(QUICK) $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m pytest tests/kernels/test_compile.py tests/ptx $(COMPILED) $(ARGS) || test $$? -eq 5
 
 test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile and test-ptx (verl's tests: test-verl)
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(ARGS)
@@ -48,7 +51,7 @@ test-processors: $(VENV)/.test  ## run the numeric tests with the code for older
 	ATEN_CPU_CAPABILITY=default $(INTERPRET) $(PY) -m pytest -n $(JOBS) $(NUMERIC) $(QUICK) $(ARGS)
 
 test-gpu:  ## run the tests on the GPU, with the Python at hand
-	env -u TRITON_INTERPRET $(PYTHON) -m pytest -n $(JOBS) tests -m "not compile" $(ARGS)
+	env -u TRITON_INTERPRET $(PYTHON) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(ARGS)
 
 # Without PyTorch's cache every tensor is an allocation of its own, whose ends the sanitizer knows.
 sanitize-gpu:  ## run every kernel under compute-sanitizer's memcheck, with the Python at hand
@@ -59,8 +62,8 @@ test-compile: $(VENV)/.test  ## compile every kernel for seven GPUs and read its
 	env -u TRITON_INTERPRET $(PY) -m pytest tests -m compile $(ARGS)
 
 test-ptx: $(VENV)/.test  ## compile the kernels and run them in an emulator of PTX, with checks of memory and races; no GPU needed
-	env -u TRITON_INTERPRET $(PY) -m pytest -n $(JOBS) tests -m ptx $(ARGS)
-	env -u TRITON_INTERPRET EMULATE=sm_80 $(PY) -m pytest -n $(JOBS) tests/losses/test_parity.py -k "triton and not gradcheck" $(QUICK) $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m pytest -n $(JOBS) tests/ptx -m ptx $(ARGS)
+	env -u TRITON_INTERPRET EMULATE=sm_80 $(PY) -m pytest -n $(JOBS) $(EMULATED) $(ARGS)
 
 test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 to 3.12, as verl does
 	$(VERL)/bin/python -m pytest tests/verl $(ARGS)
