@@ -34,7 +34,9 @@ torch.compile(lambda: torch.empty(1), backend="eager")()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("EMULATE")  # "sm_80" or "sm_90": kernels are compiled, and the emulator runs them
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if EMULATED and "TRITON_INTERPRET" in os.environ:
+    raise RuntimeError("EMULATE needs TRITON_INTERPRET unset: in the interpreter nothing compiles")
+DEVICE = "cuda" if torch.cuda.is_available() and not EMULATED else "cpu"
 NO_TRITON = (
     None
     if importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or INTERPRETED or EMULATED)

@@ -334,7 +334,7 @@ class HiddenStatistics:
 
 
 class Loss(NamedTuple):
-    """A loss, and what varies from case to case in its fused variant, which compiles for each loss anyway."""
+    """A loss, and options of its fused case, which cost nothing: each loss compiles a kernel anyway."""
 
     surrogate: str
     kl: str

@@ -1,8 +1,8 @@
 """Deliberate faults in the kernels: the emulator, or the comparison with eager PyTorch, finds each of them.
 
-The first half changes the PTX, one statement at a time, and the second half the kernels' Python. Some changes
-would not change a result, and are not here: a constant for subnormal sums, and the bound of a shuffle after
-the first. A maximum that an exchange loses does not matter either unless an exponential overflows, so some
+The first half changes the PTX, one statement at a time, and the second half the kernels' Python. Two kinds
+of changes are left out, because they cannot change a result: of a constant for subnormal sums, and of the
+bound of any shuffle but the first. The loss of a maximum shows only if an exponential overflows, so some
 rows have logits of 200.
 """
 

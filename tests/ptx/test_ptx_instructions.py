@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from emulator import arithmetic
+from emulator import Fault, arithmetic
 from emulator.instructions import APPROXIMATIONS, INSTRUCTIONS
 from emulator.types import BITS, DTYPES
 
@@ -87,7 +87,7 @@ def divide(a: float, b: float, kind: str) -> float:
 
 
 def around(x: Decimal) -> tuple[float, ...]:
-    """What rounding from fp64 may return: the fp32 nearest to numbers within 2^-45 of the exact one."""
+    """The fp32 that rounding an fp64 result may give: the nearest to numbers within a relative 2^-45 of x."""
     exact = Fraction(x)
     return tuple(nearest(exact * (1 + Fraction(error, 2**45)), "f32") if exact else 0.0 for error in (-1, 1))
 
@@ -401,7 +401,7 @@ def test_opcode_with_other_modifiers_is_no_key(opcode: str) -> None:
 @pytest.mark.parametrize("opcode", [x for x in INSTRUCTIONS if x.startswith(("div.s", "div.u", "rem."))])
 def test_integer_division_by_zero_raises(opcode: str) -> None:
     x = np.array([1, 0, 5], DTYPES[INSTRUCTIONS[opcode].result])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Fault):
         INSTRUCTIONS[opcode].compute(x, x)
 
 

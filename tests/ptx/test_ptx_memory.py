@@ -21,7 +21,7 @@ new = marking(torch.empty)
 """Allocates tensors that nobody has written."""
 
 
-OUTSIDE = "of a row of argument0, which has"
+OUTSIDE = "of a contiguous part of argument0, which has"
 
 
 def touch(x: torch.Tensor, offset: int, *, count: int = 1, instruction: str = "ld", more: tuple = ()) -> None:

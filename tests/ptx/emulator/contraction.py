@@ -15,9 +15,9 @@ Factors = tuple[Operand, Operand]
 
 
 def contracted(program: Program) -> Program:
-    """Return the program with each `mul` and `add` or `sub` of one stretch of code as an FMA.
+    """Return the program with an FMA in place of each `add` or `sub` that reads a product of its basic block.
 
-    The product stays, because other statements may read it. If both terms are products, the first is fused.
+    The `mul` stays, because others may read the product. If both terms are products, the first is fused.
     """
     targets = program.targets
     products: dict[str, Factors] = {}  # by the register that holds the product

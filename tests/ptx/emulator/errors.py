@@ -2,7 +2,7 @@
 
 
 class Unsupported(Exception):
-    """PTX that the emulator does not know. It never guesses."""
+    """PTX with an instruction, a modifier or an operand that the emulator does not implement."""
 
 
 class Fault(Exception):

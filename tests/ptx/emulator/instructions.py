@@ -29,6 +29,7 @@ from .arithmetic import (
     to_bf16,
     to_f16,
 )
+from .errors import Fault
 from .types import BITS, DTYPES
 
 
@@ -131,15 +132,15 @@ def _remainder(a: Array, b: Array) -> Array:
     """Remainder with the sign of a, which is the one of division that truncates.
 
     Raises:
-        ZeroDivisionError: If an element of b is zero, for which PTX leaves the result unspecified.
+        Fault: If an element of b is zero, for which PTX leaves the result unspecified.
     """
     if not np.all(b):
-        raise ZeroDivisionError("integer division by zero")
+        raise Fault("an integer division by zero")
     return np.fmod(a, b)
 
 
 def _quotient(a: Array, b: Array) -> Array:
-    """Quotient, truncated towards zero. Raises ZeroDivisionError as `_remainder` does."""
+    """Quotient, truncated towards zero. Raises Fault as `_remainder` does."""
     return (a - _remainder(a, b)) // b
 
 
@@ -181,7 +182,7 @@ for kind in ("b16", "b32", "b64", "pred"):
 
 
 def _clamped(shift: Callable[..., Array]) -> Callable[..., Array]:
-    """The shift by an amount that is clamped to the width: all bits are then those that are shifted in."""
+    """Clamp the amount of a shift to the width of the type, which leaves only bits that are shifted in."""
     return lambda a, amount: shift(a, np.minimum(amount, 8 * a.dtype.itemsize).astype(a.dtype))
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import triton
 from triton.runtime.jit import JITFunction
 
 from benchmarks.machine_code.no_gpu import TARGETS, NoDevice, active
@@ -24,7 +25,7 @@ from .races import race
 BLOCKS = 8  # at once: more would take more memory and hardly less time
 FORMATS = dict(i1="b", i8="b", u8="B", i32="i", u32="I", i64="q", u64="Q", fp32="f", fp64="d")  # of `struct`
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
-SCRATCH = bytes(8)  # Triton's last two parameters point to memory that these kernels do not need
+SCRATCH = bytes(8)  # null pointer to the scratch memory of Triton's last two parameters, which is unused
 
 
 class Launch(NamedTuple):
@@ -42,8 +43,8 @@ def emulated(
 ) -> Iterator[list[Launch]]:
     """Run the kernels of calls on CPU tensors as a GPU would run them.
 
-    Inside, Triton compiles each launch for `target`, and the emulator executes the PTX. Public functions need
-    `backend="triton"`. TRITON_INTERPRET must be unset.
+    Inside, Triton compiles each launch for `target`, and the emulator executes the PTX. The grid must have
+    one dimension. Public functions need `backend="triton"`. TRITON_INTERPRET must be unset.
 
         with emulated("sm_90") as launches:
             out = grpo_loss(logits, ids, advantages, backend="triton")
@@ -51,17 +52,22 @@ def emulated(
 
     Args:
         target: "sm_80" or "sm_90".
-        mode: Order of the warps, errors of approximations, contraction.
+        mode: What to do if the PTX ISA leaves a choice. The default is `Mode()`.
         edit: Changes the PTX before it runs. It is for tests that break a kernel.
 
     Yields:
         A list that receives each launch.
 
     Raises:
-        Fault: A launch would be aborted, or its result is undefined: an access out of bounds, a race, a read
-            of memory that was never written, an output with elements that were not written.
+        Fault: A GPU would abort the launch, or its result is undefined: an access out of bounds, a race, a
+            read of memory that was never written, or unwritten elements in a floating-point tensor that was
+            allocated inside.
         Unsupported: The PTX has an instruction, a modifier or an operand that the emulator does not know.
     """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: Triton's interpreter runs the kernels, and nothing compiles"
+        )
     if target not in ("sm_80", "sm_90"):
         raise ValueError(f'target must be "sm_80" or "sm_90", got {target!r}')
     device = device_of(target)
@@ -72,7 +78,10 @@ def emulated(
         compiled = run(kernel, *args, **kwargs)  # binds the arguments, and compiles
         ptx = edit(compiled.asm["ptx"])
         launches.append(Launch(kernel.__name__, compiled.hash, ptx, device.grid[0]))
-        execute(ptx, device.grid, device.arguments, compiled.metadata.shared, mode or Mode())
+        try:
+            execute(ptx, device.grid, device.arguments, compiled.metadata.shared, mode or Mode())
+        except Fault as fault:
+            raise Fault(f"{kernel.__name__}: {fault}") from None
         return compiled
 
     with contextlib.ExitStack() as patches:
@@ -107,7 +116,7 @@ class Recorder(NoDevice):
 
 @functools.cache
 def device_of(target: str) -> Recorder:
-    """Return the one device of a target, for which Triton keeps what it has compiled."""
+    """Return the device of a target, always the same one, so that Triton reuses compiled kernels."""
     return Recorder(target)
 
 
@@ -144,16 +153,15 @@ def execute(
     machine = Machine(program, named, memory, shared_bytes, blocks, mode)
     for first in range(0, grid[0], blocks):
         machine.run(first, min(blocks, grid[0] - first))
-        fail_if(race(machine.shared, program.threads), program.name)
-    fail_if(race(memory, program.threads), program.name)
+        fail_if(race(machine.shared, program.threads))
+    fail_if(race(memory, program.threads))
     memory.write_back()
-    unwritten = memory.unwritten()
-    fail_if(unwritten and f"elements of {unwritten} were never written", program.name)
+    fail_if(memory.unwritten())
 
 
-def fail_if(fault: str | None, kernel: str) -> None:
+def fail_if(fault: str | None) -> None:
     if fault:
-        raise Fault(f"{kernel}: {fault}")
+        raise Fault(fault)
 
 
 def pack(kind: str, value: Any) -> bytes:

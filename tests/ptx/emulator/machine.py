@@ -30,13 +30,13 @@ Step = Callable[[Threads], None]
 
 @dataclass(frozen=True)
 class Mode:
-    """How the program runs, if the PTX ISA leaves a choice.
+    """The choices that the PTX ISA leaves open.
 
     Attributes:
         order: "lockstep": all warps at once. "forward" or "backward": one warp after the other, each until it
             waits at a barrier. An int: the seed of a random order, which changes at every access to memory.
-        perturb: Whether approximations such as `ex2.approx` err as much as the ISA allows. By default their
-            results are rounded correctly.
+        perturb: Whether results of approximations such as `ex2.approx` have pseudo-random errors within the
+            bounds of the ISA. By default they are rounded to the nearest number.
         contract: Whether products and sums are fused, as the assembler may.
     """
 
@@ -47,6 +47,11 @@ class Mode:
     def __post_init__(self) -> None:
         if not (isinstance(self.order, int) or self.order in ("lockstep", "forward", "backward")):
             raise ValueError(f'order must be "lockstep", "forward", "backward" or an int, got {self.order!r}')
+
+
+def place(statement: Statement) -> str:
+    """Return the statement and its place in the kernel's Python, for messages."""
+    return f"{statement.text} ({statement.source})"
 
 
 class Machine:
@@ -135,8 +140,8 @@ class Machine:
     def advance(self, group: slice) -> bool:
         """Run one stretch of statements for the threads of the group that are furthest behind.
 
-        Threads that took the other side of a branch wait until these have come to the same place. Return
-        whether a thread could run.
+        Threads that are ahead, because they took another side of a branch, wait until these have caught up.
+        Return whether a thread could run.
         """
         ready = self.ready(group)
         if not ready.any():
@@ -150,7 +155,9 @@ class Machine:
                 break
             behind = ready & (positions > start)
             if not behind.any():
-                raise Fault(f"{self.program.statements[start].text}: some lanes of the warp never come here")
+                raise Fault(
+                    f"{place(self.program.statements[start])}: some lanes of the warp never come here"
+                )
             start = int(positions[behind].min())
             now = ready & (positions == start)
         threads = group if now.all() else self.all[group][now]
@@ -161,7 +168,7 @@ class Machine:
         return True
 
     def ends_of_stretches(self) -> list[int]:
-        """Return, for each statement, where the stretch ends that starts with it.
+        """Return, for each statement, the end (exclusive) of the stretch that starts with it.
 
         It ends after a statement that moves or stops threads, before a label, and before a shuffle. In a
         random order it also ends after each access to memory.
@@ -179,7 +186,7 @@ class Machine:
         return stops
 
     def release(self) -> bool:
-        """Let the blocks continue whose threads all wait. Return whether a thread can run.
+        """Release the barriers. Return False if no thread waits, i.e. if all have exited.
 
         PTX ISA, "bar.sync": a barrier completes when all threads of the block have arrived.
         """
@@ -188,7 +195,12 @@ class Machine:
         for block in np.unique(self.block[self.waiting]):
             threads = self.block == block
             if not self.waiting[threads].all() or len(np.unique(self.position[threads])) > 1:
-                raise Fault("some threads of a block wait at a barrier, others at another one or have exited")
+                barrier = self.program.statements[self.position[threads & self.waiting].min() - 1]
+                program = self.ctaid[threads][0]
+                raise Fault(
+                    f"{place(barrier)}: some threads of program {program} wait here, others at another barrier, "
+                    "or they have exited"
+                )
         self.epoch[self.waiting] += 1
         self.waiting[:] = False
         return True
@@ -244,7 +256,7 @@ class Machine:
 
     def bind(self, statement: Statement) -> Step:
         """Return a function that executes the statement in given threads."""
-        where = f"{statement.text} ({statement.source})"
+        where = place(statement)
         try:
             step = self.bind_opcode(statement, where)
         except Unsupported as error:

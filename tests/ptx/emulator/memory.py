@@ -17,7 +17,7 @@ from .errors import Fault
 ALIGNMENT = 16  # of the widest access, in bytes
 
 UNWRITTEN = {2: 0x7FDB, 4: 0x7FDBDBDB, 8: 0x7FFBDBDBDBDBDBDB}
-"""Content of floating-point memory that nobody has written, by element size: a NaN that nothing computes."""
+"""Bits that mark a floating-point element as unwritten, by element size: a NaN that no operation returns."""
 
 
 class Access(NamedTuple):
@@ -53,7 +53,8 @@ class Space:
         if unknown.any():
             thread, place = access.threads[unknown][0], self.describe(int(access.offsets[unknown][0]))
             raise Fault(
-                f"{access.where}: thread {thread} reads {self.name} memory that was never written, {place}"
+                f"{access.where}: thread {thread} of the launch reads {self.name} memory that was never "
+                f"written, {place}"
             )
         return self.data.view(dtype)[self.elements(access, dtype)]
 
@@ -83,7 +84,7 @@ class SharedMemory(Space):
     """The shared memory of several blocks, one after the other. Nothing is written at first."""
 
     def forget(self) -> None:
-        """Start with new blocks, which must not read what earlier ones wrote, and race with none."""
+        """Start with new blocks: nothing is written, and no access is recorded."""
         self.known[:] = False
         self.stored[:] = False
         self.accesses.clear()
@@ -187,8 +188,8 @@ class GlobalMemory(Space):
             near = self.runs[max(int(index[outside][0]), 0)]
             first = int(addresses[outside][0]) - near.start
             raise Fault(
-                f"{where}: an access to bytes {first} to {first + nbytes - 1} of a row of {near.name}, "
-                f"which has {near.stop - near.start} bytes"
+                f"{where}: an access to bytes {first} to {first + nbytes - 1} of a contiguous part of "
+                f"{near.name}, which has {near.stop - near.start} bytes"
             )
         check_alignment(addresses, nbytes, where)
         return addresses - self.starts[index] + self.places[index]
@@ -200,8 +201,13 @@ class GlobalMemory(Space):
                 memory_of(run)[:] = self.data[span]
 
     def unwritten(self) -> str | None:
-        """Return the name of a tensor with elements that have no value, if there is one."""
-        return next((run.name for run, span in self.spans() if not self.known[span].all()), None)
+        """Describe the elements that have no value in a part of a tensor, if there is one."""
+        for run, span in self.spans():
+            missing = np.flatnonzero(~self.known[span])
+            if len(missing):
+                count = f"{len(missing)} of {run.stop - run.start} bytes of a contiguous part"
+                return f"elements of {run.name} were never written: {count}, the first at {missing[0]}"
+        return None
 
     def spans(self) -> Iterator[tuple[Run, slice]]:
         """Yield each run and its place in `data`."""
@@ -210,7 +216,7 @@ class GlobalMemory(Space):
 
     def describe(self, offset: int) -> str:
         index = int(np.searchsorted(self.places, offset, "right")) - 1
-        return f"byte {offset - int(self.places[index])} of a row of {self.runs[index].name}"
+        return f"byte {offset - int(self.places[index])} of a contiguous part of {self.runs[index].name}"
 
 
 def runs(name: str, tensor: torch.Tensor) -> Iterator[Run]:
@@ -237,7 +243,7 @@ def merged(found: Sequence[Run]) -> list[Run]:
     for run in found:
         last = result[-1] if result else None
         if last and (run.start < last.stop or (run.start == last.stop and run.name == last.name)):
-            name = last.name if run.name in last.name else f"{last.name} and {run.name}"
+            name = last.name if run.name in last.name.split(" and ") else f"{last.name} and {run.name}"
             result[-1] = Run(last.start, max(last.stop, run.stop), name)
         else:
             result.append(run)

@@ -11,7 +11,7 @@ from .memory import Access, Space
 
 
 class Touches(NamedTuple):
-    """What threads did to units of memory: one element of each array per thread and unit.
+    """Accesses, split into units of memory. Each array has one element per thread and unit.
 
     A unit is as wide as the narrowest access. Accesses are aligned, so none touches half of a unit.
     """
@@ -38,7 +38,8 @@ def race(space: Space, threads_per_block: int) -> str | None:
     pair = within or conflict(found, (found.place,), found.block)
     if pair is None:
         return None
-    lines = [f"thread {found.thread[i]}, {accesses[found.access[i]].where}" for i in pair]
+    who = [f"program {found.block[i]}, thread {found.thread[i] % threads_per_block}" for i in pair]
+    lines = [f"{name}, {accesses[found.access[i]].where}" for name, i in zip(who, pair, strict=True)]
     return f"race in {space.name} memory, {space.describe(int(found.place[pair[0]]))}: {lines[0]}; {lines[1]}"
 
 
@@ -58,7 +59,7 @@ def touches(space: Space, accesses: Sequence[Access], threads_per_block: int) ->
 
 
 def conflict(found: Touches, keys: Sequence[np.ndarray], who: np.ndarray) -> tuple[int, int] | None:
-    """Return a store and another touch with equal keys by different `who`, if there are any."""
+    """Return the indices of a store and of another touch with equal keys and a different `who`, or None."""
     order = np.lexsort(keys)
     changes = np.any([key[order][1:] != key[order][:-1] for key in keys], 0)
     starts = np.flatnonzero(np.r_[True, changes])  # of groups with equal keys
