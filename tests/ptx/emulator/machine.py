@@ -198,8 +198,8 @@ class Machine:
                 barrier = self.program.statements[self.position[threads & self.waiting].min() - 1]
                 program = self.ctaid[threads][0]
                 raise Fault(
-                    f"{place(barrier)}: some threads of program {program} wait here, others at another barrier, "
-                    "or they have exited"
+                    f"{place(barrier)}: some threads of program {program} wait here, others at another "
+                    "barrier, or they have exited"
                 )
         self.epoch[self.waiting] += 1
         self.waiting[:] = False
