@@ -16,6 +16,7 @@ from linear_cases import LinearCase, assert_gradients, from_logits, linear_oracl
 from option_cases import EITHER, branches
 from parity import (
     DTYPES,
+    EVERYTHING,
     KLS,
     SURROGATES,
     Case,
@@ -33,7 +34,7 @@ from grpo_kernels import ImportanceRatio, LossOutput, LossSpec, PPOClip, Reinfor
 from grpo_kernels.logps import linear_token_stats
 from grpo_kernels.reference import reference_loss
 from grpo_kernels.spec.surrogates.base import Clip
-from grpo_kernels.testing import assert_no_worse_than_eager
+from grpo_kernels.testing import assert_no_worse_than_eager, make_batch
 
 V = 1032  # a block and a tail; option_cases.py has the same for padded cases
 
@@ -175,6 +176,23 @@ class FewRows(LossCase):
             near = logits + 0.5 * torch.randn(logits.shape, generator=generator)
             options["ref_logits"] = near.to(DTYPES[self.dtype])
         return Case(self.spec, logits.to(DTYPES[self.dtype]), ids, torch.tensor([1.0, -0.7]), options)
+
+
+@dataclass(frozen=True)
+class ManyTokens(LossCase):
+    """Tokens for two programs of the kernels over tokens, and for each of their warps. No two are alike."""
+
+    inplace: bool
+    return_entropy: bool = True
+
+    def case(self) -> Case:
+        batch = make_batch(7, 30, 31)
+        options = {
+            "completion_mask": batch.completion_mask,
+            "ref_logits": batch.ref_logits,
+            "old_logps": batch.old_logps,
+        }
+        return Case(EVERYTHING, batch.logits, batch.completion_ids, batch.advantages, options)
 
 
 @dataclass(frozen=True)
@@ -441,6 +459,11 @@ def hidden_states() -> Iterator[tuple[str, EmulatedCase]]:
     yield "token statistics", HiddenStatistics()
 
 
+def many_tokens() -> Iterator[tuple[str, EmulatedCase]]:
+    yield "many tokens, two kernels", ManyTokens(False)
+    yield "many tokens, in place", ManyTokens(True)
+
+
 def log_probabilities() -> Iterator[tuple[str, EmulatedCase]]:
     for of in (("logps",), ("entropy",), ("logps", "entropy")):
         yield f"selective_logps, gradient of {' and '.join(of)}", Statistics(of)
@@ -448,6 +471,6 @@ def log_probabilities() -> Iterator[tuple[str, EmulatedCase]]:
 
 CASES: dict[str, EmulatedCase] = {
     name: case
-    for group in (losses, options, dtypes, sizes, hidden_states, log_probabilities)
+    for group in (losses, options, dtypes, sizes, hidden_states, log_probabilities, many_tokens)
     for name, case in group()
 }

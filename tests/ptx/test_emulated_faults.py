@@ -24,9 +24,11 @@ from grpo_kernels import LossSpec, PPOClip, grpo_loss
 pytestmark = [
     pytest.mark.ptx,
     pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set: nothing compiles"),
+    pytest.mark.skipif("EMULATE" in os.environ, reason="EMULATE is set: every launch is emulated already"),
 ]
 pytest.importorskip("triton")
 
+from emulated_cases import CASES  # noqa: E402
 from emulator import emulated  # noqa: E402
 from faults import Change, Check, changed, launches_of, message, unnoticed  # noqa: E402
 
@@ -162,6 +164,24 @@ def test_a_shuffle_of_half_a_warp() -> None:
     """After the first exchange all sums are in the lower half, and the bound does not matter there."""
     pattern = r"(shfl\.sync\.bfly\.b32 [^;]*, 16), 31"
     assert unnoticed("row_stats_kernel", two_kernels, pattern, r"\1, 15", WRONG) == []
+
+
+def many_tokens() -> None:
+    CASES["many tokens, two kernels"].check(approximate=False)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "check"),
+    [
+        ("row_stats_kernel", two_kernels),
+        ("fused_loss_kernel", in_place),
+        ("token_metrics_kernel", many_tokens),
+    ],
+)
+def test_a_shared_store_dropped(kernel: str, check: Check) -> None:
+    """A sum over warps then has a value of the sum before it, which the emulator cannot know to be wrong."""
+    match = f"{WRONG}|never written"
+    assert unnoticed(kernel, check, r"\n[^\n]*\bst\.shared[^\n]*", "", match, step=1) == []
 
 
 GLOBAL_STORES = {

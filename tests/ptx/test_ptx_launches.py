@@ -68,6 +68,13 @@ def test_unwritten_elements_are_counted() -> None:
         run(300, written=290)
 
 
+def test_emulation_inside_of_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch would run twice."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with emulated(), pytest.raises(RuntimeError, match="already"), emulated("sm_80"):
+        pass
+
+
 @pytest.mark.parametrize("target", ["sm_75", "gfx942"])
 def test_a_target_that_is_not_executed(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)

@@ -150,7 +150,12 @@ CONTRACTED = {  # result in units of e^2
     "add.rn": (f"{PRODUCT} add.rn.fN %x9, %x8, %x2;", 0),
     "sub.rn": (f"{PRODUCT} sub.rn.fN %x9, %x8, %x1;", 0),
     "mul.rn": ("mul.rn.fN %x8, %x0, %x0; add.fN %x9, %x8, %x2;", 0),
-    "a target between": (f"@%p0 bra HERE; {PRODUCT}\nHERE:\nadd.fN %x9, %x8, %x2;", 0),
+    "a target between": (f"{PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2;", 1),
+    "another product at a target": (f"mov.bN %x8, %x3; {PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2;", 0),
+    "another factor at a target": (
+        f"{PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2; mov.bN %x0, %x3;",
+        0,
+    ),
     "another product": (f"{PRODUCT} mov.bN %x8, %x1; add.fN %x9, %x8, %x2;", 0),
     "another factor": (f"{PRODUCT} mov.bN %x0, %x3; add.fN %x9, %x8, %x2;", 0),
     "a loaded factor": (f"{PRODUCT} ld.global.v2.bN {{%x6, %x0}}, [%base1]; add.fN %x9, %x8, %x2;", 0),

@@ -31,7 +31,8 @@ def test_vectors(size: int, kind: str, dtype: torch.dtype, register: str) -> Non
         st.shared.v{size}.{kind} [%r9], {{ {", ".join(names[::-1])} }};
         ld.shared.v{size}.{kind} {{ {", ".join(names)} }}, [%r9];
         st.global.v{size}.{kind} [%rd9], {{ {", ".join(names)} }};"""
-    x = torch.randint(256 if kind == "b8" else 32767, (64, size)).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256 if kind == "b8" else 32767, (64, size), generator=generator).to(dtype)
     out = torch.zeros_like(x)
     launch(body, x, out, blocks=2, shared_bytes=32 * nbytes)
     assert torch.equal(out, x.flip(1))

@@ -1,11 +1,13 @@
 """Contracts products and sums to FMAs, as the assembler (ptxas) may.
 
 PTX ISA, "Floating Point Instructions: mul" and "add": without a rounding modifier, a product whose result
-is added may be fused with the sum. LLVM has fused what it could. This fuses everything that is left.
+is added may be fused with the sum. LLVM has fused what it could. This fuses nearly all that is left: sums
+that read the product itself, in the same basic block, or anywhere if its registers never change.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from .parser import Immediate, Name, Operand, Program, Statement, Vector
@@ -15,17 +17,24 @@ Factors = tuple[Operand, Operand]
 
 
 def contracted(program: Program) -> Program:
-    """Return the program with an FMA in place of each `add` or `sub` that reads a product of its basic block.
+    """Return the program with an FMA in place of each `add` or `sub` that reads a known product.
 
-    The `mul` stays, because others may read the product. If both terms are products, the first is fused.
+    A branch may come from a place where registers have other values. So at its target, only those products
+    stay known whose registers are written by one statement of the program. The `mul` stays, because others
+    may read the product. If both terms are products, the first is fused.
     """
     targets = program.targets
     products: dict[str, Factors] = {}  # by the register that holds the product
     statements: list[Statement] = []
     moved = []  # new index of each statement
+    writes = Counter(name for statement in program.statements for name in results(statement))
+
+    def constant(name: str, factors: Factors) -> bool:
+        return all(writes[x] <= 1 for x in (name, *(f.name for f in factors if isinstance(f, Name))))
+
     for index, statement in enumerate(program.statements):
         if index in targets:
-            products.clear()
+            products = {name: factors for name, factors in products.items() if constant(name, factors)}
         moved.append(len(statements))
         statements += fused(statement, products)
         for name in results(statement):

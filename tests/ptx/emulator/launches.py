@@ -70,6 +70,8 @@ def emulated(
         )
     if target not in ("sm_80", "sm_90"):
         raise ValueError(f'target must be "sm_80" or "sm_90", got {target!r}')
+    if Recorder.running:
+        raise RuntimeError("kernels are emulated already: each launch would run twice")
     device = device_of(target)
     launches: list[Launch] = []
     run = JITFunction.run
@@ -86,6 +88,7 @@ def emulated(
 
     with contextlib.ExitStack() as patches:
         patches.enter_context(active(device))
+        patches.enter_context(mock.patch.object(Recorder, "running", True))
         patches.enter_context(mock.patch.object(JITFunction, "run", run_emulated))
         # With this the package accepts CPU tensors for its kernels.
         patches.enter_context(mock.patch("grpo_kernels.kernels.launch.INTERPRETED", True))
@@ -96,6 +99,8 @@ def emulated(
 
 class Recorder(NoDevice):
     """A device that keeps the arguments of the last launch."""
+
+    running = False  # inside `emulated`
 
     def __init__(self, target: str) -> None:
         super().__init__(TARGETS[target])
@@ -149,7 +154,7 @@ def execute(
     memory = GlobalMemory([(name, value) for name, kind, value in arguments if kind.startswith("*")])
     packed = [pack(kind, value) for _, kind, value in arguments] + [SCRATCH, SCRATCH]
     named = dict(zip(program.parameters, packed, strict=True))
-    blocks = min(BLOCKS, grid[0])
+    blocks = max(1, min(BLOCKS, grid[0]))
     machine = Machine(program, named, memory, shared_bytes, blocks, mode)
     for first in range(0, grid[0], blocks):
         machine.run(first, min(blocks, grid[0] - first))

@@ -238,11 +238,11 @@ def runs(name: str, tensor: torch.Tensor) -> Iterator[Run]:
 
 
 def merged(found: Sequence[Run]) -> list[Run]:
-    """Join runs that overlap, and adjacent runs of one tensor. The runs are in the order of addresses."""
+    """Join runs that overlap. The runs are in the order of addresses."""
     result: list[Run] = []
     for run in found:
         last = result[-1] if result else None
-        if last and (run.start < last.stop or (run.start == last.stop and run.name == last.name)):
+        if last and run.start < last.stop:
             name = last.name if run.name in last.name.split(" and ") else f"{last.name} and {run.name}"
             result[-1] = Run(last.start, max(last.stop, run.stop), name)
         else:
