@@ -151,7 +151,10 @@ CONTRACTED = {  # result in units of e^2
     "sub.rn": (f"{PRODUCT} sub.rn.fN %x9, %x8, %x1;", 0),
     "mul.rn": ("mul.rn.fN %x8, %x0, %x0; add.fN %x9, %x8, %x2;", 0),
     "a target between": (f"{PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2;", 1),
-    "another product at a target": (f"mov.bN %x8, %x3; {PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2;", 0),
+    "another product at a target": (
+        f"mov.bN %x8, %x3; {PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2;",
+        0,
+    ),
     "another factor at a target": (
         f"{PRODUCT} @%p0 bra HERE;\nHERE:\nadd.fN %x9, %x8, %x2; mov.bN %x0, %x3;",
         0,
