@@ -23,6 +23,15 @@ def row_pointer(ptr, batch_stride, time_stride, row, T, GROUP: tl.constexpr):
 
 
 @triton.jit
+def known_column(target, V):
+    """Return the column of the taken token, or -1 for an id outside the vocabulary.
+
+    It is int32, because a comparison with int64 would make the columns int64.
+    """
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
+
+
+@triton.jit
 def load_optional(ptr, row, DTYPE: tl.constexpr):
     if ptr is None:
         x = tl.full((), 0.0, DTYPE)
@@ -118,3 +127,10 @@ def expm1(x):
     for i in tl.static_range(17, 1, -1):
         r = 1.0 + x * r / i
     return tl.where(tl.abs(x) < 0.5, x * r, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """Compute `log(1 + x)` for `x >= 0` with the digits of a small x (Goldberg, 1991, theorem 4)."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))

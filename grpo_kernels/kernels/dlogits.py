@@ -13,6 +13,7 @@ from .device import (
     MASKED,
     expm1,
     exponent,
+    known_column,
     load_block,
     load_optional,
     logit_factors,
@@ -45,7 +46,7 @@ def zero_columns(out_ptr, start, stop, BLOCK: tl.constexpr):
 def gradient_block(
     out_ptr, logits_ptr, ref_ptr, start, columns, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-    by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+    by_p, by_d, by_ref_d, by_ref_p, taken,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -59,9 +60,7 @@ def gradient_block(
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
     d = exponent(y, shift, k)
     e = tl.exp2(d)
-    per_p = constant
-    if not TAKEN:
-        per_p += by_p
+    per_p = by_p
     if WHOLE_ROW:
         # If p_v is 0, its logarithm is -inf. A finite bound on d avoids 0 * inf.
         per_p = tl.maximum(d, LOWEST) * by_d + per_p
@@ -76,7 +75,7 @@ def gradient_block(
     if KL_FORWARD:
         grad += by_ref_p * tl.exp2(ref_d)
     if TAKEN:
-        grad += tl.where(columns == target, taken, e * by_p)
+        grad = tl.where(columns == target, taken, grad)
     if CAPPED:
         tanh = y / softcap
         grad *= 1 - tanh * tanh
@@ -93,53 +92,60 @@ def gradient_block(
 
 
 @triton.jit
+def log_normalizer(logp, sum_exp):
+    """Compute `log(sum_exp)`. If the taken token is the likeliest, it is -logp, which has more digits."""
+    return tl.where(logp > -0.5, -logp, tl.log(sum_exp))
+
+
+@triton.jit
 def row_gradient(
-    out_ptr, logits_ptr, ref_ptr, target, V, WIDTH,
+    out_ptr, logits_ptr, ref_ptr, offsets, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap,
-    logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
+    logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl,
     dlogp, dentropy, dkl, dkl_forward,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Write one row of the gradient, and zeros from V to WIDTH. `out_ptr` may be `logits_ptr`.
 
-    WHOLE_ROW: there are coefficients other than dlogp. KEPT: this is the last read of a row that
-    the L2 cache was asked to keep.
+    `offsets` are the columns of a block. WHOLE_ROW: there are coefficients other than dlogp. KEPT: this is
+    the last read of a row that the L2 cache was asked to keep.
 
     dz_v = [ dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
              + dkl_forward (p_v - q_v) ] * dy/dz * k
     With d = k (y - shift) in log2 units and e = 2^d, p_v = e / sum_exp and log p_v = LN2 d - log sum_exp, and
-    likewise q_v. The gradient is then e (by_p + constant + by_d d + by_ref_d ref_d) + by_ref_p ref_e. For the
-    taken token, dlogp (1 - p_y) replaces e by_p. It is computed as -dlogp expm1(logp), which keeps the digits
-    that 1 - p_y would cancel if p_y is nearly 1.
+    likewise q_v. The gradient is then e (by_p + by_d d + by_ref_d ref_d) + by_ref_p ref_e. At the
+    taken token it is computed from the log-probabilities instead, with 1 - p_y = -expm1(logp): they keep the
+    digits that 1 - p_y would cancel if p_y is nearly 1.
     """
     slope = k
     if CAPPED:
         slope = k * scale
     k, ref_k = k * LOG2E, ref_k * LOG2E
-    taken = -slope * dlogp * expm1(logp)
+    taken = -dlogp * expm1(logp)
     slope_p = slope / sum_exp
-    by_p = -slope_p * dlogp
-    constant, by_d, by_ref_d, by_ref_p = 0 * slope, 0 * slope, 0 * slope, 0 * slope
+    by_p = -dlogp
+    by_d, by_ref_d, by_ref_p = 0 * slope, 0 * slope, 0 * slope
     if WHOLE_ROW:
-        log_sum = tl.log(sum_exp)
-        constant = -dentropy * (entropy - log_sum)
+        log_sum = log_normalizer(logp, sum_exp)
+        by_p += -dentropy * (entropy - log_sum)
+        difference = -dentropy * (entropy + logp)
         if ref_ptr is not None:
             # `kl` may be infinite if only `dkl_forward` is given. The branch avoids 0 * inf.
             if KL_FORWARD:
-                constant += dkl_forward
+                by_p += dkl_forward
+                taken += dkl_forward * (expm1(logp) - expm1(ref_logp))
             else:
-                constant += dkl * (tl.log(ref_sum_exp) - log_sum - kl)
+                by_p += dkl * (log_normalizer(ref_logp, ref_sum_exp) - log_sum - kl)
+                difference += dkl * (logp - ref_logp - kl)
             by_ref_d = -slope_p * dkl * LN2
             by_ref_p = -slope * dkl_forward / ref_sum_exp
-        constant *= slope_p
         by_d = slope_p * (dkl - dentropy) * LN2
-    # An id outside the vocabulary becomes -1. It is int32, because a comparison with int64 would make the
-    # columns int64.
-    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
-    # Computed once. LLVM would merge two copies into values that it does not know to be constants. In rows
-    # that are not aligned, each of these values would take a register.
-    offsets = tl.arange(0, BLOCK)
+        p = tl.exp(logp)
+        taken += tl.where(p > 0, p * difference, 0.0)
+    by_p *= slope_p
+    taken *= slope
+    target = known_column(target, V)
     # The block of the taken token is separate, so that the loop over the others compares no columns.
     full = V // BLOCK * BLOCK
     own = target // BLOCK * BLOCK
@@ -149,7 +155,7 @@ def row_gradient(
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, 0, own + offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+            by_p, by_d, by_ref_d, by_ref_p, taken,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(0, stop, BLOCK):
@@ -157,14 +163,14 @@ def row_gradient(
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, other, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+            by_p, by_d, by_ref_d, by_ref_p, taken,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(full, WIDTH, TAIL):
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, taken, constant, by_d, by_ref_d, by_ref_p,
+            by_p, by_d, by_ref_d, by_ref_p, taken,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, KEPT,
         )  # fmt: skip
 
@@ -181,7 +187,7 @@ def dlogits_kernel(
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
-    logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr,
+    logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, ref_logps_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr,
     dlogp_ptr, dentropy_ptr, dkl_ptr, dkl_forward_ptr,
     T, V, WIDTH, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
@@ -207,10 +213,12 @@ def dlogits_kernel(
         ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
     )
     row_gradient(
-        out_ptr, logits_ptr, ref_ptr, target, V, WIDTH, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+        out_ptr, logits_ptr, ref_ptr, tl.arange(0, BLOCK), target, V, WIDTH,
+        k, scale, softcap, ref_k, ref_scale, ref_softcap,
         tl.load(logps_ptr + row), tl.load(shift_ptr + row), tl.load(sum_exp_ptr + row),
-        load_optional(entropy_ptr, row, DTYPE), load_optional(ref_shift_ptr, row, DTYPE),
-        load_optional(ref_sum_exp_ptr, row, DTYPE), load_optional(kl_ptr, row, DTYPE),
+        load_optional(entropy_ptr, row, DTYPE), load_optional(ref_logps_ptr, row, DTYPE),
+        load_optional(ref_shift_ptr, row, DTYPE), load_optional(ref_sum_exp_ptr, row, DTYPE),
+        load_optional(kl_ptr, row, DTYPE),
         dlogp, dentropy, dkl, dkl_forward,
         CAPPED, REF_CAPPED, dentropy_ptr is not None or ref_ptr is not None, dkl_forward_ptr is not None,
         DTYPE, BLOCK, TAIL, False,
@@ -233,7 +241,7 @@ def dlogits(rows: "Rows", stats: "RowStats", coefficients: "Coefficients", out: 
             ref_logits, *row_strides(ref_logits),
             rows.targets, rows.temperatures,
             stats.logps, stats.shift, stats.sum_exp, stats.entropy,
-            stats.ref_shift, stats.ref_sum_exp, stats.kl, *coefficients,
+            stats.ref_logps, stats.ref_shift, stats.ref_sum_exp, stats.kl, *coefficients,
             logits.shape[1], transform.vocab_size, logits.shape[2], *transform_arguments(transform),
             **constants, DTYPE=DTYPES[stats.logps.dtype],
             BLOCK=shape.BLOCK, TAIL=shape.TAIL, GROUP=shape.GROUP, num_warps=shape.num_warps,

@@ -24,7 +24,7 @@ from .launch import (
     transform_arguments,
     transform_constants,
 )
-from .row_stats import log_prob, reduce_row, taken_logit
+from .row_stats import reduce_row, taken_logit
 from .token_loss import KernelLoss, token_loss
 
 if TYPE_CHECKING:
@@ -81,18 +81,20 @@ def fused_loss_kernel(
     )
     # Loaded before the reductions below. Their barriers order this load before every store to the row.
     z = taken_logit(logits_ptr, target, V, DTYPE)
+    ref_z = z
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
-    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
-        logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    # Computed once. LLVM would merge two copies into values that it does not know to be constants. In rows
+    # that are not aligned, each of these values would take a register.
+    offsets = tl.arange(0, BLOCK)
+    logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
+        logits_ptr, ref_ptr, offsets, target, z, ref_z, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
         BLOCK, TAIL, THREADS, GROUP, KEEP,
     )  # fmt: skip
-    logp = log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED)
-    ref_logp = load_optional(given_ref_logps_ptr, row, DTYPE)
-    if ref_ptr is not None:
-        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
+    if ref_ptr is None:
+        ref_logp = load_optional(given_ref_logps_ptr, row, DTYPE)
 
     old_logp, token_weight, dentropy = None, None, None
     if old_logps_ptr is not None:
@@ -123,9 +125,9 @@ def fused_loss_kernel(
         if KL_KIND == "exact" or KL_KIND == "exact_forward":
             gradient_ref_ptr = ref_ptr
         row_gradient(
-            out_ptr, logits_ptr, gradient_ref_ptr, target, V, WIDTH,
+            out_ptr, logits_ptr, gradient_ref_ptr, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap,
-            logp, shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl,
+            logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
             CAPPED, REF_CAPPED, entropy_weights_ptr is not None or gradient_ref_ptr is not None,
             KL_KIND == "exact_forward", DTYPE, BLOCK, TAIL, KEEP,

@@ -11,7 +11,9 @@ from .device import (
     LOWEST,
     MASKED,
     exponent,
+    known_column,
     load_block,
+    log1p,
     logit_factors,
     lowest_logit,
     row_pointer,
@@ -68,12 +70,14 @@ def rescaled(total, alpha):
 @triton.jit
 def fold_rows(
     shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-    logits_ptr, ref_ptr, start, columns, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logits_ptr, ref_ptr, start, columns, taken, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
-    PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
-    KEEP: tl.constexpr,
+    TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr,
+    GROUP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Add a block of the policy's and the reference's row to the sums: `columns`, counted from `start`.
+
+    TAKEN: the block may contain the taken token, in column `taken`. It is left out of the sums.
 
     total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
     2^d. All are relative to the running maximum. If it changes by delta, so does d.
@@ -82,6 +86,8 @@ def fold_rows(
     EVICTION: tl.constexpr = "evict_last" if KEEP else ""
     REF_EVICTION: tl.constexpr = "evict_first" if KEEP else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
+    if TAKEN:
+        y = tl.where(columns == taken, float("-inf"), y)
     shift, delta, d = fold(y, k, shift, BLOCK, THREADS, GROUP)
     e = tl.exp2(d)
     alpha = tl.exp2(delta)
@@ -92,6 +98,8 @@ def fold_rows(
         ref_y = load_block(
             ref_ptr + start, columns, V, ref_scale, ref_softcap, REF_CAPPED, PARTIAL, DTYPE, REF_EVICTION
         )
+        if TAKEN:
+            ref_y = tl.where(columns == taken, float("-inf"), ref_y)
         ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
@@ -107,74 +115,107 @@ def fold_rows(
 
 @triton.jit
 def reduce_row(
-    logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logits_ptr, ref_ptr, offsets, target, z, ref_z, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Reduce one row to scalars: `shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward`.
+    """Reduce one row to the scalars of `RowStats`, from `logps` to `kl_forward`.
 
     The distribution is softmax(k * y), and `shift` is the largest y. Scalars that were not requested are 0.
-    KEEP: ask the L2 cache to keep the policy's row, which will be read again, instead of the reference's.
+    `offsets` are the columns of a block, `z` and `ref_z` the raw logits of the taken token. KEEP: ask the L2
+    cache to keep the policy's row, which will be read again, instead of the reference's.
+
+    The loops sum the other tokens. If the taken token is the likeliest, its exponential is 1 and
+    log_sum = log1p(sum of the others). So logp = -log_sum keeps its digits however small it is, and so do
+    the entropy and the KL, whose terms of the taken token are then 0.
     """
-    k, ref_k = k * LOG2E, ref_k * LOG2E
+    log2_k, ref_log2_k = k * LOG2E, ref_k * LOG2E
     zeros = tl.zeros([THREADS], DTYPE)
     shift, ref_shift = zeros + lowest_logit(DTYPE), zeros + lowest_logit(DTYPE)
     total, spread, ref_total, cross, ref_cross = zeros, zeros, zeros, zeros, zeros
+    target = known_column(target, V)
+    # The block of the taken token is separate, so that the loop over the others compares no columns.
     full = V // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
+    own = target // BLOCK * BLOCK
+    stop = full
+    if own < full:
+        stop = full - BLOCK
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, start, tl.arange(0, BLOCK), V,
-            k, scale, softcap, ref_k, ref_scale, ref_softcap,
-            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, False, DTYPE, THREADS, GROUP, KEEP,
+            logits_ptr, ref_ptr, own, offsets, target - own, V,
+            log2_k, scale, softcap, ref_log2_k, ref_scale, ref_softcap,
+            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, False, DTYPE, THREADS, GROUP, KEEP,
+        )  # fmt: skip
+    for start in range(0, stop, BLOCK):
+        other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
+        shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
+            shift, total, spread, ref_shift, ref_total, cross, ref_cross,
+            logits_ptr, ref_ptr, other, offsets, target, V,
+            log2_k, scale, softcap, ref_log2_k, ref_scale, ref_softcap,
+            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, False, False, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
     for start in range(full, V, TAIL):
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), V,
-            k, scale, softcap, ref_k, ref_scale, ref_softcap,
-            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, DTYPE, THREADS, GROUP, KEEP,
+            logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V,
+            log2_k, scale, softcap, ref_log2_k, ref_scale, ref_softcap,
+            CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, True, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
 
-    row_shift = tl.max(shift, 0)
-    delta = shift_delta(shift, row_shift, k)
+    y = softcapped(z, scale, softcap, CAPPED)
+    row_shift, d, e = with_taken(y, shift, target, log2_k)
+    delta = shift_delta(shift, row_shift, log2_k)
     alpha = tl.exp2(delta)
-    sum_exp = tl.sum(total * alpha, 0)
-    log_sum = tl.log(sum_exp)
+    others = tl.sum(total * alpha, 0)
+    sum_exp = others + e
+    log_sum = tl.where(y >= row_shift, log1p(others), tl.log(sum_exp))
+    # In log2 units, a finite logit times log2(e) could overflow.
+    logp = exponent(y, row_shift, k) - log_sum
     entropy, kl, kl_forward = 0 * k, 0 * k, 0 * k
-    ref_row_shift, ref_sum_exp = 0 * k, 0 * k
+    ref_logp, ref_row_shift, ref_sum_exp = 0 * k, 0 * k, 0 * k
     if ENTROPY:
-        entropy = log_sum - tl.sum((spread + total * delta) * alpha, 0) * LN2 / sum_exp
+        mean = (tl.sum((spread + total * delta) * alpha, 0) + e * tl.maximum(d, LOWEST)) / sum_exp
+        entropy = log_sum - mean * LN2
         entropy = tl.where(entropy < 0, 0.0, entropy)
     if ref_ptr is not None:
-        ref_row_shift = tl.max(ref_shift, 0)
-        ref_delta = shift_delta(ref_shift, ref_row_shift, ref_k)
+        ref_y = softcapped(ref_z, ref_scale, ref_softcap, REF_CAPPED)
+        ref_row_shift, ref_d, ref_e = with_taken(ref_y, ref_shift, target, ref_log2_k)
+        ref_delta = shift_delta(ref_shift, ref_row_shift, ref_log2_k)
         ref_alpha = tl.exp2(ref_delta)
-        ref_sum_exp = tl.sum(ref_total * ref_alpha, 0)
-        ref_log_sum = tl.log(ref_sum_exp)
+        ref_others = tl.sum(ref_total * ref_alpha, 0)
+        ref_sum_exp = ref_others + ref_e
+        ref_log_sum = tl.where(ref_y >= ref_row_shift, log1p(ref_others), tl.log(ref_sum_exp))
+        ref_logp = exponent(ref_y, ref_row_shift, ref_k) - ref_log_sum
         gap = delta - ref_delta
-        mean = tl.sum(rescaled(cross + total * gap, alpha), 0) / sum_exp
-        kl = mean * LN2 - log_sum + ref_log_sum
+        mean = tl.sum(rescaled(cross + total * gap, alpha), 0) + tl.where(e > 0, e * (d - ref_d), e)
+        kl = mean / sum_exp * LN2 - log_sum + ref_log_sum
         kl = tl.where(kl < 0, 0.0, kl)
         if KL_FORWARD:
-            mean = tl.sum(rescaled(ref_cross + ref_total * gap, ref_alpha), 0) / ref_sum_exp
-            kl_forward = log_sum - ref_log_sum - mean * LN2
+            mean = tl.sum(rescaled(ref_cross + ref_total * gap, ref_alpha), 0)
+            mean += tl.where(ref_e > 0, ref_e * (d - ref_d), -ref_e)
+            kl_forward = log_sum - ref_log_sum - mean / ref_sum_exp * LN2
             kl_forward = tl.where(kl_forward < 0, 0.0, kl_forward)
-    return row_shift, sum_exp, entropy, ref_row_shift, ref_sum_exp, kl, kl_forward
+    return logp, row_shift, sum_exp, entropy, ref_logp, ref_row_shift, ref_sum_exp, kl, kl_forward
+
+
+@triton.jit
+def with_taken(y, shift, target, k):
+    """Return the row's maximum, and exponent and exponential of the taken token's logit y.
+
+    `shift` `[THREADS]` are the maxima of the others. Without a taken token, the maximum is theirs.
+    """
+    y = tl.where(target < 0, float("-inf"), y)
+    row_shift = tl.maximum(tl.max(shift, 0), y)
+    d = exponent(y, row_shift, k)
+    return row_shift, d, tl.exp2(d)
 
 
 @triton.jit
 def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
     """Load the raw logit of the taken token. NaN for an id outside the vocabulary, which is not read."""
     return tl.load(ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(DTYPE)
-
-
-@triton.jit
-def log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED: tl.constexpr):
-    """Compute the log-probability in nats. In log2 units, a finite logit times log2(e) could overflow."""
-    return exponent(softcapped(z, scale, softcap, CAPPED), shift, k) - tl.log(sum_exp)
 
 
 @triton.jit(
@@ -213,22 +254,23 @@ def row_stats_kernel(
     )
     logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
     z = taken_logit(logits_ptr, target, V, DTYPE)
+    ref_z = z
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
-    shift, sum_exp, entropy, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
-        logits_ptr, ref_ptr, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
+        logits_ptr, ref_ptr, tl.arange(0, BLOCK), target, z, ref_z, V,
+        k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
         BLOCK, TAIL, THREADS, GROUP, False,
     )  # fmt: skip
-    store_optional(logps_ptr, row, log_prob(z, k, scale, softcap, shift, sum_exp, CAPPED))
+    store_optional(logps_ptr, row, logp)
     store_optional(shift_ptr, row, shift)
     store_optional(sum_exp_ptr, row, sum_exp)
     store_optional(entropy_ptr, row, entropy)
     if top1_ptr is not None:
         tl.store(top1_ptr + row, (softcapped(z, scale, softcap, CAPPED) >= shift).to(DTYPE))
     if ref_ptr is not None:
-        ref_logp = log_prob(ref_z, ref_k, ref_scale, ref_softcap, ref_shift, ref_sum_exp, REF_CAPPED)
         store_optional(ref_logps_ptr, row, ref_logp)
         store_optional(ref_shift_ptr, row, ref_shift)
         store_optional(ref_sum_exp_ptr, row, ref_sum_exp)

@@ -49,11 +49,11 @@ def merge(
         return torch.where(held.sum(0) == 1, torch.where(held, x, 0.0).sum(0), torch.nan)
 
     def merged(shift: Tensor, sum_exp: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """The row's shift and sum, and log P of each part."""
+        """The row's shift and sum, and log P of each part, which keeps its digits if P is nearly 1."""
         row_shift = shift.amax(0)
-        delta = (shift - row_shift) * unit
-        total = (sum_exp * delta.exp()).sum(0)
-        return row_shift, total, sum_exp.log() + delta - total.log()
+        masses = sum_exp * ((shift - row_shift) * unit).exp()
+        others = torch.stack([torch.cat([masses[:i], masses[i + 1 :]]).sum(0) for i in range(len(masses))])
+        return row_shift, masses.sum(0), -torch.log1p(others / masses)
 
     def logps_of_holder(logps: Tensor, log_part: Tensor) -> Tensor:
         return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))

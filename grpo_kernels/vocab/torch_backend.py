@@ -71,11 +71,10 @@ class Distribution(NamedTuple):
 
     def taken(self, z: Tensor, row_max: Tensor, targets: Tensor) -> Tensor:
         """Return `d` of the taken tokens, `[n]`. It is NaN for an id outside the vocabulary."""
-        valid = (targets >= 0) & (targets < z.shape[1])
-        column = z.gather(-1, torch.where(valid, targets, 0).unsqueeze(-1))
-        d = self.exponentials(column, row_max, keep_d=True)[0].d
+        valid, column = columns_of(targets, z.shape[1])
+        d = self.exponentials(z.gather(-1, column), row_max, keep_d=True)[0].d
         assert d is not None
-        return torch.where(valid, d.squeeze(-1), torch.nan)
+        return torch.where(valid, d, torch.nan).squeeze(-1)
 
 
 class ChunkRows(NamedTuple):
@@ -112,15 +111,46 @@ def row_sum(x: Tensor) -> Tensor:
     return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
 
+def columns_of(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return which ids are in the vocabulary, and the columns of the taken tokens, 0 for others. `[n, 1]`."""
+    valid = ((targets >= 0) & (targets < width)).unsqueeze(-1)
+    return valid, torch.where(valid, targets.unsqueeze(-1), 0)
+
+
+def replace_taken(x: Tensor, targets: Tensor, value: Tensor) -> Tensor:
+    """Write `value` `[n]` to the columns of the taken tokens of `x` `[n, V]`, and return what was there."""
+    valid, column = columns_of(targets, x.shape[1])
+    before = x.gather(-1, column)
+    x.scatter_(-1, column, torch.where(valid, value.unsqueeze(-1), before))
+    return before.squeeze(-1)
+
+
+def normalizer(e: Tensor, d: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the exponentials `e` `[n, V]` and its logarithm. `d` `[n]`: of the taken token.
+
+    The other tokens are summed by themselves. If the taken token is the likeliest, the logarithm is
+    log1p of their sum. It keeps its digits if the taken token has nearly all the probability.
+    """
+    taken = replace_taken(e, targets, torch.zeros_like(d))
+    others = row_sum(e)
+    replace_taken(e, targets, taken)
+    sum_exp = torch.where(d.isnan(), others, others + taken)
+    return sum_exp, torch.where(d == 0, torch.log1p(others), sum_exp.log())
+
+
+def log_normalizer(logps: Tensor, sum_exp: Tensor) -> Tensor:
+    """Return `log(sum_exp)`. If the taken token is the likeliest, it is -logp, which has more digits."""
+    return torch.where(logps > -0.5, -logps, sum_exp.log())
+
+
 def statistics(
     rows: ChunkRows, want: RowStats, scratch: Scratch
 ) -> tuple[RowStats, Exponentials, Exponentials | None]:
     """Compute a chunk's statistics that are not None in `want`. Also return both models' exponentials."""
     keep_d = want.entropy is not None or rows.ref_z is not None
     p, row_max = rows.policy.exponentials(rows.z, None, keep_d=keep_d, scratch=scratch, name="policy")
-    sum_exp = row_sum(p.e)
-    log_sum = sum_exp.log()
     d = rows.policy.taken(rows.z, row_max, rows.targets)
+    sum_exp, log_sum = normalizer(p.e, d, rows.targets)
     found = RowStats(d - log_sum, row_max, sum_exp)
     if want.top1 is not None:
         found = found._replace(top1=(d >= 0).to(d.dtype))
@@ -133,13 +163,13 @@ def statistics(
         q, ref_max = rows.reference.exponentials(
             rows.ref_z, None, keep_d=keep_d, scratch=scratch, name="reference"
         )
-        ref_sum = row_sum(q.e)
-        ref_log_sum = ref_sum.log()
+        ref_d = rows.reference.taken(rows.ref_z, ref_max, rows.targets)
+        ref_sum, ref_log_sum = normalizer(q.e, ref_d, rows.targets)
         assert p.d is not None and q.d is not None
         difference = p.d - q.d
         expected = row_sum(torch.where(p.e > 0, p.e * difference, p.e)) / sum_exp
         found = found._replace(
-            ref_logps=rows.reference.taken(rows.ref_z, ref_max, rows.targets) - ref_log_sum,
+            ref_logps=ref_d - ref_log_sum,
             ref_shift=ref_max,
             ref_sum_exp=ref_sum,
             kl=(expected - log_sum + ref_log_sum).clamp(min=0),
@@ -167,34 +197,38 @@ def gradient(
     dlogp = torch.zeros_like(stats.logps) if dlogp is None else dlogp
     assert stats.sum_exp is not None
     inverse = 1 / stats.sum_exp
+    # At the taken token, the log-probabilities give the gradient: 1 - p_y is -expm1(logp). They keep the
+    # digits that 1 - p_y would cancel if p_y is nearly 1.
+    taken = -dlogp * torch.expm1(stats.logps)
     rest = None  # the terms other than that of dlogp
     if dentropy is not None or dkl is not None or dkl_forward is not None:
         rest = torch.zeros_like(p.e)
-        offset = torch.zeros_like(dlogp)
+        offset, per_p = torch.zeros_like(dlogp), torch.zeros_like(dlogp)
+        log_sum = log_normalizer(stats.logps, stats.sum_exp)
         if dentropy is not None:
             assert stats.entropy is not None and p.d is not None
             rest -= dentropy.unsqueeze(-1) * p.d
-            offset -= dentropy * (stats.entropy - stats.sum_exp.log())
+            offset -= dentropy * (stats.entropy - log_sum)
+            per_p -= dentropy * (stats.entropy + stats.logps)
         if dkl is not None:
-            assert stats.kl is not None and stats.ref_sum_exp is not None
+            assert stats.kl is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
             assert q is not None and p.d is not None and q.d is not None
             rest += dkl.unsqueeze(-1) * (p.d - q.d)
-            offset -= dkl * (stats.sum_exp.log() - stats.ref_sum_exp.log() + stats.kl)
+            offset -= dkl * (log_sum - log_normalizer(stats.ref_logps, stats.ref_sum_exp) + stats.kl)
+            per_p += dkl * (stats.logps - stats.ref_logps - stats.kl)
         if dkl_forward is not None:
             offset += dkl_forward
         # If p_v is 0, its logarithm is -inf. `where` avoids 0 * inf.
         rest = torch.where(p.e > 0, (rest + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
+        taken += torch.where(stats.logps > -torch.inf, stats.logps.exp() * per_p, 0.0)
         if dkl_forward is not None:
-            assert q is not None and stats.ref_sum_exp is not None
+            assert q is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
             rest -= q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)
+            taken += dkl_forward * (torch.expm1(stats.logps) - torch.expm1(stats.ref_logps))
     grad = torch.mul(p.e, (-dlogp * inverse).unsqueeze(-1), out=p.e if out is None else out)
-    # dlogp (1 - p_y) as -dlogp expm1(logp), which keeps its digits if p_y is nearly 1.
-    valid = (targets >= 0) & (targets < grad.shape[-1])
-    column = torch.where(valid, targets, 0).unsqueeze(-1)
-    taken = (-dlogp * torch.expm1(stats.logps)).unsqueeze(-1)
-    grad.scatter_(-1, column, torch.where(valid.unsqueeze(-1), taken, grad.gather(-1, column)))
     if rest is not None:
         grad += rest
+    replace_taken(grad, targets, taken)
     if isinstance(p.slope, Tensor) or p.slope != 1.0:
         grad *= p.slope
     return grad
