@@ -52,9 +52,8 @@ def gradient_block(
 ):  # fmt: skip
     """Write one block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
 
-    TAKEN: the block may contain the taken token. PARTIAL: it may end beyond the vocabulary. If either is set,
-    columns of the row are compared, so `columns` count from its beginning and `start` is 0. Otherwise `start`
-    is the first column of the block, and `columns` are constants in the machine code.
+    TAKEN: the block may contain the taken token, in column `target`, counted from `start`. PARTIAL: it may
+    end beyond the vocabulary, and `start` is 0. Otherwise `columns` are constants in the machine code.
     """
     EVICTION: tl.constexpr = "evict_first" if KEPT else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
@@ -153,7 +152,7 @@ def row_gradient(
     if own < full:
         stop = full - BLOCK
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, 0, own + offsets, target, V, WIDTH,
+            out_ptr, logits_ptr, ref_ptr, own, offsets, target - own, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, KEPT,

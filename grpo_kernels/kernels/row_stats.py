@@ -77,7 +77,7 @@ def fold_rows(
 ):  # fmt: skip
     """Add a block of the policy's and the reference's row to the sums: `columns`, counted from `start`.
 
-    TAKEN: the block may contain the taken token, in column `taken`. It is left out of the sums.
+    TAKEN: the block may contain the taken token, in column `taken`, counted from `start`. It is left out.
 
     total = sum e, spread = sum e d, cross = sum e (d - ref_d), ref_cross = sum ref_e (d - ref_d), with e =
     2^d. All are relative to the running maximum. If it changes by delta, so does d.

@@ -46,8 +46,8 @@ EVERYTHING = LossSpec(PPOClip(), KLS["exact"], entropy_coef=0.1)
 PLAIN = LossSpec(PPOClip())
 # Both in the block and behind it. In column 508, it is the last thread that has the taken token.
 IDS = torch.tensor([[508, 596, 0, 340], [72, MASKED, 512, 404]])
-# These rows overflow unless the largest logit is found. It is the taken token's, and that of its neighbor, so
-# that their probability is 1/2.
+# These rows overflow unless the largest logit is found. It is that of the taken token's neighbor, because the
+# taken token is not among those that are reduced.
 PEAKS = torch.tensor([[200.0, 3.0, 3.0, 3.0], [200.0, 3.0, 200.0, 200.0]])
 # One token of the first sequence is above the bounds, and all of the second are below. No sum that loses some
 # lanes, and counts others twice, is right by chance.
@@ -79,7 +79,7 @@ def expected(spec: LossSpec, size: int = V, padding: int = 0, softcap: float | N
     peaks = PEAKS if softcap is None else PEAKS.clamp(max=3.0)
     for z in (logits, reference):
         for neighbor in (0, 1):
-            z.scatter_add_(-1, (IDS.clamp(min=0) + neighbor)[..., None], peaks[..., None])
+            z.scatter_add_(-1, (IDS.clamp(min=0) + neighbor)[..., None], (peaks * (1 + neighbor))[..., None])
     options = {
         "completion_mask": IDS != MASKED,
         "old_logps": logits.log_softmax(-1).gather(-1, IDS.clamp(min=0)[..., None])[..., 0] - LOG_RATIOS,
@@ -318,8 +318,8 @@ FAULTS: dict[str, tuple[Change, Check, str]] = {
     "the taken logit read when others store to its row": (
         Change(
             fused.fused_loss_kernel,
-            "    logp = log_prob(z,",
-            "    z = taken_logit(logits_ptr, target, V, DTYPE)\n    logp = log_prob(z,",
+            "    if ref_ptr is None:\n        ref_logp",
+            "    logp += 0 * tl.load(logits_ptr + target).to(DTYPE)\n    if ref_ptr is None:\n        ref_logp",
         ),
         in_place,
         RACE,

@@ -35,7 +35,7 @@ from grpo_kernels.kernels.device import (
 )
 from grpo_kernels.kernels.dlogits import zero_columns
 from grpo_kernels.kernels.launch import PER_ROW
-from grpo_kernels.kernels.row_stats import fold, in_thread_sum, log_prob, rescaled, shift_delta
+from grpo_kernels.kernels.row_stats import fold, in_thread_sum, rescaled, shift_delta
 from grpo_kernels.kernels.token_loss import token_loss
 
 TWO_INFINITIES = tl.constexpr(0xFF80FF80 - 2**32)  # -inf in bf16, twice
@@ -278,10 +278,10 @@ def split_loss_kernel(
             shift, total, ref_shift, ref_total, cross = merged(
                 shifts, totals, ref_shifts, ref_totals, crosses, k * LOG2E, ref_k * LOG2E, KINDS
             )
-            logp = log_prob(z, k, 1.0, 1.0, shift, total, False)
+            logp = exponent(z, shift, k) - tl.log(total)
             ref_logp = load_optional(given_ref_logps_ptr, row, tl.float32)
             if KINDS > 1:
-                ref_logp = log_prob(ref_z, ref_k, 1.0, 1.0, ref_shift, ref_total, False)
+                ref_logp = exponent(ref_z, ref_shift, ref_k) - tl.log(ref_total)
             if KINDS > 2:
                 kl = cross / total * LN2 - tl.log(total) + tl.log(ref_total)
                 kl = tl.where(kl < 0, 0.0, kl)
