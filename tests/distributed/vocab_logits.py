@@ -12,6 +12,8 @@ import os
 import pytest
 import torch
 from parity import KLS, PAIRS, SEQUENCE_LEVEL, SURROGATES, Case, every_branch, run
+from sure_tokens import BOUNDS, assert_gradient, assert_relative, truth_of
+from sure_tokens import sure_tokens as draw_sure_tokens
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,7 +31,7 @@ from distributed.vocab_parts import (
     shard_of,
 )
 from distributed.worker import Cases
-from grpo_kernels import LossSpec, PPOClip, VocabShard, grpo_loss, selective_logps
+from grpo_kernels import KL, LossSpec, PPOClip, Reinforce, VocabShard, grpo_loss, selective_logps
 from grpo_kernels.logps import linear_token_stats
 
 cases = Cases()
@@ -235,6 +237,31 @@ def several_blocks(backend: str) -> None:
     ref_logits = logits + 0.1 * torch.randn(logits.shape, generator=generator)
     case = Case(FULL, logits, ids, torch.randn(3, generator=generator), {"ref_logits": ref_logits})
     assert_parity(case, backend=backend)
+
+
+@cases.add(backend=BACKENDS, split=SPLITS, dtype=[torch.float64, torch.float32])
+def sure_tokens(backend: str, split: str, dtype: torch.dtype) -> None:
+    """The probability of the part that holds the taken token is nearly 1 as well, and keeps its digits."""
+    batch, bounds = draw_sure_tokens(101, dtype, sequences=4), BOUNDS[dtype]
+    truth = truth_of(batch)
+    case = Case(LossSpec(Reinforce(), aggregation="token-sum"), batch.logits, batch.ids, batch.ones, {})
+    case = case.with_options(ref_logits=batch.ref_logits)
+    part = part_of(case, shard_of(split, 101))
+    got = run(grpo_loss, part, backend=backend, return_entropy=True)
+    for name in ("logps", "ref_logps", "entropy"):
+        assert_relative(name, getattr(got.out, name), getattr(truth, name), bounds.statistic)
+    kinds = {"exact": (truth.kl, truth.dkl), "exact_forward": (truth.kl_forward, truth.dkl_forward)}
+    found = [("logps", got.grad, -truth.dlogps)]
+    for kind, (value, gradient) in kinds.items():
+        spec = LossSpec(None, KL(kind, beta=1.0), aggregation="token-sum")
+        got = run(grpo_loss, part._replace(spec=spec), backend=backend)
+        assert_relative(kind, got.out.loss, value.sum(), bounds.gradient)
+        found.append((kind, got.grad, gradient))
+    for what, grad, want in found:
+        slack = truth.slack(dtype) if what == "exact" else 0.0
+        grad = joined(grad, split, 101, -1)
+        sizes = {"bound": bounds.gradient, "sum_bound": bounds.row_sum, "slack": slack}
+        assert_gradient(what, grad, want, batch.ids, **sizes)
 
 
 @cases.add()

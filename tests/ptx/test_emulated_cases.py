@@ -13,8 +13,9 @@ import pytest
 import torch
 from finite_masks import LOWEST, MASKS, batch_of_masks, masked
 from parity import KLS, Case, assert_parity, every_branch, oracle, run
+from sure_tokens import BOUNDS, assert_gradient, assert_relative, sure_tokens, truth_of
 
-from grpo_kernels import LossSpec, PPOClip, grpo_loss, selective_logps
+from grpo_kernels import KL, LossSpec, PPOClip, Reinforce, grpo_loss, selective_logps
 
 pytestmark = [
     pytest.mark.ptx,
@@ -130,33 +131,39 @@ def test_equal_rows_have_no_divergence() -> None:
     assert torch.equal(out.ref_logps, out.logps)
 
 
-GAPS = [12.0, 16.0, 20.0, 25.0, 30.0, 40.0]
+SURE = {
+    "logp": LossSpec(Reinforce(), aggregation="token-sum"),
+    "exact": LossSpec(None, KL("exact", beta=1.0), aggregation="token-sum"),
+    "exact_forward": LossSpec(None, KL("exact_forward", beta=1.0), aggregation="token-sum"),
+}
+# `ex2.approx` errs by 2 ulp, 2^-22, in a term of a sum, and in the factor that rescales the sum to another
+# maximum. A quotient of two such sums errs by twice that.
+APPROXIMATE = 2.0**-20
 
 
+@pytest.mark.parametrize("mode", [Mode(), Mode(perturb=True)], ids=["exact", "perturbed"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", [LossSpec(PPOClip()), LossSpec(PPOClip(), KLS["exact"], entropy_coef=0.1)])
-def test_sure_tokens(spec: LossSpec, dtype: str) -> None:
-    """Rows in which the taken logit is 12 to 40 above all others.
-
-    The results err by at most twice the error of eager PyTorch plus a rounding error of the probability, as
-    in every comparison, and are finite. The log-probability is -V exp(-gap), as little as -1e-14. The kernels
-    promise an absolute error of it, 1e-5, and not a relative one.
-    """
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(len(GAPS), 2, V, generator=generator)
-    logits[:, 0] = 0  # in the second row of a sequence, the others differ
-    ids = torch.randint(V, (len(GAPS), 2), generator=generator)
-    others = logits.scatter(-1, ids[..., None], -torch.inf).amax(-1)
-    logits.scatter_(-1, ids[..., None], (others + torch.tensor(GAPS)[:, None])[..., None])
-    options = {
-        "ref_logits": (logits + 0.3 * torch.randn(logits.shape, generator=generator)).to(DTYPES[dtype])
-    }
-    case = Case(
-        spec, logits.to(DTYPES[dtype]), ids, torch.tensor([1.3, -0.7] * 3), options if spec.kl else {}
-    )
-    given = oracle(case)
+@pytest.mark.parametrize("name", SURE)
+def test_sure_tokens(name: str, dtype: str, mode: Mode) -> None:
+    """If the taken token has nearly all the probability, relative errors are small."""
+    batch = sure_tokens(SIZES[dtype], DTYPES[dtype])
+    truth, bounds = truth_of(batch), BOUNDS[DTYPES[dtype]]
+    more = APPROXIMATE if mode.perturb else 0.0
+    case = Case(SURE[name], batch.logits, batch.ids, batch.ones, {"ref_logits": batch.ref_logits})
+    gradient = {"logp": -truth.dlogps, "exact": truth.dkl, "exact_forward": truth.dkl_forward}[name]
+    value = {"logp": -truth.logps, "exact": truth.kl, "exact_forward": truth.kl_forward}[name].sum()
     for inplace in (False, True):
-        with emulated():
-            got = assert_parity(given, backend="triton", return_entropy=True, inplace=inplace)
-        assert bool(got.grad.isfinite().all())
-        assert bool(got.out.logps.isfinite().all())
+        with emulated(mode=mode):
+            got = run(grpo_loss, case, backend="triton", return_entropy=True, inplace=inplace)
+        for field in ("logps", "ref_logps", "entropy"):
+            assert_relative(field, getattr(got.out, field), getattr(truth, field), bounds.statistic + more)
+        assert_relative("loss", got.out.loss, value, bounds.gradient + more)
+        assert_gradient(
+            name,
+            got.grad,
+            gradient,
+            batch.ids,
+            bound=bounds.gradient + more,
+            sum_bound=bounds.row_sum + more,
+            slack=truth.slack(batch.logits.dtype) if name == "exact" else 0.0,
+        )

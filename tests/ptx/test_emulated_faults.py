@@ -319,7 +319,7 @@ FAULTS: dict[str, tuple[Change, Check, str]] = {
         Change(
             fused.fused_loss_kernel,
             "    if ref_ptr is None:\n        ref_logp",
-            "    logp += 0 * tl.load(logits_ptr + target).to(DTYPE)\n    if ref_ptr is None:\n        ref_logp",
+            "    logp += 0 * tl.load(logits_ptr + target)\n    if ref_ptr is None:\n        ref_logp",
         ),
         in_place,
         RACE,

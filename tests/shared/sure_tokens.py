@@ -6,6 +6,7 @@ The truth is computed in fp64 from the logsumexp of the other tokens. It keeps i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ def sure_tokens(
     V: int,
     dtype: torch.dtype,
     *,
-    sequences: int = 4,
+    sequences: int = 1,
+    gaps: Sequence[float] = GAPS,
     softcap: float | None = None,
     scale: float = 1.0,
     temperature: float | Tensor = 1.0,
@@ -70,10 +72,10 @@ def sure_tokens(
 ) -> SureTokens:
     """Draw a batch. With a transform of the logits, the gaps are those of the transformed logits."""
     generator = torch.Generator().manual_seed(V)
-    t = torch.arange(len(GAPS))
+    t = torch.arange(len(gaps))
     # Every gap meets every place, and so does every reference.
     ids = torch.tensor(places(V))[(torch.arange(sequences)[:, None] - (t + 1) // 2) % 4]
-    more = [GAPS[t] + extra if extra is not None else -0.7 for b in range(sequences) for t, extra in turns(b)]
+    more = [[ref_gap(gap, REFERENCES[(b + t) % 4]) for t, gap in enumerate(gaps)] for b in range(sequences)]
     options: dict[str, Any] = {"temperature": temperature, "logit_scale": scale, "logit_softcap": softcap}
 
     def draw(gaps: Tensor) -> Tensor:
@@ -82,15 +84,14 @@ def sure_tokens(
         u = u.scatter(-1, ids[..., None], (others + gaps)[..., None]) * per_row(temperature)
         return ((u if softcap is None else softcap * torch.atanh(u / softcap)) / scale).to(device, dtype)
 
-    logits, ref_logits = draw(torch.tensor(GAPS)), draw(torch.tensor(more).view(ids.shape))
+    logits, ref_logits = draw(torch.tensor(gaps)), draw(torch.tensor(more))
     if isinstance(temperature, Tensor):
         options["temperature"] = temperature.to(device)
     return SureTokens(logits, ref_logits, ids.to(device), options)
 
 
-def turns(sequence: int) -> list[tuple[int, float | None]]:
-    """Return each token of a sequence with the extra gap of its reference."""
-    return [(t, REFERENCES[(sequence + t) % len(REFERENCES)]) for t in range(len(GAPS))]
+def ref_gap(gap: float, more: float | None) -> float:
+    return -0.7 if more is None else gap + more
 
 
 def per_row(temperature: float | Tensor) -> Any:
@@ -110,13 +111,14 @@ class Truth(NamedTuple):
     dkl: Tensor
     dkl_forward: Tensor
 
-    def slack(self, bound: float) -> Tensor:
-        """Return the error of `dkl` at the taken token if the statistics have this relative error, `[B, T]`.
+    def slack(self, dtype: torch.dtype) -> Tensor:
+        """Return how much `dkl` may err at the taken token if the reference is much less sure, `[B, T]`.
 
-        It is `p (logp - ref_logp - KL)`. If the reference is much less sure than the policy, the last two are
-        much larger than their difference, and this is the error. If it is about as sure, this is 0.
+        The entry is `p (logp - ref_logp - KL)`. The last two are then much larger than their difference,
+        which errs by a few of their roundings. If the reference is about as sure as the policy, this is 0.
         """
-        return torch.where(self.ref_logps < 8 * self.logps, bound * (self.kl - self.ref_logps), 0.0)
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        return torch.where(self.ref_logps < 8 * self.logps, 4 * eps * (self.kl - self.ref_logps), 0.0)
 
 
 def log_softmax(u: Tensor, ids: Tensor) -> Tensor:
