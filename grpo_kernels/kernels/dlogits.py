@@ -46,7 +46,7 @@ def zero_columns(out_ptr, start, stop, BLOCK: tl.constexpr):
 def gradient_block(
     out_ptr, logits_ptr, ref_ptr, start, columns, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-    by_p, by_d, by_ref_d, by_ref_p, taken,
+    by_p, by_d, by_ref_d, by_ref_p, taken, sure,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def gradient_block(
     if KL_FORWARD:
         grad += by_ref_p * tl.exp2(ref_d)
     if TAKEN:
-        grad = tl.where(columns == target, taken, grad)
+        grad = tl.where(columns == target, tl.where(sure, taken, grad + taken), grad)
     if CAPPED:
         tanh = y / softcap
         grad *= 1 - tanh * tanh
@@ -91,9 +91,15 @@ def gradient_block(
 
 
 @triton.jit
+def is_sure(logp):
+    """Whether the taken token is certainly the likeliest: its probability is at least 0.6."""
+    return logp > -0.5
+
+
+@triton.jit
 def log_normalizer(logp, sum_exp):
     """Compute `log(sum_exp)`. If the taken token is the likeliest, it is -logp, which has more digits."""
-    return tl.where(logp > -0.5, -logp, tl.log(sum_exp))
+    return tl.where(is_sure(logp), -logp, tl.log(sum_exp))
 
 
 @triton.jit
@@ -114,8 +120,9 @@ def row_gradient(
              + dkl_forward (p_v - q_v) ] * dy/dz * k
     With d = k (y - shift) in log2 units and e = 2^d, p_v = e / sum_exp and log p_v = LN2 d - log sum_exp, and
     likewise q_v. The gradient is then e (by_p + by_d d + by_ref_d ref_d) + by_ref_p ref_e. At the
-    taken token it is computed from the log-probabilities instead, with 1 - p_y = -expm1(logp): they keep the
-    digits that 1 - p_y would cancel if p_y is nearly 1.
+    taken token dlogp is added. If that token is the likeliest, its entry is computed from the
+    log-probabilities instead, with 1 - p_y = -expm1(logp): they keep the digits that 1 - p_y would cancel if
+    p_y is nearly 1.
     """
     slope = k
     if CAPPED:
@@ -143,7 +150,8 @@ def row_gradient(
         p = tl.exp(logp)
         taken += tl.where(p > 0, p * difference, 0.0)
     by_p *= slope_p
-    taken *= slope
+    sure = is_sure(logp)
+    taken = tl.where(sure, taken, dlogp) * slope
     target = known_column(target, V)
     # The block of the taken token is separate, so that the loop over the others compares no columns.
     full = V // BLOCK * BLOCK
@@ -154,7 +162,7 @@ def row_gradient(
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, own, offsets, target - own, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, by_d, by_ref_d, by_ref_p, taken,
+            by_p, by_d, by_ref_d, by_ref_p, taken, sure,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(0, stop, BLOCK):
@@ -162,14 +170,14 @@ def row_gradient(
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, other, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, by_d, by_ref_d, by_ref_p, taken,
+            by_p, by_d, by_ref_d, by_ref_p, taken, sure,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(full, WIDTH, TAIL):
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, by_d, by_ref_d, by_ref_p, taken,
+            by_p, by_d, by_ref_d, by_ref_p, taken, sure,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, KEPT,
         )  # fmt: skip
 

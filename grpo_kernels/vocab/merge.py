@@ -51,9 +51,12 @@ def merge(
     def merged(shift: Tensor, sum_exp: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """The row's shift and sum, and log P of each part, which keeps its digits if P is nearly 1."""
         row_shift = shift.amax(0)
-        masses = sum_exp * ((shift - row_shift) * unit).exp()
+        delta = (shift - row_shift) * unit
+        masses = sum_exp * delta.exp()
+        total = masses.sum(0)
         others = torch.stack([torch.cat([masses[:i], masses[i + 1 :]]).sum(0) for i in range(len(masses))])
-        return row_shift, masses.sum(0), -torch.log1p(others / masses)
+        log_part = sum_exp.log() + delta - total.log()
+        return row_shift, total, torch.where(masses > others, -torch.log1p(others / masses), log_part)
 
     def logps_of_holder(logps: Tensor, log_part: Tensor) -> Tensor:
         return of_holder(torch.where(log_part == -torch.inf, -torch.inf, logps + log_part))

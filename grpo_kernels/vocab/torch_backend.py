@@ -138,9 +138,14 @@ def normalizer(e: Tensor, d: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return sum_exp, torch.where(d == 0, torch.log1p(others), sum_exp.log())
 
 
+def is_sure(logps: Tensor) -> Tensor:
+    """Return whether each taken token is certainly the likeliest: its probability is at least 0.6."""
+    return logps > -0.5
+
+
 def log_normalizer(logps: Tensor, sum_exp: Tensor) -> Tensor:
     """Return `log(sum_exp)`. If the taken token is the likeliest, it is -logp, which has more digits."""
-    return torch.where(logps > -0.5, -logps, sum_exp.log())
+    return torch.where(is_sure(logps), -logps, sum_exp.log())
 
 
 def statistics(
@@ -197,8 +202,8 @@ def gradient(
     dlogp = torch.zeros_like(stats.logps) if dlogp is None else dlogp
     assert stats.sum_exp is not None
     inverse = 1 / stats.sum_exp
-    # At the taken token, the log-probabilities give the gradient: 1 - p_y is -expm1(logp). They keep the
-    # digits that 1 - p_y would cancel if p_y is nearly 1.
+    # If the taken token is the likeliest, the log-probabilities give its gradient: 1 - p_y is -expm1(logp).
+    # They keep the digits that 1 - p_y would cancel if p_y is nearly 1.
     taken = -dlogp * torch.expm1(stats.logps)
     rest = None  # the terms other than that of dlogp
     if dentropy is not None or dkl is not None or dkl_forward is not None:
@@ -228,7 +233,9 @@ def gradient(
     grad = torch.mul(p.e, (-dlogp * inverse).unsqueeze(-1), out=p.e if out is None else out)
     if rest is not None:
         grad += rest
-    replace_taken(grad, targets, taken)
+    _, column = columns_of(targets, grad.shape[1])
+    entry = grad.gather(-1, column).squeeze(-1)
+    replace_taken(grad, targets, torch.where(is_sure(stats.logps), taken, entry + dlogp))
     if isinstance(p.slope, Tensor) or p.slope != 1.0:
         grad *= p.slope
     return grad
