@@ -46,7 +46,7 @@ def zero_columns(out_ptr, start, stop, BLOCK: tl.constexpr):
 def gradient_block(
     out_ptr, logits_ptr, ref_ptr, start, columns, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-    by_p, by_d, by_ref_d, by_ref_p, taken, sure,
+    by_p, by_d, by_ref_d, by_ref_p, taken, alone,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def gradient_block(
     if KL_FORWARD:
         grad += by_ref_p * tl.exp2(ref_d)
     if TAKEN:
-        grad = tl.where(columns == target, tl.where(sure, taken, grad + taken), grad)
+        grad = tl.where(columns == target, tl.where(alone, taken, grad + taken), grad)
     if CAPPED:
         tanh = y / softcap
         grad *= 1 - tanh * tanh
@@ -150,8 +150,9 @@ def row_gradient(
         p = tl.exp(logp)
         taken += tl.where(p > 0, p * difference, 0.0)
     by_p *= slope_p
-    sure = is_sure(logp)
-    taken = tl.where(sure, taken, dlogp) * slope
+    # If p is 0, dlogp may be infinite, and a sum with 0 * dlogp would be NaN.
+    alone = is_sure(logp) | (tl.exp(logp) == 0)
+    taken = tl.where(alone, taken, dlogp) * slope
     target = known_column(target, V)
     # The block of the taken token is separate, so that the loop over the others compares no columns.
     full = V // BLOCK * BLOCK
@@ -162,7 +163,7 @@ def row_gradient(
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, own, offsets, target - own, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, by_d, by_ref_d, by_ref_p, taken, sure,
+            by_p, by_d, by_ref_d, by_ref_p, taken, alone,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(0, stop, BLOCK):
@@ -170,14 +171,14 @@ def row_gradient(
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, other, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, by_d, by_ref_d, by_ref_p, taken, sure,
+            by_p, by_d, by_ref_d, by_ref_p, taken, alone,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, KEPT,
         )  # fmt: skip
     for start in range(full, WIDTH, TAIL):
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
-            by_p, by_d, by_ref_d, by_ref_p, taken, sure,
+            by_p, by_d, by_ref_d, by_ref_p, taken, alone,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, KEPT,
         )  # fmt: skip
 

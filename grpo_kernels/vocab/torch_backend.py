@@ -235,7 +235,9 @@ def gradient(
         grad += rest
     _, column = columns_of(targets, grad.shape[1])
     entry = grad.gather(-1, column).squeeze(-1)
-    replace_taken(grad, targets, torch.where(is_sure(stats.logps), taken, entry + dlogp))
+    # If p is 0, dlogp may be infinite, and a sum with 0 * dlogp would be NaN.
+    alone = is_sure(stats.logps) | (stats.logps.exp() == 0)
+    replace_taken(grad, targets, torch.where(alone, taken, entry + dlogp))
     if isinstance(p.slope, Tensor) or p.slope != 1.0:
         grad *= p.slope
     return grad

@@ -80,6 +80,7 @@ def expected(spec: LossSpec, size: int = V, padding: int = 0, softcap: float | N
     for z in (logits, reference):
         for neighbor in (0, 1):
             z.scatter_add_(-1, (IDS.clamp(min=0) + neighbor)[..., None], (peaks * (1 + neighbor))[..., None])
+        z[0, 3, IDS[0, 3]] += 8.0  # a sure token, whose gradient is computed from its log-probability
     options = {
         "completion_mask": IDS != MASKED,
         "old_logps": logits.log_softmax(-1).gather(-1, IDS.clamp(min=0)[..., None])[..., 0] - LOG_RATIOS,
