@@ -32,6 +32,23 @@ def known_column(target, V):
 
 
 @triton.jit
+def is_taken(columns, taken, PARTIAL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr):
+    """Whether each column is `taken`. Without PARTIAL, `columns` are a block's, counted from its start."""
+    if PARTIAL:
+        found = columns == taken
+    else:
+        # Column minus GROUP * thread is a constant in the machine code, and a thread compares its constants
+        # with one number. `columns == taken` would keep a register per column, in the fused kernel from the
+        # statistics to the gradient.
+        BLOCK: tl.constexpr = columns.shape[0]
+        first = tl.arange(0, BLOCK // (THREADS * GROUP)) * (THREADS * GROUP)
+        constants = first[:, None, None] + tl.arange(0, GROUP)[None, None, :]
+        remainder = taken - tl.arange(0, THREADS) * GROUP
+        found = tl.reshape(constants == remainder[None, :, None], [BLOCK])
+    return found
+
+
+@triton.jit
 def load_optional(ptr, row, DTYPE: tl.constexpr):
     if ptr is None:
         x = tl.full((), 0.0, DTYPE)

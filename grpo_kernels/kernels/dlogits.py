@@ -13,6 +13,7 @@ from .device import (
     MASKED,
     expm1,
     exponent,
+    is_taken,
     known_column,
     load_block,
     load_optional,
@@ -48,7 +49,8 @@ def gradient_block(
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
     by_p, by_d, by_ref_d, by_ref_p, taken, alone,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
-    TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
+    TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr,
+    GROUP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Write one block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
 
@@ -74,7 +76,8 @@ def gradient_block(
     if KL_FORWARD:
         grad += by_ref_p * tl.exp2(ref_d)
     if TAKEN:
-        grad = tl.where(columns == target, tl.where(alone, taken, grad + taken), grad)
+        own = is_taken(columns, target, PARTIAL, THREADS, GROUP)
+        grad = tl.where(own, tl.where(alone, taken, grad + taken), grad)
     if CAPPED:
         tanh = y / softcap
         grad *= 1 - tanh * tanh
@@ -109,7 +112,8 @@ def row_gradient(
     logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl,
     dlogp, dentropy, dkl, dkl_forward,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, KEPT: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr,
+    GROUP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Write one row of the gradient, and zeros from V to WIDTH. `out_ptr` may be `logits_ptr`.
 
@@ -164,7 +168,7 @@ def row_gradient(
             out_ptr, logits_ptr, ref_ptr, own, offsets, target - own, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken, alone,
-            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, KEPT,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, THREADS, GROUP, KEPT,
         )  # fmt: skip
     for start in range(0, stop, BLOCK):
         other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
@@ -172,14 +176,14 @@ def row_gradient(
             out_ptr, logits_ptr, ref_ptr, other, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken, alone,
-            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, KEPT,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, THREADS, GROUP, KEPT,
         )  # fmt: skip
     for start in range(full, WIDTH, TAIL):
         gradient_block(
             out_ptr, logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken, alone,
-            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, KEPT,
+            CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, THREADS, GROUP, KEPT,
         )  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def dlogits_kernel(
     T, V, WIDTH, temperature: tl.float64,
     scale: tl.float64, softcap: tl.float64, ref_scale: tl.float64, ref_softcap: tl.float64,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     out_ptr = row_pointer(out_ptr, out_batch_stride, out_time_stride, row, T, GROUP)
@@ -229,7 +233,7 @@ def dlogits_kernel(
         load_optional(kl_ptr, row, DTYPE),
         dlogp, dentropy, dkl, dkl_forward,
         CAPPED, REF_CAPPED, dentropy_ptr is not None or ref_ptr is not None, dkl_forward_ptr is not None,
-        DTYPE, BLOCK, TAIL, False,
+        DTYPE, BLOCK, TAIL, THREADS, GROUP, False,
     )  # fmt: skip
 
 
@@ -252,6 +256,5 @@ def dlogits(rows: "Rows", stats: "RowStats", coefficients: "Coefficients", out: 
             stats.ref_logps, stats.ref_shift, stats.ref_sum_exp, stats.kl, *coefficients,
             logits.shape[1], transform.vocab_size, logits.shape[2], *transform_arguments(transform),
             **constants, DTYPE=DTYPES[stats.logps.dtype],
-            BLOCK=shape.BLOCK, TAIL=shape.TAIL, GROUP=shape.GROUP, num_warps=shape.num_warps,
-            **compile_options(),
+            **shape._asdict(), **compile_options(),
         )  # fmt: skip

@@ -130,7 +130,7 @@ def fused_loss_kernel(
             logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
             CAPPED, REF_CAPPED, entropy_weights_ptr is not None or gradient_ref_ptr is not None,
-            KL_KIND == "exact_forward", DTYPE, BLOCK, TAIL, KEEP,
+            KL_KIND == "exact_forward", DTYPE, BLOCK, TAIL, THREADS, GROUP, KEEP,
         )  # fmt: skip
 
 

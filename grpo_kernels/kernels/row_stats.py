@@ -11,6 +11,7 @@ from .device import (
     LOWEST,
     MASKED,
     exponent,
+    is_taken,
     known_column,
     load_block,
     log1p,
@@ -87,7 +88,8 @@ def fold_rows(
     REF_EVICTION: tl.constexpr = "evict_first" if KEEP else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
     if TAKEN:
-        y = tl.where(columns == taken, float("-inf"), y)
+        left_out = is_taken(columns, taken, PARTIAL, THREADS, GROUP)
+        y = tl.where(left_out, float("-inf"), y)
     shift, delta, d = fold(y, k, shift, BLOCK, THREADS, GROUP)
     e = tl.exp2(d)
     alpha = tl.exp2(delta)
@@ -99,7 +101,7 @@ def fold_rows(
             ref_ptr + start, columns, V, ref_scale, ref_softcap, REF_CAPPED, PARTIAL, DTYPE, REF_EVICTION
         )
         if TAKEN:
-            ref_y = tl.where(columns == taken, float("-inf"), ref_y)
+            ref_y = tl.where(left_out, float("-inf"), ref_y)
         ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
         ref_e = tl.exp2(ref_d)
         ref_alpha = tl.exp2(ref_delta)
