@@ -86,7 +86,8 @@ def grpo_loss(
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
             afterwards. As for any in-place operation, autograd raises an error if another operation still
-            needs the old values. A token's `logits` must not share memory with another token's
+            needs the old values. Without this option the gradient is a new tensor, which on a CPU the forward
+            may already allocate. A token's `logits` must not share memory with another token's
             `ref_logits`. Under torch.compile this option has no effect.
         shard: `logits` and `ref_logits` are these columns of a vocabulary that is split over ranks. The
             ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
@@ -155,7 +156,11 @@ def grpo_loss(
     loss = BatchLoss(spec, inputs, batch.sequences)
 
     learns = torch.is_grad_enabled() and logits.requires_grad
-    fused = inplace and learns and fusible(spec, logits.dtype) and shard is None
+    # On a CPU a second pass would compute the exponentials again. On a GPU it costs no more than a first one
+    # that also writes the gradient.
+    on_cpu = rows.backend == "torch" and logits.device.type == "cpu" and not traced(logits)
+    one_pass = inplace or (on_cpu and logits.dtype == torch.float32)
+    fused = one_pass and learns and fusible(spec, logits.dtype) and shard is None
     path = "fused (loss and gradient in one kernel)" if fused else kernel_path(learns)
     ref_dtype = None if ref_logits is None else ref_logits.dtype
     log_path("grpo_loss", path, rows.backend, logits=logits.dtype, ref_logits=ref_dtype)

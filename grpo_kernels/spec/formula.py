@@ -42,13 +42,16 @@ def log_ratio_to(logp: Tensor, anchor: Tensor | None) -> Tensor:
 
 def clamped_ratio(log_ratio: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
     """Return `exp` of the clamped log-ratio, and its derivative with respect to the log-ratio."""
+    if clamp == math.inf:
+        ratio = torch.exp(log_ratio)
+        return ratio, ratio
     ratio = torch.exp(log_ratio.clamp(-clamp, clamp))
-    return ratio, torch.where(log_ratio.abs() > clamp, 0.0, ratio)
+    return ratio, ratio.masked_fill(log_ratio.abs() > clamp, 0.0)
 
 
 def weighted_logp(logp: Tensor, weight: Tensor) -> TokenLoss:
     """Return `weight * logp` for a constant weight. It is 0 if the weight is 0, even for a `logp` of -inf."""
-    return TokenLoss(torch.where(weight == 0, 0.0, weight * logp), weight, None)
+    return TokenLoss((weight * logp).masked_fill_(weight == 0, 0.0), weight, None)
 
 
 def select(condition: Tensor, yes: float, no: float, *, like: Tensor) -> Tensor:

@@ -72,8 +72,11 @@ class KL:
                 part of `dlogp`, which keeps digits that the sum of the two would lose.
         """
         estimator = ESTIMATORS[self.kind]
-        clamp, output_clamp = unbounded(self.clamp), unbounded(self.output_clamp)
         x = ref_logp - logp
+        if self.clamp is None and self.output_clamp is None and not self.ratio_corrected:
+            value, slope = estimator(x)
+            return TokenLoss(value, -x if self.straight_through else slope, None)
+        clamp, output_clamp = unbounded(self.clamp), unbounded(self.output_clamp)
         clamped = x.clamp(-clamp, clamp)
         value, slope = estimator(clamped)
         output_clamped = value.abs() > output_clamp

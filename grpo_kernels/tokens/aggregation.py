@@ -12,7 +12,7 @@ from .sequences import Sequences
 def safe_divide(numerator: Tensor, denominator: Tensor | float) -> Tensor:
     """`numerator / denominator`, or 0 if the denominator is 0: the loss of an empty batch is 0."""
     if isinstance(denominator, Tensor):
-        return torch.where(denominator == 0, 0.0, numerator / denominator)
+        return (numerator / denominator).masked_fill_(denominator == 0, 0.0)
     return numerator / denominator if denominator else torch.zeros_like(numerator)
 
 

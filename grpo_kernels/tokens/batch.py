@@ -145,7 +145,7 @@ class Batch:
             value = value.reshape(-1, 1).expand(self.shape).reshape(-1)
         if debug.enabled():
             debug.check_numbers(name, value.view(self.shape), self.mask.view(self.shape))
-        return torch.where(self.mask, value.to(self.dtype), masked)
+        return value.to(self.dtype).masked_fill(~self.mask, masked)
 
     def optional(self, name: str, value: Tensor | None, *, per_sequence: bool = False) -> Tensor | None:
         """Return `per_token(...)`, or None if `value` is None."""

@@ -40,7 +40,8 @@ class BatchLoss(NamedTuple):
         if spec.sampled_kl is not None:
             estimate, dlog_ratio = self.sampled_kl(stats.logps, ref_logps)
             weight = spec.sampled_kl.beta * inputs.row_weights
-            parts = (None if x is None else torch.where(inputs.mask, weight * x, 0.0) for x in estimate)
+            masked = ~inputs.mask
+            parts = (None if x is None else (weight * x).masked_fill_(masked, 0.0) for x in estimate)
             kl, dkl = self.collect(TokenLoss(*parts), dlog_ratio)  # type: ignore[arg-type]
             value, dlogp = value + kl, dlogp + dkl
         derivatives = self.coefficients(dlogp)
@@ -90,7 +91,7 @@ class BatchLoss(NamedTuple):
             assert self.sequences is not None
             terms = surrogate.couple(terms, spec.level, clamp, self.sequences)
         loss = surrogate.token_loss(logps, terms.log_ratio, terms.advantages, clamp)
-        # `where` instead of a product, because a zero advantage times an infinite ratio would be NaN.
+        # Filled instead of multiplied, because a zero advantage times an infinite ratio would be NaN.
         inactive = ~inputs.mask
         if surrogate.zero_without_advantage:
             inactive = inactive | (terms.advantages == 0)
@@ -98,7 +99,7 @@ class BatchLoss(NamedTuple):
         if terms.token_weights is not None:
             weights = weights * terms.token_weights
             inactive = inactive | (terms.token_weights == 0)
-        weighted = (None if x is None else torch.where(inactive, 0.0, x * weights) for x in loss)
+        weighted = (None if x is None else (x * weights).masked_fill_(inactive, 0.0) for x in loss)
         return self.collect(TokenLoss(*weighted), terms.dlog_ratio)  # type: ignore[arg-type]
 
     def collect(self, loss: TokenLoss, dlog_ratio: Tensor | None) -> tuple[Tensor, Tensor]:

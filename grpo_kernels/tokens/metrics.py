@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec.formula import log_ratio_to, unbounded
+from ..spec.formula import clamped_ratio, log_ratio_to, unbounded
 from ..spec.surrogates import Surrogate
 from ..spec.surrogates.base import Clip, sequence_log_ratio
 from . import dispatch
@@ -54,8 +54,7 @@ def metrics(
         if spec.level != "token":
             assert loss.sequences is not None
             log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, loss.sequences)
-        clamp = unbounded(spec.log_ratio_clamp)
-        ratio = torch.exp(log_ratio.clamp(-clamp, clamp))
+        ratio, _ = clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))
         found |= {"log_ratio": log_ratio, "ratio": ratio}
         if surrogate is not None and clip is not None:
             found |= clipped_tokens(surrogate, clip, stats.logps, log_ratio, ratio, inputs.advantages)
@@ -65,7 +64,7 @@ def metrics(
         found["kl"] = stats.kl if spec.exact_kl.kind == "exact" else stats.kl_forward
     values = torch.stack([found[name].to(stats.logps.dtype) for name in names])  # type: ignore[union-attr]
     weights = torch.stack([known] * (len(names) - 1) + [inputs.mask])
-    means = torch.where(weights, values, 0.0).sum(1) / weights.sum(1).clamp(min=1)
+    means = values.masked_fill_(~weights, 0.0).sum(1) / weights.sum(1).clamp(min=1)
     return dict(zip(names, means.unbind(), strict=True))
 
 

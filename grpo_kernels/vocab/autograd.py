@@ -10,7 +10,7 @@ from torch import Tensor
 from ..spec import LossSpec
 from ..tokens.differentiation import apply, first_order, outside_graphs
 from ..tokens.loss import BatchLoss
-from ..tokens.statistics import RowStats
+from ..tokens.statistics import Coefficients, RowStats
 from . import dispatch
 from .rows import FusedOutput, Rows
 from .want import Want
@@ -36,12 +36,32 @@ def differentiable_stats(rows: Rows, want: Want) -> RowStats:
 
 
 def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor, RowStats]:
-    """Compute a loss that does not couple tokens. The gradient overwrites `rows.logits`.
+    """Compute a loss that does not couple tokens, together with its gradient.
 
     Returns the value, 0-dim and differentiable, `dlogp` `[B * T]`, and detached statistics.
     """
     value, dlogp, *found = apply(FusedLossFunction, (rows.logits,), rows.detach(), loss, want)
     return value, dlogp, RowStats(**dict(zip(want.outputs, found, strict=True)))
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """Allocate the gradient of the logits `[B, T, V]`."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def fill_gradient(
+    ctx: Any,
+    out: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    *stats: Tensor,
+    coefficients: Coefficients,
+) -> None:
+    """Fill `out` with the gradient of the logits, from what a forward has saved."""
+    rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
+    dispatch.dlogits(rows, RowStats(*stats), coefficients, out)
 
 
 class RowStatsFunction(torch.autograd.Function):
@@ -70,32 +90,38 @@ class RowStatsFunction(torch.autograd.Function):
         if coefficients is None:
             return (None,) * 4
         # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
-        logits, ref_logits, targets, temperatures, *stats = ctx.saved_tensors
-        rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
-        out = logits.detach()
-        if not want.inplace:
-            out = torch.empty_like(out, memory_format=torch.contiguous_format)
-        dispatch.dlogits(rows, RowStats(*stats), coefficients, out)
+        logits, *saved = ctx.saved_tensors
+        out = logits.detach() if want.inplace else new_gradient(logits)
+        fill_gradient(ctx, out, logits, *saved, coefficients=coefficients)
         if want.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, *(None,) * 3
 
 
 class FusedLossFunction(torch.autograd.Function):
-    """A loss whose forward overwrites the logits with their gradient."""
+    """A loss whose forward computes the gradient: over the logits if `want.inplace`, else in a new tensor."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, rows: Rows, loss: BatchLoss, want: Want, origin: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=False)
-        out = FusedOutput(rows.logits, torch.empty_like(stats.logps), torch.empty_like(stats.logps), stats)
+        stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=not want.inplace)
+        gradient = rows.logits if want.inplace else new_gradient(rows.logits)
+        out = FusedOutput(gradient, torch.empty_like(stats.logps), torch.empty_like(stats.logps), stats)
         dispatch.fused_loss(rows, loss, out)
-        # The version makes an operation that saved the old logits raise an error, as any in-place operation
-        # does.
-        torch.autograd.graph.increment_version(logits)
-        ctx.backend, ctx.origin = rows.backend, origin
-        ctx.save_for_backward(logits)
+        if want.inplace:
+            # The version makes an operation that saved the old logits raise an error, as any in-place
+            # operation does.
+            torch.autograd.graph.increment_version(logits)
+            ctx.save_for_backward(logits)
+        else:
+            ref_logits = rows.ref_logits if want.kl_gradient else None
+            coefficients = loss.coefficients(out.dlogp)
+            ctx.save_for_backward(
+                gradient, *coefficients, logits, ref_logits, rows.targets, rows.temperatures, *stats
+            )
+        ctx.want, ctx.transform, ctx.backend, ctx.origin = want, rows.transform, rows.backend, origin
+        ctx.given_away = False
         constants = [out.dlogp, *(getattr(stats, name) for name in want.outputs)]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
@@ -106,8 +132,16 @@ class FusedLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        (gradient,) = ctx.saved_tensors
+        gradient, *saved = ctx.saved_tensors
+        if not ctx.want.inplace:
+            gradient = gradient.data  # without the version, as nothing reads the saved gradient again
+        if ctx.given_away:
+            # The graph was retained, and the first backward returned the saved gradient.
+            gradient, count = new_gradient(gradient), len(Coefficients._fields)
+            fill_gradient(ctx, gradient, *saved[count:], coefficients=Coefficients(*saved[:count]))
         dispatch.scale_rows(gradient, grad, ctx.backend)
-        # The buffer now belongs to autograd. The version makes a second backward raise an error.
-        torch.autograd.graph.increment_version(gradient)
+        ctx.given_away = True
+        if ctx.want.inplace:
+            # The buffer now belongs to autograd. The version makes a second backward raise an error.
+            torch.autograd.graph.increment_version(gradient)
         return gradient.detach(), *(None,) * 4

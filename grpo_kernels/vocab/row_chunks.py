@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-# On the CPU, 16 MiB of fp32 make Python's overhead small and still fit into the last-level cache. Other
-# devices need larger chunks to amortise the launches.
-CPU_CHUNK_ELEMENTS, CHUNK_ELEMENTS = 1 << 22, 1 << 25
+# On the CPU each thread has 4 MiB of fp32 of a chunk, so that it stays in the cache. Other devices need
+# larger chunks to amortise the launches.
+THREAD_ELEMENTS, CHUNK_ELEMENTS = 1 << 20, 1 << 25
 
 Index: TypeAlias = Tensor | slice
 
@@ -22,10 +22,13 @@ class RowChunk(NamedTuple):
     local: Index  # the same rows in the 2-D view
     sequence: int | None  # the view is logits[sequence]; None: the whole batch is one 2-D view
 
-    def read(self, logits: Tensor) -> Tensor:
-        """Return the chunk's rows of `logits` `[B, T, V]`, as `[n, V]`."""
+    def read(self, logits: Tensor, name: str, scratch: Scratch) -> Tensor:
+        """Return the chunk's rows of `logits` `[B, T, V]`, as `[n, V]`: a view, or a copy in a buffer."""
         rows = self.view(logits)
-        return rows[self.local] if isinstance(self.local, slice) else rows.index_select(0, self.local)
+        if isinstance(self.local, slice):
+            return rows[self.local]
+        out = scratch.like(name, rows[: len(self.local)], rows.dtype)
+        return torch.index_select(rows, 0, self.local, out=out)
 
     def direct(self, out: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
         """Return the chunk's rows of `out` if the gradient can be computed there directly, else None."""
@@ -47,14 +50,6 @@ class RowChunk(NamedTuple):
             target[:, :width].index_copy_(0, self.local, values.to(out.dtype))
             target[:, width:].index_fill_(0, self.local, 0.0)
 
-    def pick(self, picked: Tensor) -> RowChunk:
-        """Return some rows of the chunk, by their position in it."""
-
-        def take(index: Index) -> Tensor:
-            return index[picked] if isinstance(index, Tensor) else picked + index.start
-
-        return RowChunk(take(self.rows), take(self.local), self.sequence)
-
     def view(self, logits: Tensor) -> Tensor:
         """The 2-D view of `logits` that has the rows."""
         if self.sequence is not None:
@@ -75,7 +70,9 @@ def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
     """
     batch, time, vocab = tensors[0].shape
     flat = all(is_flat(tensor) for tensor in tensors)
-    rows = max(1, (CPU_CHUNK_ELEMENTS if needed.device.type == "cpu" else CHUNK_ELEMENTS) // max(1, vocab))
+    on_cpu = needed.device.type == "cpu"
+    elements = min(torch.get_num_threads() * THREAD_ELEMENTS, CHUNK_ELEMENTS) if on_cpu else CHUNK_ELEMENTS
+    rows = max(1, elements // max(1, vocab))
     span = batch * time if flat else time
     for sequence in range(1 if flat else batch):
         start = sequence * span
@@ -91,14 +88,19 @@ def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
 
 
 class Scratch:
-    """Buffers that all chunks of a pass share. New ones per chunk would cost more than the arithmetic."""
+    """Buffers that all chunks of a pass share. New ones per chunk would cost more than the arithmetic.
 
-    def __init__(self) -> None:
+    Attributes:
+        has_infinities: whether sums must expect products of 0 and an infinite logarithm.
+    """
+
+    def __init__(self, *, has_infinities: bool) -> None:
         self.buffers: dict[str, Tensor] = {}
+        self.has_infinities = has_infinities
 
-    def like(self, name: str, x: Tensor) -> Tensor:
-        """An uninitialised buffer of the shape `[n, V]` and dtype of `x`."""
+    def like(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised buffer of the shape `[n, V]` of `x`."""
         found = self.buffers.get(name)
         if found is None or found.shape[0] < x.shape[0]:
-            found = self.buffers[name] = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            found = self.buffers[name] = torch.empty(x.shape, dtype=dtype, device=x.device)
         return found[: x.shape[0]]

@@ -1,80 +1,24 @@
 """Statistics of rows and the gradient of the logits in PyTorch, a few rows at a time, on any device.
 
 A chunk of rows stays in the cache between the operations on it. So each pass reads the logits from memory
-once, as the fused kernels do, and no tensor of their size is allocated.
+once, as the fused kernels do, and no tensor of their size is allocated. Where it can be, the gradient is
+computed in its place from the exponentials on, so that few buffers share the cache with the rows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks.tensors import arithmetic_dtype
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import Coefficients, RowStats
+from .exponentials import Distribution, Exponentials, Taken
 from .row_chunks import Index, RowChunk, Scratch, row_chunks
 from .rows import MASKED, FusedOutput, Rows
-
-
-class Exponentials(NamedTuple):
-    """A chunk of one distribution: `d = k * (y - row_max)`, `e = exp(d)`."""
-
-    d: Tensor | None  # [n, V]; None if only e is wanted
-    e: Tensor  # [n, V]
-    slope: Tensor | float  # dd/dz: [n, V] with a softcap, else [n, 1] or a number
-
-    def pick(self, picked: Tensor) -> Exponentials:
-        slope = self.slope[picked] if isinstance(self.slope, Tensor) else self.slope
-        return Exponentials(None if self.d is None else self.d[picked], self.e[picked], slope)
-
-
-class Distribution(NamedTuple):
-    """How one model's raw logits become a distribution."""
-
-    scale: float
-    softcap: float | None
-    temperature: Tensor | float  # [n, 1], or a number for all rows
-
-    def exponentials(
-        self,
-        z: Tensor,
-        row_max: Tensor | None,
-        *,
-        keep_d: bool,
-        scratch: Scratch | None = None,
-        name: str = "",
-    ) -> tuple[Exponentials, Tensor]:
-        """Return the exponentials of raw logits `[n, V]` and the row maxima, which are computed if None.
-
-        If `scratch` is given, they are in its buffers whose names start with `name`.
-        """
-        y = z.to(arithmetic_dtype(z))
-        k: Tensor | float = self.scale / self.temperature
-        slope = k
-        if self.softcap is not None:
-            y = self.softcap * torch.tanh(y * (self.scale / self.softcap))
-            k = 1.0 / self.temperature
-            slope = k * self.scale * (1 - (y / self.softcap) ** 2)
-        if row_max is None:
-            # Finite, so that a part of the vocabulary with only -inf sums to 0 instead of NaN.
-            row_max = y.amax(-1).clamp(min=torch.finfo(y.dtype).min)
-        d = torch.sub(y, row_max.unsqueeze(-1), out=None if scratch is None else scratch.like(f"{name} d", y))
-        if isinstance(k, Tensor) or k != 1.0:
-            d *= k
-        if not keep_d:
-            return Exponentials(None, d.exp_(), slope), row_max
-        e = torch.exp(d, out=None if scratch is None else scratch.like(f"{name} e", d))
-        return Exponentials(d, e, slope), row_max
-
-    def taken(self, z: Tensor, row_max: Tensor, targets: Tensor) -> Tensor:
-        """Return `d` of the taken tokens, `[n]`. It is NaN for an id outside the vocabulary."""
-        valid, column = columns_of(targets, z.shape[1])
-        d = self.exponentials(z.gather(-1, column), row_max, keep_d=True)[0].d
-        assert d is not None
-        return torch.where(valid, d, torch.nan).squeeze(-1)
 
 
 class ChunkRows(NamedTuple):
@@ -82,60 +26,88 @@ class ChunkRows(NamedTuple):
 
     z: Tensor  # [n, V] raw logits, without the padding columns
     ref_z: Tensor | None
-    targets: Tensor  # [n]
+    place: Tensor | None  # [n, V], for the policy's exponentials; may be z; None: they need a buffer
+    taken: Taken
     policy: Distribution
     reference: Distribution
 
-    @classmethod
-    def read(cls, chunk: RowChunk, rows: Rows) -> ChunkRows:
-        transform = rows.transform
+
+class Pass:
+    """A pass over the `needed` rows `[N]` of a batch: its chunks, and the buffers that they share.
+
+    The gradient will be written to `out` `[B, T, V]`, if there is one.
+    """
+
+    def __init__(self, rows: Rows, needed: Tensor, out: Tensor | None = None) -> None:
+        self.rows, self.out = rows, out
+        self.taken = Taken.of(rows.targets, rows.transform.vocab_size, needed)
+        self.scratch = Scratch(has_infinities=needed.device.type != "cpu")
+        self.chunks = row_chunks(needed, *([] if out is None else [out]), *rows.all_logits)
+
+    def read(self, chunk: RowChunk) -> ChunkRows:
+        rows, transform = self.rows, self.rows.transform
         temperature: Tensor | float = transform.temperature
         if rows.temperatures is not None:
             temperature = rows.temperatures[chunk.rows].unsqueeze(-1)
-        z, *rest = (chunk.read(x)[:, : transform.vocab_size] for x in rows.all_logits)
-        return cls(
+        width, ref_z = transform.vocab_size, None
+        z = chunk.read(rows.logits, "policy z", self.scratch)[:, :width]
+        if rows.ref_logits is not None:
+            ref_z = chunk.read(rows.ref_logits, "reference z", self.scratch)[:, :width]
+        place = None if self.out is None else chunk.direct(self.out, width, rows.dtype)
+        return ChunkRows(
             z,
-            rest[0] if rest else None,
-            rows.targets[chunk.rows],
-            Distribution(transform.scale, transform.softcap, temperature),
-            Distribution(transform.ref_scale, transform.ref_softcap, temperature),
+            ref_z,
+            place,
+            self.taken.rows(chunk.rows),
+            Distribution("policy", transform.scale, transform.softcap, temperature),
+            Distribution("reference", transform.ref_scale, transform.ref_softcap, temperature),
         )
 
 
-def row_sum(x: Tensor) -> Tensor:
-    """Sum `[n, V]` to `[n]`, so that the bits of a row's sum do not depend on the other rows.
+def statistics(
+    rows: ChunkRows, want: RowStats, scratch: Scratch
+) -> tuple[RowStats, Exponentials, Exponentials | None]:
+    """Compute a chunk's statistics that are not None in `want`. Also return both models' exponentials.
 
-    PyTorch would divide a single long row among its threads, and add in another order. So a single row is
-    summed twice, as two rows.
+    `d` of the reference becomes that of the policy minus it.
     """
-    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
-
-
-def columns_of(targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return which ids are in the vocabulary, and the columns of the taken tokens, 0 for others. `[n, 1]`."""
-    valid = ((targets >= 0) & (targets < width)).unsqueeze(-1)
-    return valid, torch.where(valid, targets.unsqueeze(-1), 0)
-
-
-def replace_taken(x: Tensor, targets: Tensor, value: Tensor) -> Tensor:
-    """Write `value` `[n]` to the columns of the taken tokens of `x` `[n, V]`, and return what was there."""
-    valid, column = columns_of(targets, x.shape[1])
-    before = x.gather(-1, column)
-    x.scatter_(-1, column, torch.where(valid, value.unsqueeze(-1), before))
-    return before.squeeze(-1)
-
-
-def normalizer(e: Tensor, d: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the exponentials `e` `[n, V]` and its logarithm. `d` `[n]`: of the taken token.
-
-    The other tokens are summed by themselves. If the taken token is the likeliest, the logarithm is
-    log1p of their sum. It keeps its digits if the taken token has nearly all the probability.
-    """
-    taken = replace_taken(e, targets, torch.zeros_like(d))
-    others = row_sum(e)
-    replace_taken(e, targets, taken)
-    sum_exp = torch.where(d.isnan(), others, others + taken)
-    return sum_exp, torch.where(d == 0, torch.log1p(others), sum_exp.log())
+    q = None
+    # The reference comes first, because its logits may be the policy's, which `rows.place` may overwrite.
+    if rows.ref_z is not None:
+        q = rows.reference.exponentials(rows.ref_z, None, rows.taken, scratch, keep_d=True)
+        ref_sum, ref_log_sum = q.normalizer()
+    p = rows.policy.exponentials(
+        rows.z,
+        None,
+        rows.taken,
+        scratch,
+        keep_d=want.entropy is not None,
+        out=rows.place,
+        reference=q,
+    )
+    sum_exp, log_sum = p.normalizer()
+    found = RowStats(p.taken_d - log_sum, p.row_max, sum_exp)
+    if want.top1 is not None:
+        found = found._replace(top1=(p.taken_d >= 0).to(log_sum.dtype))
+    if want.entropy is not None:
+        expected = p.sum_of(p.d, p.taken_d, scratch, scratch.like("product", p.e, p.e.dtype)) / sum_exp
+        found = found._replace(entropy=(log_sum - expected).clamp(min=0))
+    if q is not None:
+        taken = p.taken_d - q.taken_d
+        if want.kl_forward is not None:
+            product = scratch.like("product", q.e, q.e.dtype)
+            expected = q.sum_of(q.d, taken, scratch, product) / ref_sum
+            found = found._replace(kl_forward=(log_sum - ref_log_sum - expected).clamp(min=0))
+        else:
+            product = q.e
+        expected = p.sum_of(q.d, taken, scratch, product) / sum_exp
+        found = found._replace(
+            ref_logps=q.taken_d - ref_log_sum,
+            ref_shift=q.row_max,
+            ref_sum_exp=ref_sum,
+            kl=(expected - log_sum + ref_log_sum).clamp(min=0),
+        )
+    return found, p, q
 
 
 def is_sure(logps: Tensor) -> Tensor:
@@ -148,126 +120,96 @@ def log_normalizer(logps: Tensor, sum_exp: Tensor) -> Tensor:
     return torch.where(is_sure(logps), -logps, sum_exp.log())
 
 
-def statistics(
-    rows: ChunkRows, want: RowStats, scratch: Scratch
-) -> tuple[RowStats, Exponentials, Exponentials | None]:
-    """Compute a chunk's statistics that are not None in `want`. Also return both models' exponentials."""
-    keep_d = want.entropy is not None or rows.ref_z is not None
-    p, row_max = rows.policy.exponentials(rows.z, None, keep_d=keep_d, scratch=scratch, name="policy")
-    d = rows.policy.taken(rows.z, row_max, rows.targets)
-    sum_exp, log_sum = normalizer(p.e, d, rows.targets)
-    found = RowStats(d - log_sum, row_max, sum_exp)
-    if want.top1 is not None:
-        found = found._replace(top1=(d >= 0).to(d.dtype))
-    if want.entropy is not None:
-        assert p.d is not None
-        expected = row_sum(torch.where(p.e > 0, p.e * p.d, p.e)) / sum_exp
-        found = found._replace(entropy=(log_sum - expected).clamp(min=0))
-    q = None
-    if rows.ref_z is not None:
-        q, ref_max = rows.reference.exponentials(
-            rows.ref_z, None, keep_d=keep_d, scratch=scratch, name="reference"
-        )
-        ref_d = rows.reference.taken(rows.ref_z, ref_max, rows.targets)
-        ref_sum, ref_log_sum = normalizer(q.e, ref_d, rows.targets)
-        assert p.d is not None and q.d is not None
-        difference = p.d - q.d
-        expected = row_sum(torch.where(p.e > 0, p.e * difference, p.e)) / sum_exp
-        found = found._replace(
-            ref_logps=ref_d - ref_log_sum,
-            ref_shift=ref_max,
-            ref_sum_exp=ref_sum,
-            kl=(expected - log_sum + ref_log_sum).clamp(min=0),
-        )
-        if want.kl_forward is not None:
-            expected = row_sum(torch.where(q.e > 0, q.e * difference, -q.e)) / ref_sum
-            found = found._replace(kl_forward=(log_sum - ref_log_sum - expected).clamp(min=0))
-    return found, p, q
-
-
 def gradient(
     p: Exponentials,
     q: Exponentials | None,
-    targets: Tensor,
+    taken: Taken,
     stats: RowStats,
     coefficients: Coefficients,
-    out: Tensor | None,
 ) -> Tensor:
-    """Compute the gradient with respect to a chunk's raw logits, `[n, V]`, in `out`, or in `p.e` if None.
+    """Replace `p.e` with the gradient with respect to a chunk's raw logits, `[n, V]`, and return it.
 
     dz_v = dlogp (1[v = y] - p_v) - dentropy p_v (log p_v + H) + dkl p_v (log p_v - log q_v - KL)
            + dkl_forward (p_v - q_v), times dd/dz.
+
+    Besides `p.e`, the `d` of both models are overwritten; `q.d` is their difference, if there is `dkl`.
     """
     dlogp, dentropy, dkl, dkl_forward = coefficients
-    dlogp = torch.zeros_like(stats.logps) if dlogp is None else dlogp
-    assert stats.sum_exp is not None
-    inverse = 1 / stats.sum_exp
-    # If the taken token is the likeliest, the log-probabilities give its gradient: 1 - p_y is -expm1(logp).
-    # They keep the digits that 1 - p_y would cancel if p_y is nearly 1.
-    taken = -dlogp * torch.expm1(stats.logps)
-    rest = None  # the terms other than that of dlogp
-    if dentropy is not None or dkl is not None or dkl_forward is not None:
-        rest = torch.zeros_like(p.e)
-        offset, per_p = torch.zeros_like(dlogp), torch.zeros_like(dlogp)
-        log_sum = log_normalizer(stats.logps, stats.sum_exp)
-        if dentropy is not None:
-            assert stats.entropy is not None and p.d is not None
-            rest -= dentropy.unsqueeze(-1) * p.d
-            offset -= dentropy * (stats.entropy - log_sum)
-            per_p -= dentropy * (stats.entropy + stats.logps)
-        if dkl is not None:
-            assert stats.kl is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
-            assert q is not None and p.d is not None and q.d is not None
-            rest += dkl.unsqueeze(-1) * (p.d - q.d)
-            offset -= dkl * (log_sum - log_normalizer(stats.ref_logps, stats.ref_sum_exp) + stats.kl)
-            per_p += dkl * (stats.logps - stats.ref_logps - stats.kl)
-        if dkl_forward is not None:
-            offset += dkl_forward
-        # If p_v is 0, its logarithm is -inf. `where` avoids 0 * inf.
-        rest = torch.where(p.e > 0, (rest + offset.unsqueeze(-1)) * (p.e * inverse.unsqueeze(-1)), p.e)
-        taken += torch.where(stats.logps > -torch.inf, stats.logps.exp() * per_p, 0.0)
-        if dkl_forward is not None:
-            assert q is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
-            rest -= q.e * (dkl_forward / stats.ref_sum_exp).unsqueeze(-1)
-            taken += dkl_forward * (torch.expm1(stats.logps) - torch.expm1(stats.ref_logps))
-    grad = torch.mul(p.e, (-dlogp * inverse).unsqueeze(-1), out=p.e if out is None else out)
-    if rest is not None:
-        grad += rest
-    _, column = columns_of(targets, grad.shape[1])
-    entry = grad.gather(-1, column).squeeze(-1)
-    # If p is 0, dlogp may be infinite, and a sum with 0 * dlogp would be NaN.
-    alone = is_sure(stats.logps) | (stats.logps.exp() == 0)
-    replace_taken(grad, targets, torch.where(alone, taken, entry + dlogp))
-    if isinstance(p.slope, Tensor) or p.slope != 1.0:
-        grad *= p.slope
-    return grad
+    logps, sum_exp = stats.logps, stats.sum_exp
+    assert sum_exp is not None
+    slope = p.slope.squeeze(-1) if isinstance(p.slope, Tensor) else p.slope
+    per_e = slope / sum_exp
+    # The factor of e_v is `factor`, the same in the whole row, plus `terms`, which differ. At the taken token
+    # it is `factor_y`, besides dlogp, of which 1 - p_y is the factor: -expm1(logp) keeps its digits if p_y is
+    # nearly 1.
+    factor = torch.zeros_like(logps) if dlogp is None else -dlogp
+    entry = factor * torch.expm1(logps)
+    terms: list[Tensor] = []
+    factor_y = torch.zeros_like(logps)
+    if dentropy is not None:
+        assert stats.entropy is not None
+        terms.append(p.d.mul_((-dentropy * per_e).unsqueeze(-1)))
+        factor = factor - dentropy * (stats.entropy - log_normalizer(logps, sum_exp))
+        factor_y = factor_y - dentropy * (stats.entropy + logps)
+    if dkl is not None:
+        assert stats.kl is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
+        assert q is not None
+        terms.append(q.d.mul_((dkl * per_e).unsqueeze(-1)))
+        log_ratio = log_normalizer(logps, sum_exp) - log_normalizer(stats.ref_logps, stats.ref_sum_exp)
+        factor = factor - dkl * (log_ratio + stats.kl)
+        factor_y = factor_y + dkl * (logps - stats.ref_logps - stats.kl)
+    if dkl_forward is not None:
+        factor = factor + dkl_forward
+    factor = (factor * per_e).unsqueeze(-1)
+    if not terms:
+        grad = p.e.mul_(factor)
+    else:
+        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN.
+        total = functools.reduce(Tensor.add_, terms).add_(factor).masked_fill_(p.e == 0, 0.0)
+        grad = p.e.mul_(total)
+        entry = entry + torch.where(p.taken_e > 0, p.taken_e / sum_exp * factor_y, 0.0)
+    if dkl_forward is not None:
+        assert q is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
+        grad -= q.e.mul_((dkl_forward * slope / stats.ref_sum_exp).unsqueeze(-1))
+        gap = p.taken_e / sum_exp - q.taken_e / stats.ref_sum_exp
+        sure_gap = torch.expm1(logps) - torch.expm1(stats.ref_logps)
+        entry = entry + dkl_forward * torch.where(is_sure(logps), sure_gap, gap)
+    taken.write(grad, entry * slope)
+    return p.times_softcap_slope(grad)
 
 
 def row_stats(rows: Rows, out: RowStats) -> None:
     """Fill `out` with each row's statistics. Masked rows get zeros, and on the CPU they are not read."""
-    scratch = Scratch()
-    for chunk in row_chunks(rows.targets != MASKED, *rows.all_logits):
-        found, _, _ = statistics(ChunkRows.read(chunk, rows), out, scratch)
+    present = rows.targets != MASKED
+    over = Pass(rows, present)
+    for chunk in over.chunks:
+        found, _, _ = statistics(over.read(chunk), out, over.scratch)
         store(out, found, chunk.rows)
-    clear_masked(out, rows.targets)
+    clear_masked(out, present)
 
 
 def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
     """Fill `out` with the gradient. Rows without one get zeros, and on the CPU they are not read."""
     needed = coefficients.active() & (rows.targets != MASKED)
-    keep_d = coefficients.dentropy is not None or coefficients.dkl is not None
-    scratch = Scratch()
-    for chunk in row_chunks(needed, out, *rows.all_logits):
-        here, own = ChunkRows.read(chunk, rows), stats.rows(chunk.rows)
-        p, _ = here.policy.exponentials(here.z, own.shift, keep_d=keep_d, scratch=scratch, name="policy")
+    over = Pass(rows, needed, out)
+    for chunk in over.chunks:
+        here, own = over.read(chunk), stats.rows(chunk.rows)
+        with_difference = coefficients.dkl is not None
         q = None
         if here.ref_z is not None:
-            q, _ = here.reference.exponentials(
-                here.ref_z, own.ref_shift, keep_d=keep_d, scratch=scratch, name="reference"
+            q = here.reference.exponentials(
+                here.ref_z, own.ref_shift, here.taken, over.scratch, keep_d=with_difference
             )
-        target = chunk.direct(out, here.z.shape[1], p.e.dtype)
-        grad = gradient(p, q, here.targets, own, coefficients.rows(chunk.rows), target)
-        chunk.write(out, grad, needed)
+        p = here.policy.exponentials(
+            here.z,
+            own.shift,
+            here.taken,
+            over.scratch,
+            keep_d=coefficients.dentropy is not None,
+            out=here.place,
+            reference=q if with_difference else None,
+        )
+        chunk.write(out, gradient(p, q, here.taken, own, coefficients.rows(chunk.rows)), needed)
     zero_rows(out, needed)
 
 
@@ -275,24 +217,17 @@ def fused_loss(rows: Rows, loss: BatchLoss, out: FusedOutput) -> None:
     """Fill `out`: statistics, loss and gradient, while a chunk of rows is in the cache."""
     present = rows.targets != MASKED
     written = present.clone()
-    scratch = Scratch()
-    for chunk in row_chunks(present, out.dlogits, *rows.all_logits):
-        here = ChunkRows.read(chunk, rows)
-        stats, p, q = statistics(here, out.stats, scratch)
+    over = Pass(rows, present, out.dlogits)
+    for chunk in over.chunks:
+        here = over.read(chunk)
+        stats, p, q = statistics(here, out.stats, over.scratch)
         out.value[chunk.rows], own = loss.rows(chunk.rows).values(stats)
         assert own.dlogp is not None
         out.dlogp[chunk.rows] = own.dlogp
         store(out.stats, stats, chunk.rows)
-        active = own.active() & present[chunk.rows]
-        written[chunk.rows] = active
-        # Picking rows copies them, which pays only for few rows. Otherwise zeros overwrite the other rows.
-        if active.device.type == "cpu" and 2 * int(active.sum()) < active.numel():
-            picked = active.nonzero().view(-1)  # on the CPU, so it does not sync
-            chunk, stats, own, p = chunk.pick(picked), stats.rows(picked), own.rows(picked), p.pick(picked)
-            q = None if q is None else q.pick(picked)
-        target = chunk.direct(out.dlogits, here.z.shape[1], p.e.dtype)
-        chunk.write(out.dlogits, gradient(p, q, rows.targets[chunk.rows], stats, own, target), written)
-    clear_masked((*out.stats, out.value, out.dlogp), rows.targets)
+        written[chunk.rows] = own.active() & present[chunk.rows]
+        chunk.write(out.dlogits, gradient(p, q, here.taken, stats, own), written)
+    clear_masked((*out.stats, out.value, out.dlogp), present)
     zero_rows(out.dlogits, written)
 
 
@@ -303,12 +238,13 @@ def store(out: RowStats, values: RowStats, index: Index) -> None:
             target[index] = value
 
 
-def clear_masked(out: Iterable[Tensor | None], targets: Tensor) -> None:
-    """Write zeros at masked rows."""
-    masked = targets == MASKED
-    for target in out:
-        if target is not None:
-            target.masked_fill_(masked, 0.0)
+def clear_masked(out: Iterable[Tensor | None], present: Tensor) -> None:
+    """Write zeros at masked rows, those that are not `present`."""
+    if present.device.type != "cpu" or not present.all():
+        masked = ~present
+        for target in out:
+            if target is not None:
+                target.masked_fill_(masked, 0.0)
 
 
 def zero_rows(out: Tensor, written: Tensor) -> None:

@@ -62,5 +62,5 @@ class Vocabulary(NamedTuple):
         if debug.enabled():
             debug.check_ids(name, ids, unmasked, self.size)
         columns = ids - self.start if self.start else ids
-        here = (columns >= 0) & (columns < self.width)
-        return torch.where(unmasked, torch.where(here, columns, self.width), MASKED).reshape(-1)
+        elsewhere = (columns < 0) | (columns >= self.width)
+        return columns.masked_fill(elsewhere, self.width).masked_fill_(~unmasked, MASKED).reshape(-1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from guarded_calls import ROWS, bare
+from hard_cases import set_chunks
 from parity import NEEDS_DYNAMO
 from products import assert_same_products, lengths, magnitudes
 from torch import Tensor
@@ -42,7 +43,7 @@ class TestMisuse:
 
     @pytest.fixture(autouse=True)
     def a_chunk_is_a_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("grpo_kernels.vocab.row_chunks.CPU_CHUNK_ELEMENTS", 37)
+        set_chunks(37, monkeypatch)
 
     @staticmethod
     def loss(logits: Tensor, backend: str, **options: Any) -> Tensor:

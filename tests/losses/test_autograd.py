@@ -89,10 +89,14 @@ class TestUpstreamFactor:
 
 class TestBackward:
     def test_twice(self, device: str, backend: str) -> None:
+        """The gradients are equal, and each is a tensor of its own."""
         case = small(device)
-        loss = loss_of(case.logits.requires_grad_(), case, backend=backend)
-        first, second = (torch.autograd.grad(loss, case.logits, retain_graph=True)[0] for _ in range(2))
-        assert torch.equal(first, second) and first.any()
+        loss = loss_of(case.logits.requires_grad_(), case, backend=backend) / 3
+        (first,) = torch.autograd.grad(loss, case.logits, retain_graph=True)
+        kept = first.clone()
+        first.zero_()
+        second, third = (torch.autograd.grad(loss, case.logits, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(kept, second) and torch.equal(kept, third) and kept.any()
 
     @pytest.mark.parametrize(
         "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
@@ -269,7 +273,10 @@ class TestNoGradient:
         _, saved = self.saved(lambda: loss_of(logits, case, backend=backend, inplace=inplace))
         large = {x.data_ptr() for x in saved if x.numel() >= logits.numel()}
         reference = case.options["ref_logits"].data_ptr()
-        assert large == ({logits.data_ptr()} if inplace else {logits.data_ptr(), reference})
+        given = {logits.data_ptr()} if inplace else {logits.data_ptr(), reference}
+        assert given <= large
+        # On a CPU the forward also computes the gradient.
+        assert len(large - given) == (not inplace and backend == "torch" and device == "cpu")
 
 
 @both_paths

@@ -121,7 +121,7 @@ def test_any_number_of_rows_at_a_time(problem: Problem, backend: str) -> None:
     """The number of rows that the torch backend computes at once does not change a bit."""
     expected = problem.run(backend)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
+        for name in ("THREAD_ELEMENTS", "CHUNK_ELEMENTS"):
             patch.setattr(f"grpo_kernels.vocab.row_chunks.{name}", 2 * problem.case.logits.shape[-1])
         got = problem.run(backend)
     assert_same_bits(got.grad, expected.grad, "gradient")

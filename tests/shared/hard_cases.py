@@ -124,5 +124,5 @@ def assert_same_bits(got: Result, want: Result) -> None:
 
 def set_chunks(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the number of logits that the torch backend computes at a time, on every device."""
-    for name in ("CPU_CHUNK_ELEMENTS", "CHUNK_ELEMENTS"):
+    for name in ("THREAD_ELEMENTS", "CHUNK_ELEMENTS"):
         monkeypatch.setattr(f"grpo_kernels.vocab.row_chunks.{name}", elements)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...checks.choices import LEVELS
 from ...checks.scalars import number_field
-from ..formula import TokenLoss, clamped_ratio, unbounded
+from ..formula import TokenLoss, clamped_ratio
 from .base import Clip, Surrogate
 
 
@@ -44,16 +44,18 @@ class PPOClip(Surrogate):
         return Clip("band", 1.0 - self.eps_low, 1.0 + self.eps_high)
 
     def token_loss(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor, clamp: float) -> TokenLoss:
-        delta, dual_clip = unbounded(self.delta), unbounded(self.dual_clip)
         ratio, dratio = clamped_ratio(log_ratio, clamp)
-        low, high = 1 - self.eps_low, 1 + self.eps_high
-        unclipped = ratio.clamp(max=delta) * advantage
-        clipped = ratio.clamp(low, high) * advantage
+        bounded = ratio.clamp(1 - self.eps_low, 1 + self.eps_high)
+        unclipped = (ratio if self.delta is None else ratio.clamp(max=self.delta)) * advantage
+        clipped = bounded * advantage
         value = -torch.minimum(unclipped, clipped)
         # A tie counts as unclipped. If delta is below the clip range, the minimum can be the clipped term
         # at a ratio inside the range, where that term has a slope.
-        no_slope = torch.where(unclipped > clipped, (ratio < low) | (ratio > high), ratio > delta)
-        bound = -dual_clip * advantage
-        beyond = (advantage < 0) & (value > bound)
-        slope = torch.where(no_slope | beyond, 0.0, -advantage * dratio)
-        return TokenLoss(torch.where(beyond, bound, value), None, slope)
+        no_slope = unclipped > clipped
+        if self.delta is not None:
+            no_slope = torch.where(no_slope, bounded != ratio, ratio > self.delta)
+        if self.dual_clip is not None:
+            bound = -self.dual_clip * advantage
+            beyond = (advantage < 0) & (value > bound)
+            value, no_slope = torch.where(beyond, bound, value), no_slope | beyond
+        return TokenLoss(value, None, (-advantage * dratio).masked_fill_(no_slope, 0.0))

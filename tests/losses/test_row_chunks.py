@@ -1,0 +1,40 @@
+"""Rows that share a chunk of the PyTorch backend. Sums of a chunk without -inf skip the test for 0 * inf."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hard_cases import SPECS, assert_right, random_case, set_chunks
+from parity import run
+
+from grpo_kernels import grpo_loss
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["not in place", "in place"])
+@pytest.mark.parametrize("special", [-math.inf, math.nan], ids=["-inf", "NaN"])
+@pytest.mark.parametrize("name", ["exact KL", "entropy", "forward KL", "k3"])
+def test_special_values_change_no_other_row(
+    name: str, special: float, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first chunk is ordinary, the second has a row with special values, the others follow it."""
+    set_chunks(4 * 37, monkeypatch)
+    plain = random_case(SPECS[name], 2, 8, 37, device="cpu", masked=0)
+    own = int(plain.completion_ids[0, 5])
+    columns = [v for v in range(3, 30) if v != own]
+    logits, reference = plain.logits.clone(), plain.options["ref_logits"].clone()
+    logits[0, 5, columns] = special
+    reference[0, 5, columns] = special
+    case = plain._replace(logits=logits).with_options(ref_logits=reference)
+    got, ordinary = (run(grpo_loss, x, backend="torch", inplace=inplace) for x in (case, plain))
+    others = torch.ones(2, 8, dtype=torch.bool)
+    others[0, 5] = False
+    for part in ("logps", "ref_logps", "entropy"):
+        mine, theirs = getattr(got.out, part), getattr(ordinary.out, part)
+        assert (mine is None and theirs is None) or torch.equal(mine[others], theirs[others]), part
+    assert torch.equal(got.grad[others], ordinary.grad[others])
+    if special == -math.inf:
+        assert_right(case, backend="torch", inplace=inplace)
+    else:
+        assert got.grad[0, 5].isnan().all() and got.out.loss.isnan()
