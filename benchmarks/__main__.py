@@ -39,6 +39,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--frozen-head", action="store_true", help="with --shape: no gradient of the head")
     parser.add_argument(
+        "--given-ref", action="store_true", help="with --shape: ref_logps are given instead of ref_logits"
+    )
+    parser.add_argument(
         "--dtype", choices=tuple(DTYPES), help="with --shape; default: bf16 on a GPU, fp32 on a CPU"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
@@ -68,7 +71,7 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
     if not args.shape:
         return plan(forms, args.device, quick=args.quick)
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
-    options = {"dtype": dtype, "masked": args.masked, "inactive": args.inactive}
+    options = {name: getattr(args, name) for name in ("masked", "inactive", "given_ref")} | {"dtype": dtype}
     works = [
         Workload("linear", args.loss, **sizes, frozen_head=args.frozen_head, **options)
         if "H" in sizes

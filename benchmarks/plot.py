@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 
 from .tables import record
 from .tables.record import Row
+from .work.workload import WITH_REFERENCE
 
 DOCS = record.ROOT / "docs"
 COLOURS = {
@@ -28,7 +29,9 @@ COLOURS = {
     "grpo_kernels bf16 logits": "#7fd1c7",
     "grpo_kernels linear_logps": "#a9cdec",
     "eager": "#444444",
+    "eager + exact KL": "#a32020",
     "torch.compile": "#8a8a8a",
+    "torch.compile + exact KL": "#e08a80",
     "trl": "#d9820f",
     "liger": "#b3346c",
     "verl": "#3a8f5c",
@@ -69,8 +72,8 @@ def points(rows: list[Row], form: str) -> list[Point]:
 
 def select(found: list[Point], base: Mapping[str, Any], **wanted: Any) -> list[Point]:
     """The points whose workload equals `base`, changed by `wanted`; `...` accepts any value."""
-    wanted = {**base, **wanted}
-    return [p for p in found if all(x is ... or p.work[name] == x for name, x in wanted.items())]
+    wanted = {**base, **wanted}  # older CSVs have no `given_ref`
+    return [p for p in found if all(x is ... or p.work.get(name, False) == x for name, x in wanted.items())]
 
 
 def figure(rows: list[Row], form: str) -> plt.Figure:
@@ -82,7 +85,10 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
     against_T(axes[0, 0], over_T, "ms, forward and backward", lambda p: p.ms, floor=True)
     against_T(axes[0, 1], over_T, "MiB at the peak, beyond the inputs", lambda p: p.mib)
     by_V = {f"V={V}": select(found, base, V=V) for V in sorted({p.work["V"] for p in found})}
-    grouped(axes[1, 0], by_V, "% of the floor's speed", lambda p: p.pct_of_floor)
+    if len(by_V) > 1:
+        grouped(axes[1, 0], by_V, "% of the floor's speed", lambda p: p.pct_of_floor)
+    else:
+        grouped(axes[1, 0], with_reference(found, base), "ms, losses with a reference", lambda p: p.ms)
     plain = {**base, "loss": "grpo"}
     idle = {
         "all tokens": select(found, plain),
@@ -99,6 +105,15 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
     drawn = {label: x for ax in axes.flat for x, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     chart.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=6, frameon=False)
     return chart
+
+
+def with_reference(found: list[Point], base: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The points of each loss with a reference, given by its logits (or hidden states) or by `ref_logps`."""
+    return {
+        loss + (", given ref_logps" if given_ref else ""): select(found, base, loss=loss, given_ref=given_ref)
+        for loss in WITH_REFERENCE
+        for given_ref in (False, True)
+    }
 
 
 def without_figures(rows: list[Row], form: str) -> str:

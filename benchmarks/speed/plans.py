@@ -14,6 +14,7 @@ VOCABULARIES = (151936, 128256, 32000)  # Qwen, Llama 3, Llama 2
 TOKENS = (8192, 16384, 4096, 32768)
 HIDDEN = (4096, 2048)
 IDLE = ({"inactive": 0.5}, {"masked": 0.5})
+REFERENCE = ({"loss": "log_ratio"}, {"loss": "grpo_kl"}, {"loss": "log_ratio", "given_ref": True})
 
 
 def plan(forms: list[str], device: torch.device, *, quick: bool) -> list[Workload]:
@@ -47,6 +48,7 @@ def full(form: str) -> Iterator[Workload]:
     for T in TOKENS:
         yield replace(first, T=T)
     yield replace(first, loss="log_ratio")
+    yield replace(first, loss="log_ratio", given_ref=True)
     yield replace(first, loss="log_ratio", inactive=0.5)
     for V, T in itertools.product(VOCABULARIES, TOKENS):
         yield replace(first, T=T, V=V)
@@ -59,11 +61,10 @@ def full(form: str) -> Iterator[Workload]:
 
 
 def on_cpu() -> list[Workload]:
-    """Sizes for a CPU, in fp32."""
+    """Sizes for a CPU, in fp32. The losses with a reference come first."""
     logits = Workload("logits", "grpo", 2048, 32000, dtype=torch.float32)
     linear = Workload("linear", "grpo", 4096, 32000, 512, dtype=torch.float32)
-    works = [replace(base, **idle) for idle in ({}, *IDLE) for base in (logits, linear)]
-    works += [replace(base, loss="grpo_kl") for base in (logits, linear)]
+    works = [replace(base, **change) for change in (*REFERENCE, {}, *IDLE) for base in (logits, linear)]
     return [*works, replace(linear, loss="cross_entropy"), replace(linear, frozen_head=True)]
 
 
@@ -72,4 +73,4 @@ def smoke(device: torch.device) -> list[Workload]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     T, V, H = (2048, 32000, 1024) if device.type == "cuda" else (256, 8000, 128)
     bases = Workload("logits", "grpo", T, V, dtype=dtype), Workload("linear", "grpo", T, V, H, dtype=dtype)
-    return [replace(base, **change) for base in bases for change in ({}, *IDLE, {"loss": "grpo_kl"})]
+    return [replace(base, **change) for base in bases for change in (*REFERENCE, {}, *IDLE)]

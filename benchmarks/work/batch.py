@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .workload import BETA, CLIP, SEQUENCES, Workload
+from .workload import BETA, CLIP, SEQUENCES, WITH_REFERENCE, Workload
 
 CHUNK_ELEMENTS = 2**27  # logits that are drawn or checked at a time
 
@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     ref_hidden: Tensor | None
     ref_weight: Tensor | None
     truth: Truth
+    ref_logps: Tensor | None = None  # [B, L] fp32, nats; instead of the reference's logits
 
 
 class Truth(NamedTuple):
@@ -71,6 +72,7 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     log-probabilities does not select another branch.
     """
     B, L, V = SEQUENCES, work.T // SEQUENCES, work.V
+    with_reference = work.loss in WITH_REFERENCE
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -86,7 +88,7 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     height = math.log(V) + 4 + 1.5 * normal(B, L + 1)
     if work.form == "logits":
         logits = torch.empty(B, L + 1, V, dtype=work.dtype, device=device)
-        ref_logits = torch.empty_like(logits) if work.reference else None
+        ref_logits = torch.empty_like(logits) if with_reference else None
         for b, rows in row_chunks(B, L + 1, V):
             z = 2 * normal(rows.stop - rows.start, V)
             z.scatter_add_(1, favourites[b, rows, None], height[b, rows, None])
@@ -97,14 +99,14 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
         weight = (2 / work.H**0.5 * normal(V, work.H)).to(work.dtype)
         favourite = weight[favourites[:, :L]].float()  # its squared norm is 4
         hidden = (normal(B, L, work.H) + height[:, :L, None] / 4 * favourite).to(work.dtype)
-        if work.reference:
+        if with_reference:
             ref_hidden = (hidden.float() + 0.1 * normal(B, L, work.H)).to(work.dtype)
             ref_weight = weight.clone()
 
     heads = [None if x is None else x.double() for x in (weight, ref_weight)]
     ids = torch.empty(B, L, dtype=torch.int64, device=device)
     logps = torch.empty(B, L, dtype=torch.float64, device=device)
-    ref_logps = torch.empty_like(logps) if work.reference else None
+    ref_logps = torch.empty_like(logps) if with_reference else None
     for b, rows in row_chunks(B, L, V):
         log_p = torch.log_softmax(exact_logits(logits, hidden, heads[0], b, rows), -1)
         ids[b, rows] = torch.multinomial(log_p.exp().float(), 1, generator=generator)[:, 0]
@@ -112,6 +114,9 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
         if ref_logps is not None:
             ref_log_p = torch.log_softmax(exact_logits(ref_logits, ref_hidden, heads[1], b, rows), -1)
             ref_logps[b, rows] = ref_log_p.gather(-1, ids[b, rows, None])[:, 0]
+    if work.given_ref:
+        ref_logps = ref_logps.float()
+        ref_logits = ref_hidden = ref_weight = None
 
     lengths = L * (1 - 2 * work.masked * (torch.arange(B, device=device) + 0.5) / B)
     mask = torch.arange(L, device=device) < lengths.round()[:, None]
@@ -126,12 +131,14 @@ def make_batch(work: Workload, device: torch.device | str = "cpu", seed: int = 0
     old_logps = (logps - moved).float()
 
     leaf = logps.clone().requires_grad_()
-    losses = token_losses(work, leaf, old_logps.double(), ref_logps, advantages.double())
+    exact_ref_logps = None if ref_logps is None else ref_logps.double()
+    losses = token_losses(work, leaf, old_logps.double(), exact_ref_logps, advantages.double())
     loss = masked_mean(losses, mask)
     (dlogps,) = torch.autograd.grad(loss, leaf)
     truth = Truth(loss.detach(), masked_mean(losses.detach().abs(), mask), dlogps, None, None)
     given = (logits, ref_logits, hidden, weight, ref_hidden, ref_weight)
-    batch = Batch(work, ids, mask, advantages, old_logps, *given, truth)
+    given_ref_logps = ref_logps if work.given_ref else None
+    batch = Batch(work, ids, mask, advantages, old_logps, *given, truth, given_ref_logps)
     if hidden is None:
         return batch
     dhidden, dweight = exact_linear_gradients(batch)
@@ -190,4 +197,5 @@ def empty_batch(work: Workload, device: str) -> Batch:
         hidden, weight = new(B, L, H, dtype=work.dtype), new(V, H, dtype=work.dtype)
     ids, mask = new(B, L, dtype=torch.int64), torch.ones(B, L, dtype=torch.bool, device=device)
     given = (logits, ref_logits, hidden, weight, None, None)
-    return Batch(work, ids, mask, new(B), new(B, L), *given, truth=None)
+    ref_logps = new(B, L) if work.given_ref else None
+    return Batch(work, ids, mask, new(B), new(B, L), *given, truth=None, ref_logps=ref_logps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,7 @@ def interpreting() -> bool:
 
 
 def ours(batch: Batch, logits: Tensor, **how: Any) -> Tensor:
+    """If the reference's logits are given, this also computes their exact KL, for the metrics."""
     ref_logits = None if batch.ref_logits is None else batch.ref_logits[:, :-1]
     return grpo_loss(
         *(logits, batch.ids, batch.advantages),
@@ -103,7 +104,7 @@ def ours(batch: Batch, logits: Tensor, **how: Any) -> Tensor:
         completion_mask=batch.mask,
         old_logps=batch.old_logps,
         ref_logits=ref_logits,
-        **how,
+        **{"ref_logps": batch.ref_logps, **how},
     ).loss
 
 
@@ -115,25 +116,62 @@ def ours_inplace(batch: Batch, logits: Tensor, **how: Any) -> Tensor:
     return ours(batch, logits, inplace=True, **how)
 
 
+def taken(log_p: Tensor, ids: Tensor) -> Tensor:
+    return log_p.gather(-1, ids[..., None])[..., 0]
+
+
 def eager_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    return torch.log_softmax(logits.float(), -1).gather(-1, ids[..., None])[..., 0]
+    return taken(torch.log_softmax(logits.float(), -1), ids)
 
 
 @provider("eager", "logits")
 def eager(batch: Batch, logits: Tensor) -> Tensor:
-    ref_logps = None
+    ref_logps = batch.ref_logps
     if batch.ref_logits is not None:
         with torch.no_grad():
             ref_logps = eager_logps(batch.ref_logits[:, :-1], batch.ids)
     return loss_of(batch, eager_logps(logits, batch.ids), ref_logps)
 
 
-@torch.compile
-def compiled_from_logits(batch: Batch, logits: Tensor) -> Tensor:
-    return eager(batch, logits)
+class LossAndKL(NamedTuple):
+    loss: Tensor
+    kl: Tensor  # exact KL(policy || reference), detached, mean over the unmasked tokens, nats
 
 
-provider("torch.compile", "logits")(compiled_from_logits)
+def loss_and_kl(batch: Batch, logits: Tensor, ref_logits: Tensor) -> LossAndKL:
+    """The loss in eager PyTorch with the exact KL as a metric, as a trainer would log it."""
+    log_p = torch.log_softmax(logits.float(), -1)
+    with torch.no_grad():
+        log_q = torch.log_softmax(ref_logits.float(), -1)
+        kl = masked_mean((log_p.exp() * (log_p - log_q)).sum(-1), batch.mask)
+    return LossAndKL(loss_of(batch, taken(log_p, batch.ids), taken(log_q, batch.ids)), kl)
+
+
+def refused_without_reference(work: Workload, device: torch.device) -> str | None:
+    return None if work.reference else "needs a reference's logits"
+
+
+def provider_with_kl(name: str, form: str, both: Callable[..., LossAndKL]) -> None:
+    """Adds the loss of `both` to PROVIDERS.
+
+    `both` returns the KL as well, because the compiler removes what is not returned.
+    """
+
+    @provider(name, form, refuses=refused_without_reference)
+    def loss(batch: Batch, *inputs: Tensor) -> Tensor:
+        return both(batch, *inputs).loss
+
+
+def eager_with_kl(batch: Batch, logits: Tensor) -> LossAndKL:
+    assert batch.ref_logits is not None
+    return loss_and_kl(batch, logits, batch.ref_logits[:, :-1])
+
+
+compiled_with_kl = torch.compile(eager_with_kl)
+
+provider_with_kl("eager + exact KL", "logits", eager_with_kl)
+provider("torch.compile", "logits")(torch.compile(eager))
+provider_with_kl("torch.compile + exact KL", "logits", compiled_with_kl)
 
 
 def refused_by_liger(work: Workload, device: torch.device) -> str | None:
@@ -149,7 +187,7 @@ def liger(batch: Batch, logits: Tensor) -> Tensor:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     mask = batch.mask.int()
-    ref_logps = None
+    ref_logps = batch.ref_logps
     if batch.ref_logits is not None:
         ref_logps = fused_selective_log_softmax(batch.ref_logits, batch.ids, temperature=1.0, mask=mask)
     loss, _ = triton_grpo_loss(
@@ -175,7 +213,7 @@ def trl(batch: Batch, logits: Tensor) -> Tensor:
         from trl.trainer.utils import selective_log_softmax as logps_of
         from trl.trainer.utils import selective_log_softmax_and_entropy as both
 
-    ref_logps = None
+    ref_logps = batch.ref_logps
     if batch.ref_logits is not None:
         with torch.no_grad():
             ref_logps = logps_of(batch.ref_logits[:, :-1], batch.ids, row_mask=batch.mask)
@@ -194,6 +232,7 @@ def ours_linear(batch: Batch, hidden: Tensor, weight: Tensor, **how: Any) -> Ten
         old_logps=batch.old_logps,
         ref_hidden=batch.ref_hidden,
         ref_lm_head_weight=batch.ref_weight,
+        ref_logps=batch.ref_logps,
         **how,
     ).loss
 
@@ -224,7 +263,7 @@ def from_logps(logps_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> 
     """Decorates `logps_of(hidden, weight, ids, mask)`: makes it a loss function."""
 
     def loss(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
-        ref_logps = None
+        ref_logps = batch.ref_logps
         if batch.ref_hidden is not None:
             with torch.no_grad():
                 ref_logps = logps_of(batch.ref_hidden, batch.ref_weight, batch.ids, batch.mask)
@@ -247,12 +286,16 @@ def eager_linear(hidden: Tensor, weight: Tensor, ids: Tensor, mask: Tensor) -> T
 provider("eager", "linear")(eager_linear)
 
 
-@torch.compile
-def compiled_from_hidden(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
-    return eager_linear(batch, hidden, weight)
+def eager_linear_with_kl(batch: Batch, hidden: Tensor, weight: Tensor) -> LossAndKL:
+    assert batch.ref_hidden is not None and batch.ref_weight is not None
+    return loss_and_kl(batch, hidden @ weight.t(), batch.ref_hidden @ batch.ref_weight.t())
 
 
-provider("torch.compile", "linear")(compiled_from_hidden)
+compiled_linear_with_kl = torch.compile(eager_linear_with_kl)
+
+provider_with_kl("eager + exact KL", "linear", eager_linear_with_kl)
+provider("torch.compile", "linear")(torch.compile(eager_linear))
+provider_with_kl("torch.compile + exact KL", "linear", compiled_linear_with_kl)
 
 
 TRL_CHUNK = 32768  # vocabulary entries: trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE of TRL 1.16
@@ -289,8 +332,8 @@ def liger_linear(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOLoss
 
     module = LigerFusedLinearGRPOLoss(
-        beta=BETA if batch.work.reference else 0.0,
-        use_ref_model=batch.work.reference,
+        beta=BETA if batch.work.loss == "grpo_kl" else 0.0,
+        use_ref_model=batch.work.loss == "grpo_kl",
         epsilon_low=CLIP,
         epsilon_high=CLIP,
         loss_type="bnpo",
@@ -298,6 +341,7 @@ def liger_linear(batch: Batch, hidden: Tensor, weight: Tensor) -> Tensor:
     loss, _ = module(
         *(hidden, weight, batch.ids, batch.mask.int(), batch.advantages),
         old_per_token_logps=batch.old_logps,
+        ref_per_token_logps=batch.ref_logps,
         ref_input=batch.ref_hidden,
         ref_weight=batch.ref_weight,
     )

@@ -35,10 +35,16 @@ class Workload:
     masked: float = 0.0  # fraction of the tokens; the sequences differ in length
     inactive: float = 0.0  # fraction of the sequences whose advantage is 0
     frozen_head: bool = False
+    given_ref: bool = False  # the reference's log-probabilities are given, instead of its logits
+
+    def __post_init__(self) -> None:
+        if self.given_ref and self.loss not in WITH_REFERENCE:
+            raise ValueError(f"given_ref needs a loss of {WITH_REFERENCE}, got {self.loss}")
 
     @property
     def reference(self) -> bool:
-        return self.loss in WITH_REFERENCE
+        """Whether a provider reads the reference's logits, or computes them from hidden states."""
+        return self.loss in WITH_REFERENCE and not self.given_ref
 
     @property
     def learning(self) -> float:
@@ -65,7 +71,8 @@ class Workload:
     def __str__(self) -> str:
         sizes = f"T={self.T} V={self.V}" + (f" H={self.H}" if self.H else "")
         rest = [f"{n}={x:g}" for n, x in (("masked", self.masked), ("inactive", self.inactive)) if x]
-        return " ".join([self.form, self.loss, sizes, *rest, *(["frozen head"] if self.frozen_head else [])])
+        flags = (("frozen head", self.frozen_head), ("given ref_logps", self.given_ref))
+        return " ".join([self.form, self.loss, sizes, *rest, *(name for name, flag in flags if flag)])
 
 
 class Floor(NamedTuple):

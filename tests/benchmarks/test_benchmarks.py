@@ -33,18 +33,24 @@ WORKS = [
         {"loss": "grpo", "inactive": 0.5},
         {"loss": "grpo", "masked": 0.5},
         {"loss": "log_ratio"},
+        {"given_ref": True},
+        {"loss": "log_ratio", "given_ref": True, "masked": 0.5},
         {"dtype": torch.bfloat16},
     )
 ]
 WORKS += [replace(LINEAR, loss="cross_entropy", masked=0.5), replace(LINEAR, frozen_head=True)]
 
 
+def compiles(provider: Provider) -> bool:
+    """torch.compile takes long, and computes the same as eager."""
+    return provider.name.startswith("torch.compile")
+
+
 @pytest.mark.parametrize("work", WORKS, ids=str)
 def test_all_providers_are_right(work: Workload, device: str) -> None:
     batch = make_batch(work, device)
     for provider in PROVIDERS[work.form].values():
-        # torch.compile takes long, and computes the same as eager.
-        if provider.name != "torch.compile" and provider.reason_against(work, torch.device(device)) is None:
+        if not compiles(provider) and provider.reason_against(work, torch.device(device)) is None:
             verdict = gate.check(provider, batch)
             assert verdict.wrong is None, f"{provider.name}: {verdict.wrong}"
             assert work.dtype == torch.bfloat16 or verdict.error < 1e-4, provider.name
@@ -96,6 +102,8 @@ def test_masked_positions_must_have_no_gradient() -> None:
         ({"loss": "grpo"}, "4E"),
         ({"masked": 0.5}, "4E"),
         ({"inactive": 0.5}, "6E"),
+        ({"given_ref": True}, "4E"),
+        ({"form": "linear", "H": 64, "given_ref": True}, "6TVH"),
         ({"form": "linear", "H": 64}, "8TVH"),
         ({"form": "linear", "H": 64, "loss": "grpo"}, "6TVH"),
         ({"form": "linear", "H": 64, "loss": "grpo", "inactive": 0.5}, "4TVH"),
@@ -124,6 +132,8 @@ def test_plans_begin_with_every_form_and_repeat_nothing(device: str, quick: bool
     assert {work.form for work in works[:2]} == {"logits", "linear"}
     assert len(set(works)) == len(works)
     assert {work.masked for work in works} == {work.inactive for work in works} == {0.0, 0.5}
+    assert {work.loss for work in works} >= {"grpo", "grpo_kl", "log_ratio"}
+    assert {work.given_ref for work in works} == {False, True}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, output: Path, *argv: str) -> list[record.Row]:
@@ -275,7 +285,7 @@ def test_every_provider_can_be_timed_on_a_gpu(work: Workload, fake_driver: list[
     """Repetition works: each backward has a new graph, and each step a new copy of overwritten inputs."""
     batch = make_batch(work)
     for provider in PROVIDERS[work.form].values():
-        if provider.name != "torch.compile" and provider.reason_against(work, torch.device("cpu")) is None:
+        if not compiles(provider) and provider.reason_against(work, torch.device("cpu")) is None:
             subject = measure.Subject(provider, batch)
             found = measure.timings(subject, torch.device("cuda"))
             assert set(found) <= {"full", "forward", "backward"} and found["full"].median > 0
