@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..tokens import dispatch as tokens
-from ..tokens.differentiation import apply, first_order, outside_graphs
+from ..tokens.differentiation import apply, first_order, graph_is_kept, outside_graphs
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import RowStats
 from ..vocab import dispatch
@@ -99,10 +99,17 @@ class LinearLossFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         found = (
-            None if x is None else torch.mul(x, grad, out=torch.empty_like(x, dtype=dtype))
+            None if x is None else scaled(x, grad, dtype)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *found, *(None,) * 5
+
+
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `factor * x` in `dtype`, if possible in the memory of `x`, which was saved for the backward."""
+    if x.dtype != dtype or graph_is_kept():
+        return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+    return x if factor.device.type == "cpu" and factor == 1 else x.mul_(factor)
 
 
 def chunk_loss(rows: Rows, loss: BatchLoss, out: FusedOutput, want: Want) -> None:

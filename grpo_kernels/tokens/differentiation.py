@@ -68,6 +68,12 @@ def apply(function: type[torch.autograd.Function], inputs: tuple[Tensor | None, 
     return function.apply(*inputs, *rest, origin)
 
 
+def graph_is_kept() -> bool:
+    """Return whether another backward through the same graph may follow the one that runs."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps_graph is None or torch.compiler.is_compiling() or keeps_graph()
+
+
 def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
     """Break the graph of `torch.compile` at this function, which communicates between ranks.
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
-from ..tokens.differentiation import apply, first_order, outside_graphs
+from ..tokens.differentiation import apply, first_order, graph_is_kept, outside_graphs
 from ..tokens.loss import BatchLoss
-from ..tokens.statistics import Coefficients, RowStats
+from ..tokens.statistics import RowStats
 from . import dispatch
 from .rows import FusedOutput, Rows
 from .want import Want
@@ -49,21 +49,6 @@ def new_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def fill_gradient(
-    ctx: Any,
-    out: Tensor,
-    logits: Tensor,
-    ref_logits: Tensor | None,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    *stats: Tensor,
-    coefficients: Coefficients,
-) -> None:
-    """Fill `out` with the gradient of the logits, from what a forward has saved."""
-    rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
-    dispatch.dlogits(rows, RowStats(*stats), coefficients, out)
-
-
 class RowStatsFunction(torch.autograd.Function):
     """Computes `want.outputs`. Each is a tensor, because torch.compile would miscount if one were None."""
 
@@ -90,9 +75,10 @@ class RowStatsFunction(torch.autograd.Function):
         if coefficients is None:
             return (None,) * 4
         # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
-        logits, *saved = ctx.saved_tensors
+        logits, ref_logits, targets, temperatures, *stats = ctx.saved_tensors
+        rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
         out = logits.detach() if want.inplace else new_gradient(logits)
-        fill_gradient(ctx, out, logits, *saved, coefficients=coefficients)
+        dispatch.dlogits(rows, RowStats(*stats), coefficients, out)
         if want.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, *(None,) * 3
@@ -105,7 +91,7 @@ class FusedLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, rows: Rows, loss: BatchLoss, want: Want, origin: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=not want.inplace)
+        stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=False)
         gradient = rows.logits if want.inplace else new_gradient(rows.logits)
         out = FusedOutput(gradient, torch.empty_like(stats.logps), torch.empty_like(stats.logps), stats)
         dispatch.fused_loss(rows, loss, out)
@@ -113,15 +99,8 @@ class FusedLossFunction(torch.autograd.Function):
             # The version makes an operation that saved the old logits raise an error, as any in-place
             # operation does.
             torch.autograd.graph.increment_version(logits)
-            ctx.save_for_backward(logits)
-        else:
-            ref_logits = rows.ref_logits if want.kl_gradient else None
-            coefficients = loss.coefficients(out.dlogp)
-            ctx.save_for_backward(
-                gradient, *coefficients, logits, ref_logits, rows.targets, rows.temperatures, *stats
-            )
-        ctx.want, ctx.transform, ctx.backend, ctx.origin = want, rows.transform, rows.backend, origin
-        ctx.given_away = False
+        ctx.inplace, ctx.backend, ctx.origin = want.inplace, rows.backend, origin
+        ctx.save_for_backward(logits if want.inplace else gradient)
         constants = [out.dlogp, *(getattr(stats, name) for name in want.outputs)]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
@@ -132,16 +111,10 @@ class FusedLossFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        gradient, *saved = ctx.saved_tensors
-        if not ctx.want.inplace:
-            gradient = gradient.data  # without the version, as nothing reads the saved gradient again
-        if ctx.given_away:
-            # The graph was retained, and the first backward returned the saved gradient.
-            gradient, count = new_gradient(gradient), len(Coefficients._fields)
-            fill_gradient(ctx, gradient, *saved[count:], coefficients=Coefficients(*saved[:count]))
+        (gradient,) = ctx.saved_tensors
+        if graph_is_kept() and not ctx.inplace:
+            gradient = gradient.clone()
         dispatch.scale_rows(gradient, grad, ctx.backend)
-        ctx.given_away = True
-        if ctx.want.inplace:
-            # The buffer now belongs to autograd. The version makes a second backward raise an error.
-            torch.autograd.graph.increment_version(gradient)
+        # The buffer now belongs to autograd. In place, the version makes a second backward raise an error.
+        torch.autograd.graph.increment_version(gradient)
         return gradient.detach(), *(None,) * 4
