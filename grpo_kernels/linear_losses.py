@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from typing_extensions import Unpack
 
 from .checks.choices import Backend, PresetName
@@ -62,6 +63,7 @@ def linear_grpo_loss(
     normalizer: float | Tensor | None = None,
     return_entropy: bool = False,
     shard: VocabShard | None = None,
+    context_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """Compute `grpo_loss` of `hidden @ lm_head_weight.T + lm_head_bias` without storing all logits.
@@ -109,7 +111,7 @@ def linear_grpo_loss(
     spec = resolve_spec(spec)
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
-    batch = Batch.of(hidden, completion_mask, seq_lens, name="hidden")
+    batch = Batch.of(hidden, completion_mask, seq_lens, name="hidden", context_group=context_group)
     targets = vocab.targets(batch, completion_ids)
     check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
     ref = check_ref_head(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from typing_extensions import Unpack
 
 from .checks.choices import Aggregation, Backend, PresetName
@@ -52,6 +53,7 @@ def grpo_loss(
     return_entropy: bool = False,
     inplace: bool = False,
     shard: VocabShard | None = None,
+    context_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """Compute a GRPO-style policy loss from logits in one pass over them, and its gradient in another.
@@ -93,6 +95,14 @@ def grpo_loss(
             ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
             and each gets the gradient of its own columns. If they are DTensors, their local parts
             are used, with `VocabShard.of(logits, dim=-1)`.
+        context_group: the ranks over which the tokens of each sequence are split along T (context
+            parallelism). Each rank gives its slices of the same sequences in the same order, which may differ
+            in length or be empty, and for a packed batch their `seq_lens`. `loss` is this rank's share: the
+            shares add up to the loss of the whole sequences, and each rank gets the gradient of its slices.
+            The metrics are those of the whole batch. All ranks call the loss together, with the same options.
+            They communicate if a sum over a sequence or a count of tokens is needed, and for the metrics. A
+            `normalizer` counts the tokens of all ranks. With FSDP, which averages gradients over these ranks
+            too, divide it by their number.
         backend: "triton", "torch", or "auto", which is triton for GPU tensors and torch otherwise.
 
     Returns:
@@ -118,7 +128,7 @@ def grpo_loss(
         logits, ref_logits = local_part(logits), None if ref_logits is None else local_part(ref_logits)
     check_logits(logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
-    batch = Batch.of(logits, completion_mask, seq_lens)
+    batch = Batch.of(logits, completion_mask, seq_lens, context_group=context_group)
     targets = vocab.targets(batch, completion_ids)
     batch.debug_numbers(logits=logits[..., : vocab.width])
     check_reference(spec, ref_logits, ref_logps, "ref_logits")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from typing_extensions import TypedDict
 
 from .checks.choices import Backend
@@ -30,6 +31,7 @@ class LossOptions(TypedDict, total=False):
     normalizer: float | Tensor | None
     return_entropy: bool
     shard: VocabShard | None
+    context_group: dist.ProcessGroup | None
     backend: Backend
 
 

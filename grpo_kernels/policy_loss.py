@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from .checks.choices import Backend, PresetName
 from .checks.tensors import check_dtype, check_tensor, squeeze_hint
@@ -31,6 +32,7 @@ def policy_loss(
     token_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    context_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
     """Compute `grpo_loss` from log-probabilities, such as those of `selective_logps` and `linear_logps`.
@@ -56,7 +58,9 @@ def policy_loss(
     check_dtype("logps", logps)
     if logps.dim() not in (1, 2):
         raise ValueError(f"logps must be [B, T] or packed [N], got shape {tuple(logps.shape)}")
-    batch = Batch.of(logps.unsqueeze(-1), completion_mask, seq_lens, name="logps")
+    batch = Batch.of(
+        logps.unsqueeze(-1), completion_mask, seq_lens, name="logps", context_group=context_group
+    )
     check_reference(spec, None, ref_logps, None)
     if spec.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef is {spec.entropy_coef}, which needs entropy")

@@ -25,7 +25,7 @@ def aggregation_weights(
     """Return weights `[N]` such that the aggregated loss is `sum(weights * token losses)`."""
     weights = sequences.mask.to(sequences.dtype)
     if spec.aggregation == "token-mean":
-        denominator = weights.sum() if normalizer is None else normalizer
+        denominator = sequences.over_ranks(weights.sum()) if normalizer is None else normalizer
     elif spec.aggregation == "token-sum":
         denominator = 1.0 if normalizer is None else normalizer
     else:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ..checks import debug
 from ..checks.tensors import arithmetic_dtype, check_device, check_tensor, has_data, scalar_on, squeeze_hint
-from .sequences import Sequences, check_seq_lens, sequences_within
+from .sequences import Sequences, check_context_group, check_seq_lens, sequences_within
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class Batch:
         *,
         name: str = "logits",
         mask_name: str = "completion_mask",
+        context_group: dist.ProcessGroup | None = None,
     ) -> Batch:
         """Create the batch of `source` `[B, T, ...]` or `[N, ...]`, the already checked argument `name`."""
+        check_context_group(context_group)
         shape, device = tuple(source.shape[:-1]), source.device
         if seq_lens is not None:
             check_seq_lens(seq_lens, source, name)
@@ -53,7 +56,7 @@ class Batch:
             if mask is not None:
                 debug.check_mask_values(mask_name, mask)
         num_sequences = shape[0] if len(shape) == 2 else None
-        sequences = Sequences(shape, unmasked.reshape(-1), arithmetic_dtype(source))
+        sequences = Sequences(shape, unmasked.reshape(-1), arithmetic_dtype(source), group=context_group)
         if seq_lens is not None:
             num_sequences = seq_lens.numel()
             sequences.seq_lens, sequences.ids = sequences_within(seq_lens.to(device, torch.int64), shape[0])

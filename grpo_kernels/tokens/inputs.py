@@ -60,6 +60,11 @@ def token_inputs(
     normalizer: float | Tensor | None,
 ) -> TokenInputs:
     """Check the constants of a loss and lay them out as `[N]`. Arguments as in `grpo_loss`."""
+    if spec.uses_callable and batch.sequences.group is not None:
+        raise ValueError(
+            "context_group: a callable surrogate sees only this rank's tokens of a sequence. Use a surrogate of "
+            "the package"
+        )
     normalizer = check_normalizer(batch, normalizer)
     row_weights = check_row_weights(spec, batch, normalizer)
     if spec.couples_tokens and not spec.uses_callable:
@@ -110,5 +115,6 @@ def entropy_weights(
     if not spec.entropy_coef:
         return None
     if normalizer is None:
-        row_weights = safe_divide(batch.mask.to(batch.dtype), batch.mask.sum())
+        weights = batch.mask.to(batch.dtype)
+        row_weights = safe_divide(weights, batch.sequences.over_ranks(weights.sum()))
     return -spec.entropy_coef * row_weights

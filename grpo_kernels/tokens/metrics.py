@@ -43,7 +43,9 @@ def metrics(
     names += ["kl_exact"] if stats.kl is not None else []
     names += ["entropy"] if stats.entropy is not None else []
     names += ["active_fraction"]
-    if dispatch.has_token_kernels(spec, stats.logps, backend):
+    sequences = loss.sequences
+    assert sequences is not None
+    if sequences.group is None and dispatch.has_token_kernels(spec, stats.logps, backend):
         every = dispatch.token_metrics(loss, stats, derivatives, known, ratio="ratio" in names, clip=clip)
         return {name: every[name] for name in names}
 
@@ -52,8 +54,7 @@ def metrics(
     if "ratio" in names:
         log_ratio = log_ratio_to(stats.logps, anchor)
         if spec.level != "token":
-            assert loss.sequences is not None
-            log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, loss.sequences)
+            log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, sequences)
         ratio, _ = clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))
         found |= {"log_ratio": log_ratio, "ratio": ratio}
         if surrogate is not None and clip is not None:
@@ -64,7 +65,9 @@ def metrics(
         found["kl"] = stats.kl if spec.exact_kl.kind == "exact" else stats.kl_forward
     values = torch.stack([found[name].to(stats.logps.dtype) for name in names])  # type: ignore[union-attr]
     weights = torch.stack([known] * (len(names) - 1) + [inputs.mask])
-    means = values.masked_fill_(~weights, 0.0).sum(1) / weights.sum(1).clamp(min=1)
+    totals = values.masked_fill_(~weights, 0.0).sum(1), weights.sum(1, dtype=values.dtype)
+    total, count = sequences.over_ranks(torch.stack(totals))
+    means = total / count.clamp(min=1)
     return dict(zip(names, means.unbind(), strict=True))
 
 

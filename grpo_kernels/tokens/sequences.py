@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from ..checks import debug
 from ..checks.tensors import check_tensor, has_data
+from .differentiation import outside_graphs
 
 
 @dataclass
@@ -21,6 +24,7 @@ class Sequences:
         dtype: of the arithmetic.
         seq_lens: `[S]`, if packed and given.
         ids: `[N]`, if packed and given: the sequence of each token.
+        group: the ranks over which the tokens of each sequence are split. None: this rank has all of them.
     """
 
     shape: tuple[int, ...]
@@ -28,6 +32,7 @@ class Sequences:
     dtype: torch.dtype
     seq_lens: Tensor | None = None
     ids: Tensor | None = None
+    group: dist.ProcessGroup | None = None
     _lengths: Tensor | None = field(default=None, init=False, repr=False)
 
     def total(self, x: Tensor) -> Tensor:
@@ -40,9 +45,14 @@ class Sequences:
 
     def _sums(self, x: Tensor) -> Tensor:
         if self.seq_lens is None or self.ids is None:
-            return x.view(self.shape).sum(-1, keepdim=True).expand(self.shape).reshape(-1)
+            sums = self.over_ranks(x.view(self.shape).sum(-1, keepdim=True))
+            return sums.expand(self.shape).reshape(-1)
         # On a GPU, index_add would sum in an undefined order.
-        return torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True)[self.ids]
+        return self.over_ranks(torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True))[self.ids]
+
+    def over_ranks(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over the ranks of `group`."""
+        return x if self.group is None else outside_graphs(sum_over_ranks)(x, self.group)
 
     @property
     def lengths(self) -> Tensor:
@@ -50,6 +60,20 @@ class Sequences:
         if self._lengths is None:  # torch.compile does not support functools.cached_property
             self._lengths = self._sums(self.mask.to(self.dtype)).clamp(min=1)
         return self._lengths
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def check_context_group(group: Any) -> None:
+    """Raise TypeError unless `group` is a process group or None."""
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"context_group must be a torch.distributed process group or None, got {group!r}")
 
 
 def check_seq_lens(seq_lens: Tensor, source: Tensor, name: str) -> None:
