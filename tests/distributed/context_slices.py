@@ -116,10 +116,12 @@ def joined(out: LossOutput, slices: Slices) -> LossOutput:
 def assert_parity(case: Case, cuts: str = "uneven", *, what: str = "", **options: Any) -> None:
     expected, slices = oracle(case), Slices.of(case, cuts)
     got = run(grpo_loss, slices.part(case, "logits"), **options)
-    assert_outputs(expected, joined(got.out, slices), what=what)
+    # Before the first assertion, which may fail on one rank only: the others would wait for it.
+    out, grad = joined(got.out, slices), slices.join(got.grad)
+    assert_outputs(expected, out, what=what)
     _, truth, eager = expected
     ids, logps = case.completion_ids, truth.out.logps
-    assert_rows_no_worse(slices.join(got.grad), eager.grad, truth.grad, ids=ids, logps=logps, what=what)
+    assert_rows_no_worse(grad, eager.grad, truth.grad, ids=ids, logps=logps, what=what)
 
 
 @cases.add(pair=["-".join(pair) for pair in PAIRS if pair[0] != "callable"], packed=[False, True])
@@ -157,12 +159,12 @@ def from_hidden_states(backend: str, packed: bool, skip_inactive: bool, level: s
     slices = Slices.of(case, "uneven")  # type: ignore[arg-type]
     how = {"backend": backend, "skip_inactive": skip_inactive}
     got, want = run_linear(slices.part(case, "hidden"), **how), run_linear(case, **how)
-    torch.testing.assert_close(joined(got.out, slices), want.out, rtol=1e-5, atol=1e-6)
+    dhidden, *of_head = got.grads
+    out, grads = joined(got.out, slices), (slices.join(dhidden), *map(summed, of_head))
+    torch.testing.assert_close(out, want.out, rtol=1e-5, atol=1e-6)
     if skip_inactive:
         return
     expected = linear_oracle(case)
-    dhidden, *of_head = got.grads
-    grads = (slices.join(dhidden), *map(summed, of_head))
     assert_gradients(grads, expected.eager, expected.truth, expected.terms, expected.lengths, str(how))
 
 
@@ -178,8 +180,9 @@ def from_log_probabilities(packed: bool) -> None:
         out = policy_loss(leaf, part.advantages, spec=part.spec, **part.options)
         found.append((out, *torch.autograd.grad(out.loss, leaf)))
     (out, grad), (whole, whole_grad) = found
-    torch.testing.assert_close(joined(out, slices), whole)
-    torch.testing.assert_close(slices.join(grad), whole_grad)
+    got, got_grad = joined(out, slices), slices.join(grad)
+    torch.testing.assert_close(got, whole)
+    torch.testing.assert_close(got_grad, whole_grad)
 
 
 @cases.add(aggregation=["token-mean", "seq-mean-token-mean"])
