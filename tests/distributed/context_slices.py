@@ -145,7 +145,9 @@ def every_aggregation(aggregation: str, packed: bool, cuts: str, normalizer: flo
     assert_parity(case.with_options(normalizer=normalizer), cuts)
 
 
-@cases.add(backend=BACKENDS, inplace=[False, True], dtype=[torch.float32, torch.bfloat16], packed=[False, True])
+@cases.add(
+    backend=BACKENDS, inplace=[False, True], dtype=[torch.float32, torch.bfloat16], packed=[False, True]
+)
 def every_path(backend: str, inplace: bool, dtype: torch.dtype, packed: bool) -> None:
     for spec in (GSPO, LossSpec(PPOClip(), KL("exact"))):
         case = every_branch(spec, V, dtype, packed=packed)
