@@ -62,8 +62,8 @@ def token_inputs(
     """Check the constants of a loss and lay them out as `[N]`. Arguments as in `grpo_loss`."""
     if spec.uses_callable and batch.sequences.group is not None:
         raise ValueError(
-            "context_group: a callable surrogate would see only this rank's tokens of a sequence. Use a surrogate "
-            "of the package"
+            "context_group: a callable surrogate would see only this rank's tokens of a sequence. Use a "
+            "surrogate of the package"
         )
     normalizer = check_normalizer(batch, normalizer)
     row_weights = check_row_weights(spec, batch, normalizer)
