@@ -88,8 +88,8 @@ def grpo_loss(
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
             afterwards. As for any in-place operation, autograd raises an error if another operation still
-            needs the old values. Without this option the gradient is a new tensor, which on a CPU the forward
-            may already allocate. A token's `logits` must not share memory with another token's
+            needs the old values; with hooks on saved tensors it cannot see that. Without this option the
+            gradient is a new tensor, which on a CPU the forward may already allocate. A token's `logits` must not share memory with another token's
             `ref_logits`. Under torch.compile this option has no effect.
         shard: `logits` and `ref_logits` are these columns of a vocabulary that is split over ranks. The
             ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
@@ -166,8 +166,8 @@ def grpo_loss(
     loss = BatchLoss(spec, inputs, batch.sequences)
 
     learns = torch.is_grad_enabled() and logits.requires_grad
-    # On a CPU a second pass would compute the exponentials again. On a GPU it costs no more than a first one
-    # that also writes the gradient.
+    # On a CPU arithmetic is the bottleneck, and one pass computes the exponentials once. On a GPU memory is,
+    # and both ways move the same bytes.
     on_cpu = rows.backend == "torch" and logits.device.type == "cpu" and not traced(logits)
     one_pass = inplace or (on_cpu and logits.dtype == torch.float32)
     fused = one_pass and learns and fusible(spec, logits.dtype) and shard is None

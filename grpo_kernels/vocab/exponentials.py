@@ -63,7 +63,7 @@ class Exponentials(NamedTuple):
     row_max: Tensor  # [n]
     taken_d: Tensor  # [n], of the taken token; NaN if it is not in these columns
     taken_e: Tensor  # [n]; 0 if it is not in these columns
-    slope: Tensor | float  # dd/dz without the softcap, [n, 1] or a number
+    slope: Tensor | float  # dd/dz, without the factor of the softcap; [n, 1] or a number
     capped: Tensor | None  # [n, V]: y / softcap, if there is a softcap
 
     def normalizer(self) -> tuple[Tensor, Tensor]:
@@ -117,8 +117,8 @@ class Distribution(NamedTuple):
     ) -> Exponentials:
         """Return the exponentials of raw logits `z` `[n, V]`. The row maxima are computed if None.
 
-        `e` is in `out`, which may be `z`, or in a buffer of `scratch`. Other tensors are in buffers. `d`
-        minus `reference.d` overwrites the latter.
+        `e` is in `out`, which may be `z`, or in a buffer of `scratch`. Other tensors are in buffers. If
+        `reference` is given, its `d` becomes this `d` minus it.
         """
         dtype = arithmetic_dtype(z)
         e = scratch.like(f"{self.name} e", z, dtype) if out is None else out

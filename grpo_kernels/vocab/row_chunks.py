@@ -76,15 +76,19 @@ def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
     span = batch * time if flat else time
     for sequence in range(1 if flat else batch):
         start = sequence * span
+        whole = None if flat else sequence
         here = needed[start : start + span]
-        if needed.device.type != "cpu" or bool(here.all()):
-            for begin in range(0, span, rows):
-                end = min(begin + rows, span)
-                local = slice(begin, end)
-                yield RowChunk(slice(start + begin, start + end), local, None if flat else sequence)
-        else:  # on the CPU, so it does not sync
+        if on_cpu and 2 * int(here.sum()) < span:  # on the CPU, so it does not sync
             for part in here.nonzero().view(-1).split(rows) if here.any() else ():
-                yield RowChunk(part + start, part, None if flat else sequence)
+                yield RowChunk(part + start, part, whole)
+            continue
+        for begin in range(0, span, rows):
+            end = min(begin + rows, span)
+            if not on_cpu or here[begin:end].all():
+                yield RowChunk(slice(start + begin, start + end), slice(begin, end), whole)
+            elif here[begin:end].any():
+                part = here[begin:end].nonzero().view(-1) + begin
+                yield RowChunk(part + start, part, whole)
 
 
 class Scratch:

@@ -164,9 +164,9 @@ def gradient(
     if not terms:
         grad = p.e.mul_(factor)
     else:
-        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN.
-        total = functools.reduce(Tensor.add_, terms).add_(factor).masked_fill_(p.e == 0, 0.0)
-        grad = p.e.mul_(total)
+        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so.
+        total = functools.reduce(Tensor.add_, terms).add_(factor)
+        grad = p.e.mul_(total.masked_fill_((p.e == 0) & ~factor.isnan(), 0.0))
         entry = entry + torch.where(p.taken_e > 0, p.taken_e / sum_exp * factor_y, 0.0)
     if dkl_forward is not None:
         assert q is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None

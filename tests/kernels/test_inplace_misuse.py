@@ -163,7 +163,8 @@ class TestMisuse:
             loss = self.loss(leaf.clone(), backend, **given)
             if write:
                 ref_logits.zero_()
-            if write and kl and not inplace:
+            in_forward = inplace or (backend == "torch" and device == "cpu")
+            if write and kl and not in_forward:
                 with pytest.raises(RuntimeError, match=IN_PLACE):
                     loss.backward()
                 return

@@ -38,3 +38,25 @@ def test_special_values_change_no_other_row(
         assert_right(case, backend="torch", inplace=inplace)
     else:
         assert got.grad[0, 5].isnan().all() and got.out.loss.isnan()
+
+
+@pytest.mark.parametrize("special", [-math.inf, math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("name", ["exact KL", "entropy", "forward KL", "k3"])
+def test_a_row_of_special_values_has_no_numbers(name: str, special: float) -> None:
+    case = random_case(SPECS[name], 1, 2, 37, device="cpu", masked=0)
+    case.logits[0, 0] = special
+    assert run(grpo_loss, case, backend="torch").grad[0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("masked", [0, 1, 4, 11, 16])
+def test_masked_rows_leave_the_others_alone(masked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks with no, some and only masked rows give the bits of an unmasked batch."""
+    set_chunks(4 * 37, monkeypatch)
+    case = random_case(SPECS["exact KL"], 2, 8, 37, device="cpu", masked=0).with_options(normalizer=16.0)
+    mask = torch.ones(16, dtype=torch.bool)
+    mask[torch.randperm(16, generator=torch.Generator().manual_seed(masked))[:masked]] = False
+    mask = mask.view(2, 8)
+    whole = run(grpo_loss, case, backend="torch")
+    got = run(grpo_loss, case.with_options(completion_mask=mask), backend="torch")
+    assert torch.equal(got.grad[mask], whole.grad[mask]) and not got.grad[~mask].any()
+    assert torch.equal(got.out.logps[mask], whole.out.logps[mask]) and not got.out.logps[~mask].any()
