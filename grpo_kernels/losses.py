@@ -88,9 +88,9 @@ def grpo_loss(
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
             afterwards. As for any in-place operation, autograd raises an error if another operation still
-            needs the old values; with hooks on saved tensors it cannot see that. Without this option the
-            gradient is a new tensor, which on a CPU the forward may already allocate. A token's `logits` must not share memory with another token's
-            `ref_logits`. Under torch.compile this option has no effect.
+            needs the old values; with hooks on saved tensors it cannot see that. A token's `logits` must not
+            share memory with another token's `ref_logits`. Under torch.compile this option has no effect.
+            Without it the gradient is a new tensor, which on a CPU the forward may already allocate.
         shard: `logits` and `ref_logits` are these columns of a vocabulary that is split over ranks. The
             ids and `vocab_size` are those of the whole vocabulary. All ranks get the same loss and outputs,
             and each gets the gradient of its own columns. If they are DTensors, their local parts
