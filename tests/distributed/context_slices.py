@@ -23,6 +23,7 @@ from parity import (
     assert_rows_no_worse,
     every_branch,
     oracle,
+    per_token,
     run,
     user_loss,
 )
@@ -94,9 +95,11 @@ class Slices(NamedTuple):
             name: self.take(x, rank) if isinstance(x, Tensor) and x.shape[: len(shape)] == shape else x
             for name, x in case.options.items()
         }
+        options["context_group"] = dist.group.WORLD
         if self.packed:
             options["seq_lens"] = self.seq_lens(rank)
-        options["context_group"] = dist.group.WORLD
+            # One per token: a rank may have as many tokens as there are sequences.
+            names, case = (*names, "advantages"), case._replace(advantages=per_token(case, case.advantages))
         fields = {name: self.take(getattr(case, name), rank) for name in (*names, "completion_ids")}
         return case._replace(**fields, options=options)
 
