@@ -109,6 +109,7 @@ def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `factor * x` in `dtype`, if possible in the memory of `x`, which was saved for the backward."""
     if x.dtype != dtype or graph_is_kept():
         return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+    # Only a number on the CPU is compared, which does not sync.
     return x if factor.device.type == "cpu" and factor == 1 else x.mul_(factor)
 
 

@@ -30,7 +30,7 @@ class Taken(NamedTuple):
         """Return the columns of all rows of a pass. Only the `needed` ones will be used."""
         column = targets.clamp(0, width - 1)
         valid = column == targets
-        if targets.device.type == "cpu" and bool((valid | ~needed).all()):
+        if targets.device.type == "cpu" and bool((valid | ~needed).all()):  # on the CPU, so it does not sync
             return cls(column.unsqueeze(-1), None)
         return cls(column.unsqueeze(-1), valid)
 
@@ -83,7 +83,7 @@ class Exponentials(NamedTuple):
         torch.mul(self.e, x, out=out)
         if not scratch.has_infinities:
             total = row_sum(out) + self.taken_e * taken_x
-            if not total.isnan().any():
+            if not total.isnan().any():  # only on the CPU (see `Pass`), so it does not sync
                 return total
             scratch.has_infinities = True
         out.masked_fill_(self.e == 0, 0.0)

@@ -66,7 +66,7 @@ def is_flat(logits: Tensor) -> bool:
 def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
     """Yield chunks of the `needed` rows, `[B * T]` bool.
 
-    On a GPU the chunks have all rows, because selecting some of them would sync.
+    On a GPU the chunks have all rows, because selecting some of them would sync. On the CPU it does not.
     """
     batch, time, vocab = tensors[0].shape
     flat = all(is_flat(tensor) for tensor in tensors)
@@ -78,7 +78,7 @@ def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
         start = sequence * span
         whole = None if flat else sequence
         here = needed[start : start + span]
-        if on_cpu and 2 * int(here.sum()) < span:  # on the CPU, so it does not sync
+        if on_cpu and 2 * int(here.sum()) < span:
             for part in here.nonzero().view(-1).split(rows) if here.any() else ():
                 yield RowChunk(part + start, part, whole)
             continue

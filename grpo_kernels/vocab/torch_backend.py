@@ -191,10 +191,10 @@ def row_stats(rows: Rows, out: RowStats) -> None:
 def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
     """Fill `out` with the gradient. Rows without one get zeros, and on the CPU they are not read."""
     needed = coefficients.active() & (rows.targets != MASKED)
+    with_difference = coefficients.dkl is not None
     over = Pass(rows, needed, out)
     for chunk in over.chunks:
         here, own = over.read(chunk), stats.rows(chunk.rows)
-        with_difference = coefficients.dkl is not None
         q = None
         if here.ref_z is not None:
             q = here.reference.exponentials(
@@ -240,7 +240,7 @@ def store(out: RowStats, values: RowStats, index: Index) -> None:
 
 def clear_masked(out: Iterable[Tensor | None], present: Tensor) -> None:
     """Write zeros at masked rows, those that are not `present`."""
-    if present.device.type != "cpu" or not present.all():
+    if present.device.type != "cpu" or not present.all():  # on the CPU, so it does not sync
         masked = ~present
         for target in out:
             if target is not None:
