@@ -16,51 +16,73 @@ Index: TypeAlias = Tensor | slice
 
 
 class RowChunk(NamedTuple):
-    """Some rows of a batch, and their position in a 2-D view of the logits."""
+    """Some rows of a batch."""
 
-    rows: Index  # among the B * T rows of the batch
-    local: Index  # the same rows in the 2-D view
-    sequence: int | None  # the view is logits[sequence]; None: the whole batch is one 2-D view
+    rows: Index  # among the B * T rows
+    sequence: int | None  # the one that has them all; None: they are rows of the whole batch
+
+    def locate(self, x: Tensor) -> tuple[Tensor, Index]:
+        """Return a 2-D view of `x` `[B, T, V]`, and the indices of the chunk's rows in it."""
+        batch, time, width = x.shape
+        if self.sequence is not None:
+            start = self.sequence * time
+            if isinstance(self.rows, slice):
+                return x[self.sequence], slice(self.rows.start - start, self.rows.stop - start)
+            return x[self.sequence], self.rows - start
+        layout = row_layout(x)
+        assert layout is not None
+        step, period = layout
+        view = x.as_strided(((batch - 1) * period + time, width), (step, x.stride(2)))
+        if period == time:
+            return view, self.rows
+        rows = self.rows
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=x.device)
+        return view, rows + rows // time * (period - time)
 
     def read(self, logits: Tensor, name: str, scratch: Scratch) -> Tensor:
         """Return the chunk's rows of `logits` `[B, T, V]`, as `[n, V]`: a view, or a copy in a buffer."""
-        rows = self.view(logits)
-        if isinstance(self.local, slice):
-            return rows[self.local]
-        out = scratch.like(name, rows[: len(self.local)], rows.dtype)
-        return torch.index_select(rows, 0, self.local, out=out)
+        view, rows = self.locate(logits)
+        if isinstance(rows, slice):
+            return view[rows]
+        out = scratch.like(name, view, view.dtype, len(rows))
+        return torch.index_select(view, 0, rows, out=out)
 
     def direct(self, out: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
         """Return the chunk's rows of `out` if the gradient can be computed there directly, else None."""
-        if isinstance(self.local, slice) and out.dtype == dtype and out.device.type == "cpu":
-            return self.view(out)[self.local, :width]
+        view, rows = self.locate(out)
+        if isinstance(rows, slice) and out.dtype == dtype and out.device.type == "cpu":
+            return view[rows, :width]
         return None
 
     def write(self, out: Tensor, values: Tensor, needed: Tensor) -> None:
         """Write `values` into the rows of `out`, and zeros into the padding columns beyond them."""
-        target, width = self.view(out), values.shape[1]
+        (view, rows), width = self.locate(out), values.shape[1]
         if needed.device.type != "cpu":
             # On these devices a chunk has all rows, and those that are not needed may be NaN.
             values = torch.where(needed[self.rows].unsqueeze(-1), values, 0.0)
-        if isinstance(self.local, slice):
-            if values.data_ptr() != target[self.local].data_ptr():
-                target[self.local, :width] = values
-            target[self.local, width:] = 0
+        if isinstance(rows, slice):
+            if values.data_ptr() != view[rows].data_ptr():
+                view[rows, :width] = values
+            view[rows, width:] = 0
         else:
-            target[:, :width].index_copy_(0, self.local, values.to(out.dtype))
-            target[:, width:].index_fill_(0, self.local, 0.0)
-
-    def view(self, logits: Tensor) -> Tensor:
-        """The 2-D view of `logits` that has the rows."""
-        if self.sequence is not None:
-            return logits[self.sequence]
-        return logits.as_strided((logits.shape[0] * logits.shape[1], logits.shape[2]), logits.stride()[1:])
+            view[:, :width].index_copy_(0, rows, values.to(out.dtype))
+            view[:, width:].index_fill_(0, rows, 0.0)
 
 
-def is_flat(logits: Tensor) -> bool:
-    """Return whether all rows of `[B, T, V]` have one stride, so that they are rows of one 2-D view."""
-    batch, time, _ = logits.shape
-    return batch == 1 or time == 0 or logits.stride(0) == time * logits.stride(1)
+def row_layout(x: Tensor) -> tuple[int, int] | None:
+    """Return the stride of a row of `[B, T, V]`, and that of a sequence, counted in rows.
+
+    None: a sequence's stride is not a multiple of a row's. That of a slice along T is.
+    """
+    batch, time, _ = x.shape
+    if batch == 1 or time == 0:
+        return x.stride(1), time
+    if time == 1:
+        return x.stride(0), 1
+    if x.stride(1) == 0 or x.stride(0) % x.stride(1):
+        return None
+    return x.stride(1), x.stride(0) // x.stride(1)
 
 
 def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
@@ -69,26 +91,28 @@ def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
     On a GPU the chunks have all rows, because selecting some of them would sync. On the CPU it does not.
     """
     batch, time, vocab = tensors[0].shape
-    flat = all(is_flat(tensor) for tensor in tensors)
     on_cpu = needed.device.type == "cpu"
     elements = min(torch.get_num_threads() * THREAD_ELEMENTS, CHUNK_ELEMENTS) if on_cpu else CHUNK_ELEMENTS
-    rows = max(1, elements // max(1, vocab))
-    span = batch * time if flat else time
-    for sequence in range(1 if flat else batch):
+    size = max(1, elements // max(1, vocab))
+    # A chunk of several sequences copies the rows of a slice along T. If its sequences are short, this costs
+    # less than a chunk for each of them.
+    layouts = [row_layout(x) for x in tensors]
+    whole = None not in layouts and (2 * time <= size or all(x is not None and x[1] == time for x in layouts))
+    span = batch * time if whole else time
+    for sequence in range(1 if whole else batch):
         start = sequence * span
-        whole = None if flat else sequence
+        of = None if whole else sequence
         here = needed[start : start + span]
         if on_cpu and 2 * int(here.sum()) < span:
-            for part in here.nonzero().view(-1).split(rows) if here.any() else ():
-                yield RowChunk(part + start, part, whole)
+            for part in here.nonzero().view(-1).split(size) if here.any() else ():
+                yield RowChunk(part + start, of)
             continue
-        for begin in range(0, span, rows):
-            end = min(begin + rows, span)
+        for begin in range(0, span, size):
+            end = min(begin + size, span)
             if not on_cpu or here[begin:end].all():
-                yield RowChunk(slice(start + begin, start + end), slice(begin, end), whole)
+                yield RowChunk(slice(start + begin, start + end), of)
             elif here[begin:end].any():
-                part = here[begin:end].nonzero().view(-1) + begin
-                yield RowChunk(part + start, part, whole)
+                yield RowChunk(here[begin:end].nonzero().view(-1) + (start + begin), of)
 
 
 class Scratch:
@@ -102,9 +126,10 @@ class Scratch:
         self.buffers: dict[str, Tensor] = {}
         self.has_infinities = has_infinities
 
-    def like(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised buffer of the shape `[n, V]` of `x`."""
+    def like(self, name: str, x: Tensor, dtype: torch.dtype, rows: int | None = None) -> Tensor:
+        """An uninitialised buffer as wide as `x` `[n, V]`, of `rows` rows, by default as many as `x` has."""
+        count = x.shape[0] if rows is None else rows
         found = self.buffers.get(name)
-        if found is None or found.shape[0] < x.shape[0]:
-            found = self.buffers[name] = torch.empty(x.shape, dtype=dtype, device=x.device)
-        return found[: x.shape[0]]
+        if found is None or found.shape[0] < count:
+            found = self.buffers[name] = x.new_empty((count, x.shape[1]), dtype=dtype)
+        return found[:count]

@@ -251,8 +251,5 @@ def zero_rows(out: Tensor, written: Tensor) -> None:
     """Write zeros into the rows of `out` that no chunk wrote. On a GPU every row is in a chunk."""
     if written.device.type == "cpu" and not bool(written.all()):
         for chunk in row_chunks(~written, out):
-            view = chunk.view(out)
-            if isinstance(chunk.local, slice):
-                view[chunk.local] = 0
-            else:
-                view.index_fill_(0, chunk.local, 0.0)
+            view, rows = chunk.locate(out)
+            view[rows] = 0

@@ -10,6 +10,7 @@ from hard_cases import SPECS, assert_right, random_case, set_chunks
 from parity import run
 
 from grpo_kernels import grpo_loss
+from grpo_kernels.vocab.row_chunks import row_chunks
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["not in place", "in place"])
@@ -60,3 +61,42 @@ def test_masked_rows_leave_the_others_alone(masked: int, monkeypatch: pytest.Mon
     got = run(grpo_loss, case.with_options(completion_mask=mask), backend="torch")
     assert torch.equal(got.grad[mask], whole.grad[mask]) and not got.grad[~mask].any()
     assert torch.equal(got.out.logps[mask], whole.out.logps[mask]) and not got.out.logps[~mask].any()
+
+
+SLICES = {
+    "all but the last": lambda x: x[:, :-1],
+    "all but the first": lambda x: x[:, 1:],
+    "the last": lambda x: x[:, -1:],
+    "the first of each batch": lambda x: x[:, :1],
+    "one sequence for all": lambda x: x[:1].expand(x.shape),
+    "columns": lambda x: x[..., 3:36],
+    "transposed": lambda x: x.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("masked", [0, 5, 20])
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_has_the_bits_of_its_copy(name: str, masked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several short sequences share a chunk, however they lie in memory."""
+    set_chunks(6 * 39, monkeypatch)
+    view = SLICES[name]
+    whole = random_case(SPECS["exact KL"], 10, 4, 39, device="cpu", masked=0)
+    case = random_case(SPECS["exact KL"], *view(whole.logits).shape, device="cpu", masked=masked)
+    case = case._replace(logits=whole.logits).with_options(ref_logits=view(whole.options["ref_logits"]))
+    for inplace in (False, True) if name != "one sequence for all" else (False,):
+        got = run(grpo_loss, case, view, backend="torch", inplace=inplace)
+        copied = run(grpo_loss, case, lambda x: view(x).contiguous(), backend="torch", inplace=inplace)
+        for mine, theirs in zip(got.out[2:4], copied.out[2:4], strict=True):
+            assert torch.equal(mine, theirs)
+        assert torch.equal(got.out.metrics["kl_exact"], copied.out.metrics["kl_exact"])
+        assert torch.equal(got.grad, copied.grad)
+
+
+@pytest.mark.parametrize("batch,time,chunks", [(256, 4, 1), (64, 1, 1), (3, 600, 3), (2, 1500, 4)])
+def test_short_sequences_share_a_chunk(
+    batch: int, time: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk holds 1024 rows. A slice of short sequences takes as few chunks as a copy of it."""
+    set_chunks(1024 * 8, monkeypatch)
+    x = torch.randn(batch, time + 1, 8)[:, :-1]
+    assert len(list(row_chunks(torch.ones(batch * time, dtype=torch.bool), x))) == chunks
