@@ -6,6 +6,7 @@ from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
 from .normalizers import global_normalizer
 from .policy_loss import policy_loss
+from .sampling_mask import pack_sampling_mask
 from .spec import KL, LossSpec
 from .spec.surrogates import (
     CISPO,
@@ -49,6 +50,7 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logps",
     "log_ratio_loss",
+    "pack_sampling_mask",
     "policy_loss",
     "selective_logps",
 ]

@@ -28,6 +28,7 @@ from .tokens.loss import BatchLoss
 from .tokens.output import LossOutput, loss_output
 from .vocab.autograd import fusible
 from .vocab.dispatch import choose_backend
+from .vocab.sampling_mask import check_sampling_mask
 from .vocab.rows import MASKED
 from .vocab.shard import VocabShard
 from .vocab.vocabulary import Vocabulary
@@ -60,6 +61,7 @@ def linear_grpo_loss(
     ref_logit_scale: float | None = None,
     ref_logit_softcap: float | None = None,
     vocab_size: int | None = None,
+    sampling_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_entropy: bool = False,
     shard: VocabShard | None = None,
@@ -113,6 +115,7 @@ def linear_grpo_loss(
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, completion_mask, seq_lens, name="hidden", context_group=context_group)
     targets = vocab.targets(batch, completion_ids)
+    kept = check_sampling_mask(sampling_mask, batch, vocab.width)
     check_reference(spec, ref_hidden, ref_logps, "ref_hidden")
     ref = check_ref_head(
         ref_hidden,
@@ -140,6 +143,8 @@ def linear_grpo_loss(
         ref,
         targets,
         batch.temperatures(temperature),
+        None if kept is None else kept.flatten(0, 1),
+        None,
         LogitTransform.of(
             vocab.width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
         ),

@@ -22,6 +22,7 @@ from .vocab.autograd import differentiable_stats
 from .vocab.dispatch import choose_backend
 from .vocab.logits import check_logits
 from .vocab.rows import Rows, as_rows
+from .vocab.sampling_mask import check_sampling_mask, kept_logits
 from .vocab.shard import VocabShard, local_part
 from .vocab.vocabulary import Vocabulary
 from .vocab.want import Want
@@ -48,6 +49,7 @@ def selective_logps(
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
+    sampling_mask: Tensor | None = None,
     return_entropy: bool = False,
     shard: VocabShard | None = None,
     backend: Backend = "auto",
@@ -56,12 +58,14 @@ def selective_logps(
 
     Args:
         logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`, as are the options that are not described here.
-        ids: `[B, T]` or `[N]`, int32 or int64.
+        ids: `[B, T]` or `[N]`, int32 or int64. Or `[B, T, K]` or `[N, K]`: `K` tokens per position, computed
+            in the same pass. A negative one is padding: its log-probability is 0 and has no gradient.
         mask: `[B, T]` or `[N]`. If 0, the row is not read, and log-probability, entropy and gradient are 0.
 
     Returns:
-        `[B, T]` or `[N]` fp32 (fp64 for fp64 logits) in nats, or a pair of these. In the backward, a row
-        whose upstream gradient is exactly zero is not read.
+        Log-probabilities in the shape of `ids`, fp32 (fp64 for fp64 logits), in nats, with `return_entropy`
+        also entropies, `[B, T]` or `[N]`. In the backward, a row whose upstream gradient is exactly zero is
+        not read.
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
@@ -71,19 +75,23 @@ def selective_logps(
     check_logits(logits)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, mask, None, mask_name="mask")
-    targets = vocab.targets(batch, ids, "ids")
-    batch.debug_numbers(logits=logits[..., : vocab.width])
+    targets, several = token_targets(vocab, batch, ids, every_row=return_entropy)
+    kept = check_sampling_mask(sampling_mask, batch, vocab.width)
+    batch.debug_numbers(logits=kept_logits(logits[..., : vocab.width], kept))
     rows = Rows(
         as_rows(logits),
         None,
         targets,
         batch.temperatures(temperature),
+        kept,
+        several,
         LogitTransform.of(vocab.width, temperature, logit_scale, logit_softcap),
         choose_backend(backend, logits),
     )
     learns = torch.is_grad_enabled() and logits.requires_grad
     log_path("selective_logps", kernel_path(learns), rows.backend, logits=logits.dtype)
-    stats = differentiable_stats(rows, Want(entropy=return_entropy, shard=shard))
+    want = Want(entropy=return_entropy, shard=shard, ids=0 if several is None else several.shape[1])
+    stats = differentiable_stats(rows, want)
     found = TokenStats.of(stats, batch)
     return found.logps if found.entropy is None else (found.logps, found.entropy)
 
@@ -126,6 +134,7 @@ def linear_logps(
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
+    sampling_mask: Tensor | None = None,
     return_entropy: bool = False,
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
@@ -142,12 +151,12 @@ def linear_logps(
         hidden: `[B, T, H]` or `[N, H]`, as in `linear_grpo_loss`, as are the options that are not described
             here.
         lm_head_weight: `[V, H]`.
-        ids: `[B, T]` or `[N]`, int32 or int64.
+        ids: `[B, T]` or `[N]`, or for `K` tokens per position `[B, T, K]` or `[N, K]`, int32 or int64.
         mask: `[B, T]` or `[N]`. If 0, the row is not run, and log-probability, entropy and gradient are 0.
         shard: `lm_head_weight` and `lm_head_bias` have only these rows. See `linear_grpo_loss`.
 
     Returns:
-        `[B, T]` or `[N]` fp32 (fp64 for fp64 hidden states) in nats, differentiable, or a pair of these.
+        As `selective_logps`, fp64 for fp64 hidden states.
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
@@ -162,6 +171,7 @@ def linear_logps(
         logit_softcap=logit_softcap,
         vocab_size=vocab_size,
         mask=mask,
+        sampling_mask=sampling_mask,
         entropy=return_entropy,
         chunk_tokens=chunk_tokens,
         logits_dtype=logits_dtype,
@@ -175,7 +185,7 @@ def linear_logps(
 class TokenStats(NamedTuple):
     """Statistics of each token, `[B, T]` or `[N]`, 0 or False at masked positions. None if not requested."""
 
-    logps: Tensor  # nats, differentiable
+    logps: Tensor  # nats, differentiable; or `[B, T, K]` or `[N, K]`
     entropy: Tensor | None  # nats, differentiable
     top1: Tensor | None  # bool: no token is likelier than the taken one
 
@@ -183,7 +193,17 @@ class TokenStats(NamedTuple):
     def of(cls, stats: RowStats, batch: Batch) -> TokenStats:
         entropy = None if stats.entropy is None else batch.unflatten(stats.entropy)
         top1 = None if stats.top1 is None else batch.unflatten(stats.top1 == 1)
-        return cls(batch.unflatten(stats.logps), entropy, top1)
+        logps = stats.logps if stats.id_logps is None else stats.id_logps
+        return cls(batch.unflatten(logps), entropy, top1)
+
+
+def token_targets(
+    vocab: Vocabulary, batch: Batch, ids: Tensor, *, every_row: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return `Rows.targets` and, if `ids` has several tokens per position, `Rows.ids`."""
+    if ids.dim() <= len(batch.shape):
+        return vocab.targets(batch, ids, "ids"), None
+    return vocab.several_targets(batch, ids, "ids", every_row=every_row)
 
 
 def linear_token_stats(
@@ -197,6 +217,7 @@ def linear_token_stats(
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
+    sampling_mask: Tensor | None = None,
     entropy: bool = False,
     top1: bool = False,
     chunk_tokens: int | None = None,
@@ -213,7 +234,8 @@ def linear_token_stats(
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, mask, None, name="hidden", mask_name="mask")
-    targets = vocab.targets(batch, ids, "ids")
+    targets, several = token_targets(vocab, batch, ids, every_row=entropy)
+    kept = check_sampling_mask(sampling_mask, batch, vocab.width)
     batch.debug_numbers(hidden=hidden)
     batch.debug_head(vocab.width, lm_head_weight=head.weight, lm_head_bias=head.bias)
     config = linear_config(
@@ -224,6 +246,8 @@ def linear_token_stats(
         None,
         targets,
         batch.temperatures(temperature),
+        None if kept is None else kept.flatten(0, 1),
+        several,
         LogitTransform.of(vocab.width, temperature, logit_scale, logit_softcap),
         choose_backend(backend, hidden),
         config,
@@ -231,5 +255,6 @@ def linear_token_stats(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
     log_path(function, pass_path(learns), rows.backend, **dtypes)
-    stats = differentiable_linear_stats(rows, Want(entropy=entropy, top1=top1, shard=shard))
+    count = 0 if several is None else several.shape[1]
+    stats = differentiable_linear_stats(rows, Want(entropy=entropy, top1=top1, shard=shard, ids=count))
     return TokenStats.of(stats, batch)

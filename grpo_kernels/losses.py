@@ -25,6 +25,7 @@ from .tokens.output import LossOutput, loss_output
 from .vocab.autograd import differentiable_stats, fused_loss, fusible
 from .vocab.dispatch import choose_backend
 from .vocab.logits import check_logits, check_ref_logits, check_writable
+from .vocab.sampling_mask import check_sampling_mask, kept_logits
 from .vocab.rows import Rows, as_rows
 from .vocab.shard import VocabShard, local_part
 from .vocab.vocabulary import Vocabulary
@@ -49,6 +50,7 @@ def grpo_loss(
     ref_logit_scale: float | None = None,
     ref_logit_softcap: float | None = None,
     vocab_size: int | None = None,
+    sampling_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_entropy: bool = False,
     inplace: bool = False,
@@ -82,6 +84,11 @@ def grpo_loss(
         ref_logit_scale, ref_logit_softcap: the same for the reference. None: those of the policy.
         vocab_size: number of vocabulary entries. Later columns are ignored and get zero gradient. If it is
             given, policy and reference may have different numbers of columns.
+        sampling_mask: `[B, T, W]` or `[N, W]` int32, `W = ceil(V / 32)`: the tokens that top-k, top-p or
+            min-p sampling kept. Bit `v % 32` of word `v // 32` is 1 if token `v` was kept. `V` is
+            `vocab_size`, or the number of columns; with a shard, that of its columns. Policy and reference
+            are normalised over the kept tokens alone, as if the other logits were -inf. A taken token that
+            was not kept has the log-probability -inf. `pack_sampling_mask` makes it.
         normalizer: a number or a 0-dim tensor that replaces the denominator of the aggregation: the number of
             tokens (or sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as in
             DDP and FSDP, divide it by the number of ranks. `global_normalizer` computes it.
@@ -130,11 +137,12 @@ def grpo_loss(
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, completion_mask, seq_lens, context_group=context_group)
     targets = vocab.targets(batch, completion_ids)
-    batch.debug_numbers(logits=logits[..., : vocab.width])
+    kept = check_sampling_mask(sampling_mask, batch, vocab.width)
+    batch.debug_numbers(logits=kept_logits(logits[..., : vocab.width], kept))
     check_reference(spec, ref_logits, ref_logps, "ref_logits")
     if ref_logits is not None:
         check_ref_logits(ref_logits, logits, vocab.width, padded=vocab_size is not None)
-        batch.debug_numbers(ref_logits=ref_logits[..., : vocab.width])
+        batch.debug_numbers(ref_logits=kept_logits(ref_logits[..., : vocab.width], kept))
         ref_logits = as_rows(ref_logits.detach())
     # A compiled graph copies what its operators overwrite, and cannot check which inputs share memory.
     inplace = inplace and not traced(logits)
@@ -146,6 +154,8 @@ def grpo_loss(
         ref_logits,
         targets,
         batch.temperatures(temperature),
+        kept,
+        None,
         LogitTransform.of(
             vocab.width, temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
         ),

@@ -28,6 +28,7 @@ class LossOptions(TypedDict, total=False):
     ref_logit_scale: float | None
     ref_logit_softcap: float | None
     vocab_size: int | None
+    sampling_mask: Tensor | None
     normalizer: float | Tensor | None
     return_entropy: bool
     shard: VocabShard | None
@@ -68,6 +69,7 @@ class LogpsOptions(TypedDict, total=False):
     logit_softcap: float | None
     vocab_size: int | None
     mask: Tensor | None
+    sampling_mask: Tensor | None
     shard: VocabShard | None
     backend: Backend
 

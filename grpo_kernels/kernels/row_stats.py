@@ -290,7 +290,7 @@ def row_stats(rows: "Rows", out: "RowStats") -> None:
         row_stats_kernel[(rows.num_rows,)](
             rows.logits, *row_strides(rows.logits),
             rows.ref_logits, *row_strides(rows.ref_logits),
-            rows.targets, rows.temperatures, *out,
+            rows.targets, rows.temperatures, *out[:-1],
             rows.logits.shape[1], transform.vocab_size, *transform_arguments(transform),
             **constants, DTYPE=DTYPES[out.logps.dtype], **shape._asdict(), **compile_options(),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from ..tokens.loss import BatchLoss
 from ..tokens.statistics import RowStats
 from ..vocab import dispatch
 from ..vocab.rows import FusedOutput, Rows
+from ..vocab.token_ids import without_padding
 from ..vocab.want import Want
 from . import passes
 from .chunks import Chunks
@@ -45,7 +46,7 @@ def differentiable_stats(rows: LinearRows, want: Want) -> RowStats:
     """
     call = apply if want.shard is None else outside_graphs(apply)
     found = call(LinearRowStatsFunction, rows.head, rows.detach(), want)
-    return RowStats(**dict(zip(want.outputs, found, strict=True)))
+    return without_padding(RowStats(**dict(zip(want.outputs, found, strict=True))), rows.ids)
 
 
 class LinearLossFunction(torch.autograd.Function):
@@ -149,7 +150,7 @@ class LinearRowStatsFunction(torch.autograd.Function):
         ctx.want, ctx.origin = want, origin
         ctx.settings = rows.transform, rows.backend, rows.config
         ref = rows.ref if rows.ref is not None and want.kl_gradient else (None, None, None)
-        ctx.save_for_backward(hidden, weight, bias, *ref, rows.targets, rows.temperatures, *stats)
+        ctx.save_for_backward(hidden, weight, bias, *ref, *rows.token_tensors, *stats)
         ctx.set_materialize_grads(False)
         outputs = {name: getattr(stats, name) for name in want.outputs}
         ctx.mark_non_differentiable(*(outputs[name] for name in want.constants if name in outputs))
@@ -165,9 +166,10 @@ class LinearRowStatsFunction(torch.autograd.Function):
         # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
         hidden, weight, bias, *saved = ctx.saved_tensors
         head, ref = Head(hidden, weight, bias), None if saved[0] is None else Head(*saved[:3])
-        rows = LinearRows(head, ref, *saved[3:5], *ctx.settings)
+        stats = RowStats(*saved[-len(RowStats._fields) :])
+        rows = LinearRows(head, ref, *saved[3 : -len(stats)], *ctx.settings)
         out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
-        passes.gradients(rows, RowStats(*saved[5:]), coefficients, out)
+        passes.gradients(rows, stats, coefficients, out)
         if want.shard is not None:
             want.shard.sum_over_ranks(out.dhidden)
         found = (

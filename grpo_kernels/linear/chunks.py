@@ -47,7 +47,7 @@ class Chunks:
     def __init__(self, rows: LinearRows, plan: RowPlan, shard: VocabShard | None = None) -> None:
         """`rows` are the result of `LinearRows.cast`. With a `shard`, all ranks use the same chunk length."""
         self.rows, self.plan = rows, plan
-        self.targets, self.temperatures = plan.take(rows.targets), plan.take(rows.temperatures)
+        self.targets, *self.others = (plan.take(x) for x in rows.token_tensors)
         config, weight = rows.config, rows.head.weight
         # The matrix products of the gradient need operands of one dtype.
         in_place = plan.active == 0 or config.logits_dtype == config.dtype
@@ -85,11 +85,14 @@ class Chunks:
                 ref_logits = self.ref_logits[:n]
                 ref.write_logits(ref.hidden[indices], ref_logits)
                 ref_logits = ref_logits.unsqueeze(0)
+            temperatures, sampling_mask, ids = (None if x is None else x[place] for x in self.others)
             rows = Rows(
                 logits.unsqueeze(0),
                 ref_logits,
                 self.targets[place],
-                None if self.temperatures is None else self.temperatures[place],
+                temperatures,
+                None if sampling_mask is None else sampling_mask.unsqueeze(0),
+                ids,
                 self.rows.transform,
                 self.rows.backend,
             )

@@ -76,7 +76,7 @@ def flatten_rows(rows: LinearRows) -> tuple[object, ...]:
     heads = [*rows.head, *(rows.ref or (None, None, None))]
     transform = rows.transform
     return (
-        *(heads, rows.targets, rows.temperatures, transform.vocab_size, transform.numbers, rows.backend),
+        *(heads, *rows.token_tensors, transform.vocab_size, transform.numbers, rows.backend),
         *field_values(rows.config),
     )
 
@@ -85,6 +85,8 @@ def unflatten(
     heads: Sequence[Tensor | None],
     targets: Tensor,
     temperatures: Tensor | None,
+    sampling_mask: Tensor | None,
+    ids: Tensor | None,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -97,7 +99,8 @@ def unflatten(
     if ref_hidden is not None and ref_weight is not None:
         ref = Head(ref_hidden, ref_weight, ref_bias)
     transform = LogitTransform.from_numbers(vocab_size, numbers)
-    return LinearRows(Head(hidden, weight, bias), ref, targets, temperatures, transform, backend, config)
+    head, tensors = Head(hidden, weight, bias), (targets, temperatures, sampling_mask, ids)
+    return LinearRows(head, ref, *tensors, transform, backend, config)
 
 
 def row_stats_operator(
@@ -106,6 +109,8 @@ def row_stats_operator(
     heads: Sequence[Tensor | None],
     targets: Tensor,
     temperatures: Tensor | None,
+    sampling_mask: Tensor | None,
+    ids: Tensor | None,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -117,7 +122,8 @@ def row_stats_operator(
     compact: bool,
 ) -> None:
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
-    rows = unflatten(heads, targets, temperatures, vocab_size, numbers, backend, config)
+    tensors = heads, targets, temperatures, sampling_mask, ids
+    rows = unflatten(*tensors, vocab_size, numbers, backend, config)
     fill_row_stats(rows, dispatch.unpack_fields(names, out)[0])
 
 
@@ -129,6 +135,8 @@ def gradients_operator(
     heads: Sequence[Tensor | None],
     targets: Tensor,
     temperatures: Tensor | None,
+    sampling_mask: Tensor | None,
+    ids: Tensor | None,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -140,7 +148,8 @@ def gradients_operator(
     compact: bool,
 ) -> None:
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
-    rows = unflatten(heads, targets, temperatures, vocab_size, numbers, backend, config)
+    tensors = heads, targets, temperatures, sampling_mask, ids
+    rows = unflatten(*tensors, vocab_size, numbers, backend, config)
     head_gradients = HeadGradients(**dict(zip(out_names.split(), out, strict=True)))
     fill_gradients(rows, *dispatch.unpack_fields(names, known), head_gradients)
 

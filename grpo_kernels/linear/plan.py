@@ -40,12 +40,12 @@ class RowPlan(NamedTuple):
         return x[self.order] if isinstance(x, Tensor) else x.rows(self.order)
 
     def empty_like(self, x: Tensor) -> Tensor:
-        """Return an empty tensor `[running]` for values in the plan's order. If `order` is None, `x`."""
-        return x if self.order is None else x.new_empty(self.running)
+        """Return an empty tensor `[running, ...]` for values in the plan's order. If `order` is None, `x`."""
+        return x if self.order is None else x.new_empty(self.running, *x.shape[1:])
 
     def restore(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return `x` `[running]` in the original order, `[N]`, with 0 for rows that are not run."""
+        """Return `x` `[running, ...]` in the original order, `[N, ...]`, with 0 for rows that are not run."""
         if self.order is None:
             return x
-        out = x.new_empty(self.total) if out is None else out
+        out = x.new_empty(self.total, *x.shape[1:]) if out is None else out
         return out.zero_().index_copy_(0, self.order, x)

@@ -20,6 +20,8 @@ class LinearRows(NamedTuple):
     ref: Head | None
     targets: Tensor  # [N], as in vocab.rows.Rows
     temperatures: Tensor | None  # [N]
+    sampling_mask: Tensor | None  # [N, ceil(V / 32)] int32
+    ids: Tensor | None  # [N, K] int64
     transform: LogitTransform
     backend: str
     config: LinearConfig
@@ -27,6 +29,11 @@ class LinearRows(NamedTuple):
     @property
     def num_rows(self) -> int:
         return self.targets.numel()
+
+    @property
+    def token_tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields with an entry per token: from `targets` to `ids`."""
+        return self[2:6]
 
     @property
     def dtype(self) -> torch.dtype:

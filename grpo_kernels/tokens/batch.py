@@ -106,8 +106,8 @@ class Batch:
             raise ValueError(f"{what} on a packed batch needs seq_lens")
 
     def unflatten(self, x: Tensor) -> Tensor:
-        """Return `x` `[N]` in the caller's shape, `[B, T]` or `[N]`."""
-        return x.view(self.shape)
+        """Return `x` `[N, ...]` in the caller's shape, `[B, T, ...]` or `[N, ...]`."""
+        return x.view(*self.shape, *x.shape[1:])
 
     def per_token(
         self,

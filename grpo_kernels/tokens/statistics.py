@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class RowStats(NamedTuple):
-    """Statistics of each row of logits, `[N]` each. None if they were not requested.
+    """Statistics of each row of logits, `[N]` unless said otherwise. None if they were not requested.
 
     Log-probabilities, entropy and KL are in nats. With a softcap, `shift` is the row's largest
     softcapped logit before the temperature. Without one, it is the row's largest raw logit. `sum_exp` is the
@@ -28,6 +28,7 @@ class RowStats(NamedTuple):
     kl: Tensor | None = None  # KL(policy || reference)
     kl_forward: Tensor | None = None  # KL(reference || policy)
     top1: Tensor | None = None  # 1 if no token is likelier than the taken one, else 0
+    id_logps: Tensor | None = None  # [N, K], of several tokens per row; `logps` are then of the likeliest
 
     def detach(self) -> RowStats:
         return RowStats(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]
@@ -45,7 +46,7 @@ class RowStats(NamedTuple):
 class Coefficients(NamedTuple):
     """Derivatives of the loss with respect to each row's statistics, `[N]` each. None stands for zero."""
 
-    dlogp: Tensor | None
+    dlogp: Tensor | None  # or [N, K], by `id_logps`
     dentropy: Tensor | None = None
     dkl: Tensor | None = None
     dkl_forward: Tensor | None = None
@@ -55,5 +56,5 @@ class Coefficients(NamedTuple):
 
     def active(self) -> Tensor:
         """Return whether each row has a gradient, `[N]` bool."""
-        nonzero = [x != 0 for x in self if x is not None]
+        nonzero = [x != 0 if x.dim() == 1 else (x != 0).any(-1) for x in self if x is not None]
         return functools.reduce(torch.logical_or, nonzero)

@@ -13,6 +13,7 @@ from ..tokens.loss import BatchLoss
 from ..tokens.statistics import RowStats
 from . import dispatch
 from .rows import FusedOutput, Rows
+from .token_ids import without_padding
 from .want import Want
 
 
@@ -32,7 +33,7 @@ def differentiable_stats(rows: Rows, want: Want) -> RowStats:
     """
     call = apply if want.shard is None else outside_graphs(apply)
     found = call(RowStatsFunction, (rows.logits,), rows.detach(), want)
-    return RowStats(**dict(zip(want.outputs, found, strict=True)))
+    return without_padding(RowStats(**dict(zip(want.outputs, found, strict=True))), rows.ids)
 
 
 def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor, RowStats]:
@@ -61,7 +62,7 @@ class RowStatsFunction(torch.autograd.Function):
         stats = want.merged(stats, rows)
         ctx.want, ctx.transform, ctx.backend, ctx.origin = want, rows.transform, rows.backend, origin
         ref_logits = rows.ref_logits if want.kl_gradient else None
-        ctx.save_for_backward(logits, ref_logits, rows.targets, rows.temperatures, *stats)
+        ctx.save_for_backward(*rows._replace(logits=logits, ref_logits=ref_logits).tensors, *stats)
         ctx.set_materialize_grads(False)
         outputs = {name: getattr(stats, name) for name in want.outputs}
         ctx.mark_non_differentiable(*(outputs[name] for name in want.constants if name in outputs))
@@ -75,10 +76,12 @@ class RowStatsFunction(torch.autograd.Function):
         if coefficients is None:
             return (None,) * 4
         # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
-        logits, ref_logits, targets, temperatures, *stats = ctx.saved_tensors
-        rows = Rows(logits, ref_logits, targets, temperatures, ctx.transform, ctx.backend)
+        saved = ctx.saved_tensors
+        stats = RowStats(*saved[-len(RowStats._fields) :])
+        rows = Rows(*saved[: -len(stats)], ctx.transform, ctx.backend)
+        logits = rows.logits
         out = logits.detach() if want.inplace else new_gradient(logits)
-        dispatch.dlogits(rows, RowStats(*stats), coefficients, out)
+        dispatch.dlogits(rows, stats, coefficients, out)
         if want.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, *(None,) * 3

@@ -19,7 +19,7 @@ from ..spec import LogitTransform
 from ..tokens.dispatch import kernel_loss
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import Coefficients, RowStats
-from . import torch_backend
+from . import token_ids, torch_backend
 from .rows import FusedOutput, Rows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -100,6 +100,11 @@ def fill_row_stats(rows: Rows, out: RowStats) -> None:
             if x is not None:
                 x.fill_(torch.finfo(x.dtype).min if name.endswith("shift") else 0.0)
         return
+    if rows.ids is not None:
+        taken = token_ids.taken_logits(rows)
+        fill_row_stats(token_ids.with_likeliest(rows, taken), out._replace(id_logps=None))
+        token_ids.write_logps(rows, taken, out)
+        return
     if rows.backend == "torch":
         torch_backend.row_stats(rows, out)
         return
@@ -114,6 +119,12 @@ def fill_dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: T
         return
     if rows.transform.vocab_size == 0:
         out.zero_()
+        return
+    if rows.ids is not None:
+        taken = token_ids.taken_logits(rows)  # before `out`, which may be the logits, is written
+        others = token_ids.with_target(rows, rows.transform.vocab_size)
+        fill_dlogits(others, stats, token_ids.of_rows(coefficients), out)
+        token_ids.write_entries(rows, taken, stats, coefficients, out)
         return
     if rows.backend == "torch":
         torch_backend.dlogits(rows, stats, coefficients, out)
@@ -141,7 +152,7 @@ def unpack_fields(names: str, tensors: Sequence[Tensor]) -> tuple[RowStats, Coef
 
 def flatten_rows(rows: Rows) -> tuple[object, ...]:
     """Return the rows as the last arguments of a custom operator."""
-    return *rows[:4], rows.transform.vocab_size, rows.transform.numbers, rows.backend
+    return *rows.tensors, rows.transform.vocab_size, rows.transform.numbers, rows.backend
 
 
 def row_stats_operator(
@@ -151,13 +162,15 @@ def row_stats_operator(
     ref_logits: Tensor | None,
     targets: Tensor,
     temperatures: Tensor | None,
+    sampling_mask: Tensor | None,
+    ids: Tensor | None,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
 ) -> None:
     transform = LogitTransform.from_numbers(vocab_size, numbers)
-    stats, _ = unpack_fields(names, out)
-    fill_row_stats(Rows(logits, ref_logits, targets, temperatures, transform, backend), stats)
+    rows = Rows(logits, ref_logits, targets, temperatures, sampling_mask, ids, transform, backend)
+    fill_row_stats(rows, unpack_fields(names, out)[0])
 
 
 def dlogits_operator(
@@ -168,12 +181,14 @@ def dlogits_operator(
     ref_logits: Tensor | None,
     targets: Tensor,
     temperatures: Tensor | None,
+    sampling_mask: Tensor | None,
+    ids: Tensor | None,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
 ) -> None:
     transform = LogitTransform.from_numbers(vocab_size, numbers)
-    rows = Rows(logits, ref_logits, targets, temperatures, transform, backend)
+    rows = Rows(logits, ref_logits, targets, temperatures, sampling_mask, ids, transform, backend)
     fill_dlogits(rows, *unpack_fields(names, known), out)
 
 

@@ -24,6 +24,7 @@ def nats_per_shift(
 def merge(
     own: RowStats,  # of this rank's columns
     targets: Tensor,  # [N]: MASKED, the column of the taken token, or `width` if another rank holds it
+    ids: Tensor | None,  # [N, K]: likewise, of several tokens
     width: int,
     nats: tuple[Tensor | float, Tensor | float],  # per unit of shift and ref_shift
     shard: VocabShard,
@@ -34,13 +35,13 @@ def merge(
     KL(p || q) = sum P_i (KL_i + log P_i - log Q_i). A part of probability 0 contributes 0.
     """
     dtype = own.logps.dtype
-    names = [name for name, x in zip(own._fields, own, strict=True) if x is not None]
+    given = {name: x for name, x in own._asdict().items() if x is not None and name != "id_logps"}
     here = (targets >= 0) & (targets < width)
-    local = torch.stack([*(x for x in own if x is not None), here.to(dtype)])
+    local = torch.stack([*given.values(), here.to(dtype)])
     # There are few numbers per token, so fp64 costs nothing.
     wide = dtype if local.device.type == "mps" else torch.float64
     *values, holds = shard.gather(local).to(wide).unbind(1)
-    parts = RowStats(**dict(zip(names, values, strict=True)))
+    parts = RowStats(**dict(zip(given, values, strict=True)))
     assert parts.shift is not None and parts.sum_exp is not None
     held = holds != 0
 
@@ -89,4 +90,22 @@ def merge(
     if parts.top1 is not None:
         found = found._replace(top1=of_holder(parts.top1 * (parts.shift == shift)))
     masked = targets == MASKED
-    return RowStats(*(None if x is None else torch.where(masked, 0.0, x).to(dtype) for x in found))  # type: ignore[arg-type]
+    found = RowStats(*(None if x is None else torch.where(masked, 0.0, x).to(dtype) for x in found))  # type: ignore[arg-type]
+    if ids is None:
+        return found
+    assert own.id_logps is not None
+    id_logps = merged_id_logps(own.id_logps, (ids >= 0) & (ids < width), log_part[shard.rank], shard)
+    id_logps = torch.where(masked.unsqueeze(-1), 0.0, id_logps)
+    return found._replace(logps=id_logps.nan_to_num(-torch.inf).amax(-1), id_logps=id_logps)
+
+
+def merged_id_logps(logps: Tensor, here: Tensor, log_part: Tensor, shard: VocabShard) -> Tensor:
+    """Return the log-probabilities `[N, K]` of tokens of which each rank holds some, those that are `here`.
+
+    `log_part` `[N]` is the logarithm of the probability of this rank's columns.
+    """
+    whole = torch.where(log_part.unsqueeze(-1) == -torch.inf, -torch.inf, logps + log_part.unsqueeze(-1))
+    # Only one rank's addend is not 0, so that each sum is exact.
+    found = torch.stack([torch.where(here, whole, 0.0), here.to(whole.dtype)])
+    torch.distributed.all_reduce(found, group=shard.group)
+    return torch.where(found[1] == 1, found[0], torch.nan).to(logps.dtype)

@@ -25,6 +25,8 @@ class Rows(NamedTuple):
     ref_logits: Tensor | None  # [B, T, W], W at least the vocabulary size
     targets: Tensor  # [B * T] int64: the column of the taken token, MASKED, or one outside the vocabulary
     temperatures: Tensor | None  # [B * T], if there is one per token
+    sampling_mask: Tensor | None  # [B, T, ceil(V / 32)] int32: a bit per column, 0 if it was dropped
+    ids: Tensor | None  # [B * T, K] int64: several tokens per row, as `targets`; `TokenIds` has their meaning
     transform: LogitTransform
     backend: str  # "triton" or "torch"
 
@@ -36,6 +38,11 @@ class Rows(NamedTuple):
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic and of the statistics."""
         return arithmetic_dtype(self.logits)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields before `transform`."""
+        return self[:-2]
 
     @property
     def all_logits(self) -> list[Tensor]:

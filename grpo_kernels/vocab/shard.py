@@ -77,6 +77,11 @@ class VocabShard:
             end = stop
         return end
 
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return torch.distributed.get_rank(self.group)
+
     def gather(self, x: Tensor) -> Tensor:
         """Return `x` of every rank, stacked."""
         ranks = torch.distributed.get_world_size(self.group)

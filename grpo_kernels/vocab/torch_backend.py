@@ -19,6 +19,7 @@ from ..tokens.statistics import Coefficients, RowStats
 from .exponentials import Distribution, Exponentials, Taken
 from .row_chunks import Index, RowChunk, Scratch, row_chunks
 from .rows import MASKED, FusedOutput, Rows
+from .sampling_mask import dropped_columns
 
 
 class ChunkRows(NamedTuple):
@@ -27,6 +28,7 @@ class ChunkRows(NamedTuple):
     z: Tensor  # [n, V] raw logits, without the padding columns
     ref_z: Tensor | None
     place: Tensor | None  # [n, V], for the policy's exponentials; may be z; None: they need a buffer
+    dropped: Tensor | None  # [n, V] bool: columns that a sampling mask leaves out
     taken: Taken
     policy: Distribution
     reference: Distribution
@@ -53,11 +55,15 @@ class Pass:
         z = chunk.read(rows.logits, "policy z", self.scratch)[:, :width]
         if rows.ref_logits is not None:
             ref_z = chunk.read(rows.ref_logits, "reference z", self.scratch)[:, :width]
+        dropped = None
+        if rows.sampling_mask is not None:
+            dropped = dropped_columns(rows.sampling_mask.flatten(0, 1)[chunk.rows], width)
         place = None if self.out is None else chunk.direct(self.out, width, rows.dtype)
         return ChunkRows(
             z,
             ref_z,
             place,
+            dropped,
             self.taken.rows(chunk.rows),
             Distribution("policy", transform.scale, transform.softcap, temperature),
             Distribution("reference", transform.ref_scale, transform.ref_softcap, temperature),
@@ -74,13 +80,14 @@ def statistics(
     q = None
     # The reference comes first, because its logits may be the policy's, which `rows.place` may overwrite.
     if rows.ref_z is not None:
-        q = rows.reference.exponentials(rows.ref_z, None, rows.taken, scratch, keep_d=True)
+        q = rows.reference.exponentials(rows.ref_z, None, rows.taken, scratch, rows.dropped, keep_d=True)
         ref_sum, ref_log_sum = q.normalizer()
     p = rows.policy.exponentials(
         rows.z,
         None,
         rows.taken,
         scratch,
+        rows.dropped,
         keep_d=want.entropy is not None,
         out=rows.place,
         reference=q,
@@ -175,7 +182,7 @@ def gradient(
         sure_gap = torch.expm1(logps) - torch.expm1(stats.ref_logps)
         entry = entry + dkl_forward * torch.where(is_sure(logps), sure_gap, gap)
     taken.write(grad, entry * slope)
-    return p.times_softcap_slope(grad)
+    return p.without_dropped(p.times_softcap_slope(grad))
 
 
 def row_stats(rows: Rows, out: RowStats) -> None:
@@ -198,13 +205,14 @@ def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor
         q = None
         if here.ref_z is not None:
             q = here.reference.exponentials(
-                here.ref_z, own.ref_shift, here.taken, over.scratch, keep_d=with_difference
+                here.ref_z, own.ref_shift, here.taken, over.scratch, here.dropped, keep_d=with_difference
             )
         p = here.policy.exponentials(
             here.z,
             own.shift,
             here.taken,
             over.scratch,
+            here.dropped,
             keep_d=coefficients.dentropy is not None,
             out=here.place,
             reference=q if with_difference else None,

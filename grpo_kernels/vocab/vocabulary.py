@@ -49,18 +49,47 @@ class Vocabulary(NamedTuple):
 
         Raises an error unless `ids`, the argument `name`, are int32 or int64 of the batch's shape.
         """
-        check_tensor(name, ids)
-        check_device(name, ids, batch.device, batch.source)
-        if ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
+        check_ids(name, ids, batch)
         if tuple(ids.shape) != batch.shape:
             raise ValueError(
                 f"{name} must have shape {batch.shape}, as {batch.source} {batch.source_shape}, got "
                 f"{tuple(ids.shape)}{squeeze_hint(ids.shape, batch.shape)}"
             )
-        ids, unmasked = ids.to(torch.int64), batch.mask.view(batch.shape)
+        unmasked = batch.mask.view(batch.shape)
         if debug.enabled():
             debug.check_ids(name, ids, unmasked, self.size)
-        columns = ids - self.start if self.start else ids
+        return self.columns(ids, unmasked).reshape(-1)
+
+    def several_targets(
+        self, batch: Batch, ids: Tensor, name: str, *, every_row: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return `Rows.targets` `[N]` and `Rows.ids` `[N, K]` of several tokens per position.
+
+        A row without a token is masked, except with `every_row`. Errors are those of `targets`.
+        """
+        check_ids(name, ids, batch)
+        if tuple(ids.shape[:-1]) != batch.shape or not ids.shape[-1]:
+            raise ValueError(
+                f"{name} must have shape {batch.shape} or {(*batch.shape, 'K')}, as {batch.source} "
+                f"{batch.source_shape}, got {tuple(ids.shape)}"
+            )
+        given = batch.mask.view(*batch.shape, 1) & (ids >= 0)
+        if debug.enabled():
+            debug.check_ids(name, ids, given, self.size)
+        columns = self.columns(ids, given).flatten(0, -2)
+        present = batch.mask if every_row else given.any(-1).reshape(-1)
+        return torch.where(present, self.width, MASKED), columns
+
+    def columns(self, ids: Tensor, given: Tensor) -> Tensor:
+        """Return the column of each of `ids`, int64: MASKED if not `given`, `width` if it is not here."""
+        columns = ids.to(torch.int64) - self.start
         elsewhere = (columns < 0) | (columns >= self.width)
-        return columns.masked_fill(elsewhere, self.width).masked_fill_(~unmasked, MASKED).reshape(-1)
+        return columns.masked_fill(elsewhere, self.width).masked_fill_(~given, MASKED)
+
+
+def check_ids(name: str, ids: Tensor, batch: Batch) -> None:
+    """Raise an error unless the argument `name` is integers on the device of the batch."""
+    check_tensor(name, ids)
+    check_device(name, ids, batch.device, batch.source)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")

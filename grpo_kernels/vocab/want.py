@@ -22,6 +22,8 @@ class TransformedRows(Protocol):
     @property
     def temperatures(self) -> Tensor | None: ...
     @property
+    def ids(self) -> Tensor | None: ...
+    @property
     def transform(self) -> LogitTransform: ...
 
 
@@ -35,6 +37,7 @@ class Want:
         kl_gradient: the exact KL is part of the loss, so the backward reads the reference's logits.
         inplace: the gradient overwrites the logits.
         shard: the logits are a part of the vocabulary.
+        ids: the number of tokens per row; 0: one, that of `Rows.targets`.
     """
 
     reference: bool = False
@@ -44,6 +47,7 @@ class Want:
     kl_gradient: bool = False
     inplace: bool = False
     shard: VocabShard | None = None
+    ids: int = 0
 
     @classmethod
     def of(
@@ -77,12 +81,15 @@ class Want:
             names += ["kl_forward"]
         if self.top1:
             names += ["top1"]
+        if self.ids:
+            names += ["id_logps"]
         return names
 
     @property
     def constants(self) -> tuple[str, ...]:
         """The outputs that have no gradient."""
-        return ("ref_logps", "top1") if self.kl_gradient else ("ref_logps", "kl", "kl_forward", "top1")
+        names = ("ref_logps", "top1") if self.kl_gradient else ("ref_logps", "kl", "kl_forward", "top1")
+        return ("logps", *names) if self.ids else names
 
     def empty_stats(
         self, count: int, dtype: torch.dtype, device: torch.device, *, for_backward: bool
@@ -92,19 +99,20 @@ class Want:
         if for_backward:
             names += ["shift", "sum_exp"]
             names += ["ref_shift", "ref_sum_exp"] if self.reference else []
-        return RowStats(**{name: torch.empty(count, dtype=dtype, device=device) for name in names})
+        shapes = {name: (count, self.ids) if name == "id_logps" else (count,) for name in names}
+        return RowStats(**{name: torch.empty(shapes[name], dtype=dtype, device=device) for name in names})
 
     def merged(self, stats: RowStats, rows: TransformedRows) -> RowStats:
         """Return the statistics of the whole vocabulary, from those of this rank's columns."""
         if self.shard is None:
             return stats
         nats = nats_per_shift(rows.transform, rows.temperatures)
-        return merge(stats, rows.targets, rows.transform.vocab_size, nats, self.shard)
+        return merge(stats, rows.targets, rows.ids, rows.transform.vocab_size, nats, self.shard)
 
     def coefficients(self, grads: tuple[Tensor | None, ...]) -> Coefficients | None:
         """Return the gradients with respect to `outputs` as coefficients, or None if there are none."""
         by = {name: g.contiguous() for name, g in zip(self.outputs, grads, strict=True) if g is not None}
-        found = Coefficients(by.get("logps"), by.get("entropy"))
+        found = Coefficients(by.get("id_logps" if self.ids else "logps"), by.get("entropy"))
         if self.kl_gradient:
             found = found._replace(dkl=by.get("kl"), dkl_forward=by.get("kl_forward"))
         return None if all(x is None for x in found) else found
