@@ -72,6 +72,8 @@ def check_lists(ids: Tensor, offsets: Tensor, lengths: Tensor, size: int) -> Non
 
 def pack_bits(keep: Tensor) -> Tensor:
     """Pack bools `[..., V]` into int32 `[..., ceil(V / 32)]`."""
+    if not keep.shape[-1]:  # an empty part of a vocabulary that is split over ranks
+        return torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
     keep = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % WORD)).to(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
     return (keep.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8).view(torch.int32)

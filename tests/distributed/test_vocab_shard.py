@@ -1,6 +1,6 @@
 """A vocabulary split over 2 and 4 ranks gives the results of the whole vocabulary.
 
-The cases that run on the ranks are in vocab_logits.py and vocab_hidden.py.
+The cases that run on the ranks are in vocab_logits.py, vocab_hidden.py and vocab_options.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distributed import vocab_hidden, vocab_logits
+from distributed import vocab_hidden, vocab_logits, vocab_options
 from distributed.launch import run_workers, session_folder
 from grpo_kernels import VocabShard, grpo_loss, linear_logps, selective_logps
 
@@ -37,6 +37,14 @@ def test_from_logits(on_ranks: Callable[[ModuleType], dict[str, str]], name: str
 @pytest.mark.parametrize("name", vocab_hidden.cases.params())
 def test_from_hidden_states(on_ranks: Callable[[ModuleType], dict[str, str]], name: str) -> None:
     outcome = on_ranks(vocab_hidden)[name]
+    assert outcome == "ok", outcome
+
+
+@pytest.mark.parametrize("name", vocab_options.cases.params())
+def test_sampling_masks_and_several_tokens(
+    on_ranks: Callable[[ModuleType], dict[str, str]], name: str
+) -> None:
+    outcome = on_ranks(vocab_options)[name]
     assert outcome == "ok", outcome
 
 

@@ -104,6 +104,15 @@ class FusedGRPOTrainer(GRPOTrainer):
         """
         return spec_of_settings(self)
 
+    def sampling_mask(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Return the `sampling_mask` `[B, T, ceil(V / 32)]` of a micro-batch, or None. See `linear_grpo_loss`.
+
+        It is that of the batch, if there is one. TRL 1.16 does not make one. A subclass adds it to the result
+        of `_generate_and_score_completions`, and TRL splits and shuffles it with the other tensors. Or it
+        overrides this method.
+        """
+        return inputs.get("sampling_mask")
+
     @property
     def _has_own_spec(self) -> bool:
         return getattr(self.loss_spec, "__func__", None) is not FusedGRPOTrainer.loss_spec
@@ -138,7 +147,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         try:
             spec = self._fusible_spec()
         except ValueError as reason:
-            if self._has_own_spec:
+            if self._has_own_spec or self.sampling_mask(inputs) is not None:
                 raise
             self._log_once(f"FusedGRPOTrainer: TRL's loss from linear_logps, because {reason}")
             return None
@@ -148,7 +157,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             inputs["completion_mask"],
             inputs["advantages"],
             loss_arguments(self, spec, inputs),
-            self.loss_options,
+            {**self.loss_options, "sampling_mask": self.sampling_mask(inputs)},
         )
 
     def _fusible_spec(self) -> LossSpec:
