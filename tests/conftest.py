@@ -29,9 +29,6 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     cache = f"torchinductor_{os.environ['ATEN_CPU_CAPABILITY']}_{os.getuid()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
 
-# Dynamo looks up once, by name, the functions that it may trace. A fixture below replaces some of them.
-torch.compile(lambda: torch.empty(1), backend="eager")()
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("EMULATE")  # "sm_80" or "sm_90": kernels are compiled, and the emulator runs them
 if EMULATED and "TRITON_INTERPRET" in os.environ:
@@ -73,6 +70,7 @@ def needs_triton() -> None:
 @pytest.fixture(autouse=True)
 def nan_in_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill the results of `torch.empty` and similar functions with NaN, which reveals unwritten outputs."""
+    nan_memory.let_dynamo_find_allocators()
     for owner, name in nan_memory.ALLOCATORS:
         monkeypatch.setattr(owner, name, nan_memory.filled(getattr(owner, name)))
 

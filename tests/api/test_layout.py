@@ -23,7 +23,7 @@ FOLDERS = ["kernels", "checks", "spec", "tokens", "vocab", "linear", "public", "
 ALONE = {"kernels", "reference", "testing"}
 PUBLIC = {
     *("__init__", "losses", "linear_losses", "logps", "policy_loss", "options"),
-    *("advantages", "weights", "normalizers", "reference", "testing"),
+    *("advantages", "weights", "normalizers", "sampling_mask", "reference", "testing"),
 }
 TRAINERS = {
     "integrations/trl/head": {"trl"},
@@ -195,7 +195,7 @@ def test_public_names() -> None:
             *("selective_logps", "linear_logps", "policy_loss"),
             *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
             *("CISPO", "SAPO", "DRO", "DPPO", "VESPO", "GMPO"),
-            *("group_advantages", "global_normalizer", "importance_weights", "VocabShard"),
+            *("group_advantages", "global_normalizer", "importance_weights", "pack_sampling_mask", "VocabShard"),
         ]
     )
     assert all(hasattr(grpo_kernels, name) for name in grpo_kernels.__all__)

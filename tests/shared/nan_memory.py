@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo import trace_rules
 
 ALLOCATORS = [
     (torch, "empty"),
@@ -17,6 +18,16 @@ ALLOCATORS = [
     (torch, "empty_strided"),
     (torch.Tensor, "new_empty"),
 ]
+
+
+def let_dynamo_find_allocators() -> None:
+    """Let Dynamo look up the functions that it may trace, before the allocators are replaced.
+
+    It does so once, by name. `init_process_group` lets it do so again, and that may be in a test.
+    """
+    if torch.empty not in trace_rules.get_torch_obj_rule_map():
+        trace_rules.clear_lru_cache()
+        assert torch.empty in trace_rules.get_torch_obj_rule_map()
 
 
 def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
