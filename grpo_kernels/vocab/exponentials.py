@@ -2,7 +2,7 @@
 
 The column of the taken token is left out of every sum over a row. Its term is added afterwards. So the
 other tokens are summed by themselves, and keep their digits if the taken token has nearly all the
-probability. Columns that a sampling mask dropped are left out in the same way.
+probability.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..checks.tensors import arithmetic_dtype
 from .row_chunks import Index, Scratch
+from .sampling_mask import KeptColumns
 
 LEFT_OUT = -1e4
-"""Stands for the logarithm of an exponential that is left out of a row. Its exponential is 0."""
+"""Stands for the logarithm of the taken token's exponential in a row. Its exponential is 0."""
 
 
 class Taken(NamedTuple):
@@ -55,7 +56,7 @@ class Taken(NamedTuple):
 class Exponentials(NamedTuple):
     """A chunk of one distribution: `d = k * (y - row_max)`, `e = exp(d)`.
 
-    At the taken token and at dropped columns `d` is LEFT_OUT and `e` is 0.
+    At the taken token `d` is LEFT_OUT, and `e` is 0. `e` is 0 at a column that was not kept, too.
     """
 
     d: Tensor  # [n, V]; the same tensor as `e` if only `e` is wanted
@@ -65,7 +66,7 @@ class Exponentials(NamedTuple):
     taken_e: Tensor  # [n]; 0 if it is not in these columns
     slope: Tensor | float  # dd/dz, without the factor of the softcap; [n, 1] or a number
     capped: Tensor | None  # [n, V]: y / softcap, if there is a softcap
-    dropped: Tensor | None  # [n, V] bool, if there is a sampling mask
+    kept: KeptColumns | None  # if there is a sampling mask
 
     def normalizer(self) -> tuple[Tensor, Tensor]:
         """Return the sum of the exponentials, `[n]`, and its logarithm.
@@ -97,10 +98,6 @@ class Exponentials(NamedTuple):
         return grad.mul_(self.capped.mul_(self.capped).neg_().add_(1.0))
 
 
-    def without_dropped(self, grad: Tensor) -> Tensor:
-        """Write zeros to the dropped columns of `grad` `[n, V]`, whose logits may be NaN, and return it."""
-        return grad if self.dropped is None else grad.masked_fill_(self.dropped, 0.0)
-
 
 class Distribution(NamedTuple):
     """How one model's raw logits become a distribution."""
@@ -116,7 +113,7 @@ class Distribution(NamedTuple):
         row_max: Tensor | None,
         taken: Taken,
         scratch: Scratch,
-        dropped: Tensor | None = None,
+        kept: KeptColumns | None = None,
         *,
         keep_d: bool = False,
         out: Tensor | None = None,
@@ -139,22 +136,26 @@ class Distribution(NamedTuple):
             y = torch.mul(capped, self.softcap, out=e)
             k = 1.0 / self.temperature
         d = scratch.like(f"{self.name} d", z, dtype) if keep_d else e
-        if dropped is not None:
-            y = torch.where(dropped, y.new_full((), -torch.inf), y, out=d)
+        if kept is not None:
+            y = kept.keep(y, out=d)
         if row_max is None:
             # Finite, so that a part of the vocabulary with only -inf sums to 0 instead of NaN.
-            row_max = y.amax(-1).clamp_(min=torch.finfo(dtype).min)
+            row_max = y.amax(-1) if kept is None else kept.amax(y)
+            row_max = row_max.clamp_(min=torch.finfo(dtype).min)
         torch.sub(y, row_max.unsqueeze(-1), out=d)
         if isinstance(k, Tensor) or k != 1.0:
             d *= k
         taken_d = taken.read(d)
+        if kept is not None:
+            taken_d = taken_d.masked_fill(kept.ones.gather(-1, taken.column).squeeze(-1) == 0, -torch.inf)
         taken_e = taken_d.exp() if taken.valid is None else torch.where(taken.valid, taken_d.exp(), 0.0)
-        if dropped is not None and (keep_d or reference is not None):
-            d.masked_fill_(dropped, LEFT_OUT)  # its products with 0 and differences are numbers
         taken.write(d, LEFT_OUT)
         if reference is not None:
             torch.sub(d, reference.d, out=reference.d)
-        return Exponentials(d, torch.exp(d, out=e), row_max, taken_d, taken_e, slope, capped, dropped)
+        e = torch.exp(d, out=e)
+        if kept is not None:
+            kept.keep(e, out=e)
+        return Exponentials(d, e, row_max, taken_d, taken_e, slope, capped, kept)
 
 
 def row_sum(x: Tensor) -> Tensor:

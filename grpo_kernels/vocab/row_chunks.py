@@ -45,7 +45,7 @@ class RowChunk(NamedTuple):
         view, rows = self.locate(logits)
         if isinstance(rows, slice):
             return view[rows]
-        out = scratch.like(name, view, view.dtype, len(rows))
+        out = scratch.empty(name, len(rows), view.shape[1], view.dtype, view.device)
         return torch.index_select(view, 0, rows, out=out)
 
     def direct(self, out: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
@@ -126,10 +126,13 @@ class Scratch:
         self.buffers: dict[str, Tensor] = {}
         self.has_infinities = has_infinities
 
-    def like(self, name: str, x: Tensor, dtype: torch.dtype, rows: int | None = None) -> Tensor:
-        """An uninitialised buffer as wide as `x` `[n, V]`, of `rows` rows, by default as many as `x` has."""
-        count = x.shape[0] if rows is None else rows
+    def like(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised buffer of the shape `[n, V]` of `x`."""
+        return self.empty(name, *x.shape, dtype, x.device)
+
+    def empty(self, name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised buffer `[rows, width]`. The same name always has the same width and dtype."""
         found = self.buffers.get(name)
-        if found is None or found.shape[0] < count:
-            found = self.buffers[name] = x.new_empty((count, x.shape[1]), dtype=dtype)
-        return found[:count]
+        if found is None or found.shape[0] < rows:
+            found = self.buffers[name] = torch.empty(rows, width, dtype=dtype, device=device)
+        return found[:rows]

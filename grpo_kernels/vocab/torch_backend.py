@@ -19,7 +19,7 @@ from ..tokens.statistics import Coefficients, RowStats
 from .exponentials import Distribution, Exponentials, Taken
 from .row_chunks import Index, RowChunk, Scratch, row_chunks
 from .rows import MASKED, FusedOutput, Rows
-from .sampling_mask import dropped_columns
+from .sampling_mask import KeptColumns
 
 
 class ChunkRows(NamedTuple):
@@ -28,7 +28,7 @@ class ChunkRows(NamedTuple):
     z: Tensor  # [n, V] raw logits, without the padding columns
     ref_z: Tensor | None
     place: Tensor | None  # [n, V], for the policy's exponentials; may be z; None: they need a buffer
-    dropped: Tensor | None  # [n, V] bool: columns that a sampling mask leaves out
+    kept: KeptColumns | None  # if there is a sampling mask
     taken: Taken
     policy: Distribution
     reference: Distribution
@@ -55,15 +55,16 @@ class Pass:
         z = chunk.read(rows.logits, "policy z", self.scratch)[:, :width]
         if rows.ref_logits is not None:
             ref_z = chunk.read(rows.ref_logits, "reference z", self.scratch)[:, :width]
-        dropped = None
+        kept = None
         if rows.sampling_mask is not None:
-            dropped = dropped_columns(rows.sampling_mask.flatten(0, 1)[chunk.rows], width)
+            words = rows.sampling_mask.flatten(0, 1)[chunk.rows]
+            kept = KeptColumns.of(words, width, rows.dtype, self.scratch)
         place = None if self.out is None else chunk.direct(self.out, width, rows.dtype)
         return ChunkRows(
             z,
             ref_z,
             place,
-            dropped,
+            kept,
             self.taken.rows(chunk.rows),
             Distribution("policy", transform.scale, transform.softcap, temperature),
             Distribution("reference", transform.ref_scale, transform.ref_softcap, temperature),
@@ -80,14 +81,14 @@ def statistics(
     q = None
     # The reference comes first, because its logits may be the policy's, which `rows.place` may overwrite.
     if rows.ref_z is not None:
-        q = rows.reference.exponentials(rows.ref_z, None, rows.taken, scratch, rows.dropped, keep_d=True)
+        q = rows.reference.exponentials(rows.ref_z, None, rows.taken, scratch, rows.kept, keep_d=True)
         ref_sum, ref_log_sum = q.normalizer()
     p = rows.policy.exponentials(
         rows.z,
         None,
         rows.taken,
         scratch,
-        rows.dropped,
+        rows.kept,
         keep_d=want.entropy is not None,
         out=rows.place,
         reference=q,
@@ -171,9 +172,12 @@ def gradient(
     if not terms:
         grad = p.e.mul_(factor)
     else:
-        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so.
         total = functools.reduce(Tensor.add_, terms).add_(factor)
-        grad = p.e.mul_(total.masked_fill_((p.e == 0) & ~factor.isnan(), 0.0))
+        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so. Only on
+        # a CPU the host looks for such numbers, so it does not sync.
+        if total.device.type != "cpu" or not bool(total.sum().isfinite()):
+            total.masked_fill_((p.e == 0) & ~factor.isnan(), 0.0)
+        grad = p.e.mul_(total)
         entry = entry + torch.where(p.taken_e > 0, p.taken_e / sum_exp * factor_y, 0.0)
     if dkl_forward is not None:
         assert q is not None and stats.ref_logps is not None and stats.ref_sum_exp is not None
@@ -182,7 +186,13 @@ def gradient(
         sure_gap = torch.expm1(logps) - torch.expm1(stats.ref_logps)
         entry = entry + dkl_forward * torch.where(is_sure(logps), sure_gap, gap)
     taken.write(grad, entry * slope)
-    return p.without_dropped(p.times_softcap_slope(grad))
+    grad = p.times_softcap_slope(grad)
+    if p.kept is None:
+        return grad
+    # 0 times a finite number is 0. The softcap's slope is NaN at a NaN that was not kept. Only on a CPU the
+    # host looks at the factors, so it does not sync.
+    finite = p.capped is None and grad.device.type == "cpu" and bool(factor.isfinite().all())
+    return grad if finite else p.kept.keep(grad, out=grad)
 
 
 def row_stats(rows: Rows, out: RowStats) -> None:
@@ -205,14 +215,14 @@ def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor
         q = None
         if here.ref_z is not None:
             q = here.reference.exponentials(
-                here.ref_z, own.ref_shift, here.taken, over.scratch, here.dropped, keep_d=with_difference
+                here.ref_z, own.ref_shift, here.taken, over.scratch, here.kept, keep_d=with_difference
             )
         p = here.policy.exponentials(
             here.z,
             own.shift,
             here.taken,
             over.scratch,
-            here.dropped,
+            here.kept,
             keep_d=coefficients.dentropy is not None,
             out=here.place,
             reference=q if with_difference else None,
