@@ -1,6 +1,8 @@
 """Fused policy losses for GRPO-style reinforcement learning of language models."""
 
 from .advantages import group_advantages
+from .distillation import distillation_loss
+from .linear_distillation import linear_distillation_loss
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
@@ -43,10 +45,12 @@ __all__ = [
     "PPOClip",
     "Reinforce",
     "VocabShard",
+    "distillation_loss",
     "global_normalizer",
     "group_advantages",
     "grpo_loss",
     "importance_weights",
+    "linear_distillation_loss",
     "linear_grpo_loss",
     "linear_logps",
     "log_ratio_loss",

@@ -89,38 +89,39 @@ def check_ref_head(
     width: int,
     padded: bool,
     shard: VocabShard | None = None,
+    prefix: str = "ref_",
 ) -> Head | None:
     """Check the reference's head and return it detached, or None if it is not given.
 
-    `policy` is the policy's hidden states. The vocabulary has `width` rows. `padded` means that the caller
-    gave `vocab_size`, so the numbers of rows may differ.
+    `prefix` starts the names of its arguments. `policy` is the policy's hidden states. The vocabulary has
+    `width` rows. `padded` means that the caller gave `vocab_size`, so the numbers of rows may differ.
     """
     if hidden is None or weight is None:
         for name, given, other, wanted in (
-            ("ref_hidden", hidden, "ref_lm_head_weight", weight),
-            ("ref_lm_head_weight", weight, "ref_hidden", hidden),
-            ("ref_lm_head_bias", bias, "ref_hidden", hidden),
+            ("hidden", hidden, "lm_head_weight", weight),
+            ("lm_head_weight", weight, "hidden", hidden),
+            ("lm_head_bias", bias, "hidden", hidden),
         ):
             if given is not None and wanted is None:
-                raise ValueError(f"{name} is given without {other}")
+                raise ValueError(f"{prefix}{name} is given without {prefix}{other}")
         return None
-    head = check_head(hidden, weight, bias, prefix="ref_", shard=shard).detach()
-    check_device("ref_hidden", hidden, policy.device, "hidden")
+    head = check_head(hidden, weight, bias, prefix=prefix, shard=shard).detach()
+    check_device(f"{prefix}hidden", hidden, policy.device, "hidden")
     if hidden.shape[:-1] != policy.shape[:-1]:
         raise ValueError(
-            f"ref_hidden must have the leading shape of hidden {tuple(policy.shape)}, got "
+            f"{prefix}hidden must have the leading shape of hidden {tuple(policy.shape)}, got "
             f"{tuple(hidden.shape)}{squeeze_hint(hidden.shape[:-1], policy.shape[:-1])}"
         )
     if (hidden.dtype == torch.float64) != (policy.dtype == torch.float64):
-        raise ValueError(f"ref_hidden is {hidden.dtype}, hidden {policy.dtype}: fp64 goes with fp64 only")
+        raise ValueError(f"{prefix}hidden is {hidden.dtype}, hidden {policy.dtype}: fp64 goes with fp64 only")
     rows = head.weight.shape[0]
     if rows != width and not padded:
         raise ValueError(
-            f"ref_lm_head_weight has {rows} rows, lm_head_weight {width}: give vocab_size, the number of "
+            f"{prefix}lm_head_weight has {rows} rows, lm_head_weight {width}: give vocab_size, the number of "
             "rows that both have in common, to ignore the rest as padding"
         )
     if rows < width:
-        raise ValueError(f"ref_lm_head_weight has {rows} rows, fewer than the {width} of the vocabulary")
+        raise ValueError(f"{prefix}lm_head_weight has {rows} rows, fewer than the {width} of the vocabulary")
     return head
 
 

@@ -57,6 +57,13 @@ class LogitTransform:
         )
 
     @property
+    def same_factor(self) -> bool:
+        """Whether a difference of softcapped, or else raw, logits is as many nats in both models."""
+        if self.softcap is None:
+            return self.ref_softcap is None and self.scale == self.ref_scale
+        return self.ref_softcap is not None
+
+    @property
     def numbers(self) -> list[float]:
         """The fields after `vocab_size` as floats, for a custom operator. A missing softcap is infinity."""
         softcap, ref_softcap = (math.inf if x is None else x for x in (self.softcap, self.ref_softcap))

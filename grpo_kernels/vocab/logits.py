@@ -16,30 +16,32 @@ def check_logits(logits: Tensor) -> None:
     check_row_stride("logits", logits)
 
 
-def check_ref_logits(ref_logits: Tensor, logits: Tensor, width: int, *, padded: bool) -> None:
-    """Raise an error unless device, shape and dtype of `ref_logits` fit those of the policy's logits.
+def check_ref_logits(
+    ref_logits: Tensor, logits: Tensor, width: int, *, padded: bool, name: str = "ref_logits"
+) -> None:
+    """Raise an error unless device, shape and dtype of the argument `name` fit those of the policy's logits.
 
     The vocabulary has `width` columns. `padded` means that the caller gave `vocab_size`, so the numbers of
     columns may differ.
     """
-    check_numbers("ref_logits", ref_logits)
-    check_device("ref_logits", ref_logits, logits.device, "logits")
+    check_numbers(name, ref_logits)
+    check_device(name, ref_logits, logits.device, "logits")
     shapes = f"shaped as logits {tuple(logits.shape)}, got {tuple(ref_logits.shape)}"
     if ref_logits.shape[:-1] != logits.shape[:-1]:
         hint = squeeze_hint(ref_logits.shape[:-1], logits.shape[:-1])
-        raise ValueError(f"ref_logits must be {shapes}{hint}")
+        raise ValueError(f"{name} must be {shapes}{hint}")
     if not padded and ref_logits.shape != logits.shape:
         raise ValueError(
-            f"ref_logits must be {shapes}: give vocab_size, the number of columns that both have in common, "
+            f"{name} must be {shapes}: give vocab_size, the number of columns that both have in common, "
             "to ignore the rest as padding"
         )
     if (ref_logits.dtype == torch.float64) != (logits.dtype == torch.float64):
-        raise ValueError(f"ref_logits is {ref_logits.dtype}, logits {logits.dtype}: fp64 goes with fp64 only")
+        raise ValueError(f"{name} is {ref_logits.dtype}, logits {logits.dtype}: fp64 goes with fp64 only")
     if ref_logits.shape[-1] < width:
         raise ValueError(
-            f"ref_logits has {ref_logits.shape[-1]} columns, fewer than the {width} of the vocabulary"
+            f"{name} has {ref_logits.shape[-1]} columns, fewer than the {width} of the vocabulary"
         )
-    check_row_stride("ref_logits", ref_logits)
+    check_row_stride(name, ref_logits)
 
 
 def check_numbers(name: str, logits: Tensor) -> None:
@@ -56,8 +58,13 @@ def check_row_stride(name: str, logits: Tensor) -> None:
         raise ValueError(f"{name} must have stride 1 along the vocabulary, got strides {logits.stride()}")
 
 
-def check_writable(logits: Tensor, given: Tensor, ref_logits: Tensor | None) -> None:
-    """Raise an error if the gradient cannot overwrite the logits `[B, T, V]`, a part of argument `given`."""
+def check_writable(
+    logits: Tensor, given: Tensor, ref_logits: Tensor | None, name: str = "ref_logits"
+) -> None:
+    """Raise an error if the gradient cannot overwrite the logits `[B, T, V]`, a part of argument `given`.
+
+    `name` is the name of the argument `ref_logits`.
+    """
     owners = (given,) if given._base is None else (given, given._base)
     if torch.is_grad_enabled() and any(x.is_leaf and x.requires_grad for x in owners):
         raise RuntimeError(
@@ -74,7 +81,7 @@ def check_writable(logits: Tensor, given: Tensor, ref_logits: Tensor | None) -> 
         extent = max(extent, stride * size)
     if ref_logits is not None and overlaps_other_rows(logits, ref_logits):
         raise ValueError(
-            "inplace=True would overwrite ref_logits, which share memory with logits of other tokens"
+            f"inplace=True would overwrite {name}, which share memory with logits of other tokens"
         )
 
 
