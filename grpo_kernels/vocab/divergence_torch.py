@@ -63,8 +63,9 @@ def compare(over: Pass, chunk: RowChunk, sums: Sums) -> Compared:
     rows, dtype = over.read(chunk), over.rows.dtype
     shift, sum_exp, ref_shift, ref_sum = (x.unsqueeze(-1) for x in sums.rows(chunk.rows))
     assert rows.ref_z is not None
-    p = Scaled.of(rows.z, rows.policy, rows.dropped, dtype)
-    q = Scaled.of(rows.ref_z, rows.reference, rows.dropped, dtype)
+    dropped = None if rows.kept is None else rows.kept.ones == 0
+    p = Scaled.of(rows.z, rows.policy, dropped, dtype)
+    q = Scaled.of(rows.ref_z, rows.reference, dropped, dtype)
     if over.rows.transform.same_factor:
         # The difference of two nearly equal logits is exact.
         x = (p.y - q.y).sub_(shift - ref_shift).mul_(p.k)

@@ -24,6 +24,7 @@ ALONE = {"kernels", "reference", "testing"}
 PUBLIC = {
     *("__init__", "losses", "linear_losses", "logps", "policy_loss", "options"),
     *("advantages", "weights", "normalizers", "sampling_mask", "reference", "testing"),
+    *("distillation", "linear_distillation"),
 }
 TRAINERS = {
     "integrations/trl/head": {"trl"},
@@ -195,6 +196,7 @@ def test_public_names() -> None:
             *("selective_logps", "linear_logps", "policy_loss"),
             *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
             *("CISPO", "SAPO", "DRO", "DPPO", "VESPO", "GMPO"),
+            *("distillation_loss", "linear_distillation_loss"),
             *("group_advantages", "global_normalizer", "importance_weights", "pack_sampling_mask", "VocabShard"),
         ]
     )
