@@ -28,8 +28,8 @@ from .tokens.loss import BatchLoss
 from .tokens.output import LossOutput, loss_output
 from .vocab.autograd import fusible
 from .vocab.dispatch import choose_backend
-from .vocab.sampling_mask import check_sampling_mask
 from .vocab.rows import MASKED
+from .vocab.sampling_mask import check_sampling_mask
 from .vocab.shard import VocabShard
 from .vocab.vocabulary import Vocabulary
 from .vocab.want import Want

@@ -25,8 +25,8 @@ from .tokens.output import LossOutput, loss_output
 from .vocab.autograd import differentiable_stats, fused_loss, fusible
 from .vocab.dispatch import choose_backend
 from .vocab.logits import check_logits, check_ref_logits, check_writable
-from .vocab.sampling_mask import check_sampling_mask, kept_logits
 from .vocab.rows import Rows, as_rows
+from .vocab.sampling_mask import check_sampling_mask, kept_logits
 from .vocab.shard import VocabShard, local_part
 from .vocab.vocabulary import Vocabulary
 from .vocab.want import Want

@@ -10,9 +10,7 @@ from .checks.tensors import check_device, check_tensor
 from .vocab.sampling_mask import WORD
 
 
-def pack_sampling_mask(
-    kept: Tensor, offsets: Tensor | None = None, vocab_size: int | None = None
-) -> Tensor:
+def pack_sampling_mask(kept: Tensor, offsets: Tensor | None = None, vocab_size: int | None = None) -> Tensor:
     """Pack the tokens that top-k, top-p or min-p sampling kept at each position into 32-bit words.
 
     Bit `v % 32` of word `v // 32` is 1 if token `v` was kept. Losses and log-probabilities take the result,

@@ -2,9 +2,9 @@
 
     make bench
 
-2048 tokens and 32,000 vocabulary entries; distillation also from hidden states of 512 dimensions. Each function
-is compared with eager PyTorch for the same numbers, and its result with eager's before it is timed. TRL's
-function for distillation is a Triton kernel, which does not run on a CPU.
+There are 2048 tokens and 32,000 vocabulary entries, and for distillation also hidden states of 512 dimensions.
+Each function is compared with eager PyTorch, its result before it is timed. TRL's function for distillation is
+a Triton kernel, which does not run on a CPU.
 """
 
 from __future__ import annotations

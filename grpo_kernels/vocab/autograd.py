@@ -60,7 +60,7 @@ class RowStatsFunction(torch.autograd.Function):
         stats = want.empty_stats(rows.num_rows, rows.dtype, logits.device, for_backward=True)
         dispatch.row_stats(rows, stats)
         stats = want.merged(stats, rows)
-        ctx.want, ctx.transform, ctx.backend, ctx.origin = want, rows.transform, rows.backend, origin
+        ctx.want, ctx.settings, ctx.origin = want, (rows.transform, rows.backend), origin
         ref_logits = rows.ref_logits if want.kl_gradient else None
         ctx.save_for_backward(*rows._replace(logits=logits, ref_logits=ref_logits).tensors, *stats)
         ctx.set_materialize_grads(False)
@@ -78,7 +78,7 @@ class RowStatsFunction(torch.autograd.Function):
         # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
         saved = ctx.saved_tensors
         stats = RowStats(*saved[-len(RowStats._fields) :])
-        rows = Rows(*saved[: -len(stats)], ctx.transform, ctx.backend)
+        rows = Rows(*saved[: -len(stats)], *ctx.settings)
         logits = rows.logits
         out = logits.detach() if want.inplace else new_gradient(logits)
         dispatch.dlogits(rows, stats, coefficients, out)

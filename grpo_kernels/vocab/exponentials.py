@@ -98,7 +98,6 @@ class Exponentials(NamedTuple):
         return grad.mul_(self.capped.mul_(self.capped).neg_().add_(1.0))
 
 
-
 class Distribution(NamedTuple):
     """How one model's raw logits become a distribution."""
 

@@ -128,7 +128,7 @@ class Scratch:
 
     def like(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised buffer of the shape `[n, V]` of `x`."""
-        return self.empty(name, *x.shape, dtype, x.device)
+        return self.empty(name, x.shape[0], x.shape[1], dtype, x.device)
 
     def empty(self, name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised buffer `[rows, width]`. The same name always has the same width and dtype."""

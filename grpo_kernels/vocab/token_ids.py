@@ -47,7 +47,7 @@ def taken_logits(rows: Rows) -> TakenLogits:
 
 
 def likeliest(x: Tensor) -> Tensor:
-    """Return the index `[N, 1]` of the largest number of each row `[N, K]`, the first if there are several."""
+    """Return the index `[N, 1]` of the largest number of each row `[N, K]`, the first of several."""
     return x.nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax(-1, keepdim=True)
 
 
@@ -73,12 +73,14 @@ def write_logps(rows: Rows, logits: TakenLogits, stats: RowStats) -> None:
     own = likeliest(logits.y)
     # Only a token in these columns has the log-probability of the row's taken token.
     taken = torch.where(logps.gather(-1, own).isnan(), torch.nan, stats.logps.unsqueeze(-1))
-    stats.id_logps.copy_(logps.scatter(-1, own, taken).masked_fill_((rows.targets == MASKED).unsqueeze(-1), 0.0))
+    stats.id_logps.copy_(
+        logps.scatter(-1, own, taken).masked_fill_((rows.targets == MASKED).unsqueeze(-1), 0.0)
+    )
 
 
 def without_padding(stats: RowStats, ids: Tensor | None) -> RowStats:
     """Return the statistics with log-probabilities of 0, without gradients, at the padding of `Rows.ids`."""
-    if ids is None:
+    if ids is None or stats.id_logps is None:
         return stats
     return stats._replace(id_logps=torch.where(ids == PADDING, 0.0, stats.id_logps))
 

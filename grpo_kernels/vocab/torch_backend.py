@@ -173,8 +173,8 @@ def gradient(
         grad = p.e.mul_(factor)
     else:
         total = functools.reduce(Tensor.add_, terms).add_(factor)
-        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so. Only on
-        # a CPU the host looks for such numbers, so it does not sync.
+        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so. The
+        # host looks for such numbers on a CPU only, so it does not sync.
         if total.device.type != "cpu" or not bool(total.sum().isfinite()):
             total.masked_fill_((p.e == 0) & ~factor.isnan(), 0.0)
         grad = p.e.mul_(total)
@@ -189,8 +189,8 @@ def gradient(
     grad = p.times_softcap_slope(grad)
     if p.kept is None:
         return grad
-    # 0 times a finite number is 0. The softcap's slope is NaN at a NaN that was not kept. Only on a CPU the
-    # host looks at the factors, so it does not sync.
+    # 0 times a finite number is 0. The softcap's slope is NaN at a NaN that was not kept. The host looks at
+    # the factors on a CPU only, so it does not sync.
     finite = p.capped is None and grad.device.type == "cpu" and bool(factor.isfinite().all())
     return grad if finite else p.kept.keep(grad, out=grad)
 

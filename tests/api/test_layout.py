@@ -197,7 +197,13 @@ def test_public_names() -> None:
             *("LossSpec", "KL", "LogRatio", "ImportanceRatio", "PPOClip", "Reinforce"),
             *("CISPO", "SAPO", "DRO", "DPPO", "VESPO", "GMPO"),
             *("distillation_loss", "linear_distillation_loss"),
-            *("group_advantages", "global_normalizer", "importance_weights", "pack_sampling_mask", "VocabShard"),
+            *(
+                "group_advantages",
+                "global_normalizer",
+                "importance_weights",
+                "pack_sampling_mask",
+                "VocabShard",
+            ),
         ]
     )
     assert all(hasattr(grpo_kernels, name) for name in grpo_kernels.__all__)

@@ -17,9 +17,7 @@ cases = Cases()
 def several_tokens(backend: str, split: str, tokens: int, dtype: torch.dtype) -> None:
     case, shard = token_case(vocab=V, tokens=tokens, dtype=dtype), shard_of(split, V)
     part = case.logits[..., shard.start : shard.stop].clone().requires_grad_()
-    found = selective_logps(
-        part, case.ids, mask=case.mask, return_entropy=True, shard=shard, backend=backend
-    )
+    found = selective_logps(part, case.ids, mask=case.mask, return_entropy=True, shard=shard, backend=backend)
     loss_of(case, *found).backward()
     grad = joined(part.grad, split, V, -1)
     assert_tokens(case, *(x.detach() for x in found), grad)

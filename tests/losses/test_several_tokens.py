@@ -72,7 +72,9 @@ def test_one_token_of_several_is_as_one_token(backend: str, device: str) -> None
 
 @pytest.mark.parametrize("gap", [12.0, 20.0, 30.0])
 def test_a_sure_token_keeps_its_digits(backend: str, device: str, gap: float) -> None:
-    logits = torch.randn(1, 3, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    logits = torch.randn(1, 3, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        device
+    )
     logits[..., 17] = logits.amax(-1) + gap
     ids = torch.tensor([3, 17, 40, 17], device=device).expand(1, 3, 4)
     weights = torch.tensor([0.0, 1.0, 0.0, 0.5], device=device)
@@ -145,7 +147,9 @@ def test_from_hidden_states(backend: str, device: str, chunk_tokens: int | None,
     """The same as from the logits, whatever the chunks. Weight and bias get their gradients."""
     case = TokenCase(*(x.to(device) for x in token_case(vocab=50, dtype=torch.float64)))
     generator = torch.Generator().manual_seed(3)
-    parts = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 8), (50, 8), (50,))]
+    parts = [
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 8), (50, 8), (50,))
+    ]
     hidden, weight, bias = (x.to(device).requires_grad_() for x in parts)
     options = {"chunk_tokens": chunk_tokens, "compact": compact, "backend": backend}
     found = linear_logps(

@@ -120,11 +120,13 @@ class TestCompile:
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_process_group_makes_no_other_test_fail(call: int) -> None:
-    """Dynamo looks its functions up again in a test of a process group. The next test compiles all the same."""
+    """Dynamo looks up its functions again in a test of a process group. The next test still compiles."""
     torch.compiler.reset()
     if call == 1:
         torch._dynamo.trace_rules.clear_lru_cache()  # as `init_process_group` does
         torch._dynamo.trace_rules.get_torch_obj_rule_map()
         return
     logits = torch.randn(2, 3, 7)
-    torch.compile(selective_logps, fullgraph=True, backend="eager")(logits, torch.ones(2, 3, dtype=torch.int64))
+    torch.compile(selective_logps, fullgraph=True, backend="eager")(
+        logits, torch.ones(2, 3, dtype=torch.int64)
+    )

@@ -105,7 +105,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return spec_of_settings(self)
 
     def sampling_mask(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Return the `sampling_mask` `[B, T, ceil(V / 32)]` of a micro-batch, or None. See `linear_grpo_loss`.
+        """Return the `sampling_mask` of a micro-batch, `[B, T, ceil(V / 32)]`, or None. See `grpo_loss`.
 
         It is that of the batch, if there is one. TRL 1.16 does not make one. A subclass adds it to the result
         of `_generate_and_score_completions`, and TRL splits and shuffles it with the other tensors. Or it
