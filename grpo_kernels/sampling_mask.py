@@ -10,9 +10,7 @@ from .checks.tensors import check_device, check_tensor
 from .vocab.sampling_mask import WORD
 
 
-def pack_sampling_mask(
-    kept: Tensor, offsets: Tensor | None = None, vocab_size: int | None = None
-) -> Tensor:
+def pack_sampling_mask(kept: Tensor, offsets: Tensor | None = None, vocab_size: int | None = None) -> Tensor:
     """Pack the tokens that top-k, top-p or min-p sampling kept at each position into 32-bit words.
 
     Bit `v % 32` of word `v // 32` is 1 if token `v` was kept. Losses and log-probabilities take the result,
@@ -53,12 +51,12 @@ def pack_sampling_mask(
     lengths = offsets.diff()
     check_lists(kept, offsets, lengths, size)
     width = -(-size // WORD) * WORD
-    rows = torch.repeat_interleave(lengths, output_size=kept.numel())
+    rows = torch.repeat_interleave(lengths.long(), output_size=kept.numel())
     # Each bit is set once, however often its id is given, so that adding bits sets them.
     bits = torch.unique(rows * width + kept)
     words = torch.zeros(lengths.numel() * width // WORD, dtype=torch.int64, device=kept.device)
     words.index_add_(0, bits // WORD, torch.ones_like(bits) << bits % WORD)
-    return words.to(torch.int32).view(lengths.numel(), -1)
+    return words.to(torch.int32).view(lengths.numel(), width // WORD)
 
 
 def check_lists(ids: Tensor, offsets: Tensor, lengths: Tensor, size: int) -> None:
@@ -72,6 +70,8 @@ def check_lists(ids: Tensor, offsets: Tensor, lengths: Tensor, size: int) -> Non
 
 def pack_bits(keep: Tensor) -> Tensor:
     """Pack bools `[..., V]` into int32 `[..., ceil(V / 32)]`."""
+    if not keep.shape[-1]:  # an empty part of a vocabulary that is split over ranks
+        return torch.empty(keep.shape, dtype=torch.int32, device=keep.device)
     keep = torch.nn.functional.pad(keep, (0, -keep.shape[-1] % WORD)).to(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=keep.device)
     return (keep.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8).view(torch.int32)

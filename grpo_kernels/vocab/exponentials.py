@@ -96,7 +96,6 @@ class Exponentials(NamedTuple):
             return grad
         return grad.mul_(self.capped.mul_(self.capped).neg_().add_(1.0))
 
-
     def without_dropped(self, grad: Tensor) -> Tensor:
         """Write zeros to the dropped columns of `grad` `[n, V]`, whose logits may be NaN, and return it."""
         return grad if self.dropped is None else grad.masked_fill_(self.dropped, 0.0)

@@ -22,7 +22,9 @@ def check_sampling_mask(mask: Tensor | None, batch: Batch, width: int) -> Tensor
     check_tensor("sampling_mask", mask)
     check_device("sampling_mask", mask, batch.device, batch.source)
     if mask.dtype != torch.int32:
-        raise ValueError(f"sampling_mask must be int32, got {mask.dtype}; pack_sampling_mask makes it of bools")
+        raise ValueError(
+            f"sampling_mask must be int32, got {mask.dtype}; pack_sampling_mask makes it of bools"
+        )
     expected = (*batch.shape, -(-width // WORD))
     if tuple(mask.shape) != expected:
         raise ValueError(
