@@ -51,12 +51,12 @@ def pack_sampling_mask(kept: Tensor, offsets: Tensor | None = None, vocab_size: 
     lengths = offsets.diff()
     check_lists(kept, offsets, lengths, size)
     width = -(-size // WORD) * WORD
-    rows = torch.repeat_interleave(lengths, output_size=kept.numel())
+    rows = torch.repeat_interleave(lengths.long(), output_size=kept.numel())
     # Each bit is set once, however often its id is given, so that adding bits sets them.
     bits = torch.unique(rows * width + kept)
     words = torch.zeros(lengths.numel() * width // WORD, dtype=torch.int64, device=kept.device)
     words.index_add_(0, bits // WORD, torch.ones_like(bits) << bits % WORD)
-    return words.to(torch.int32).view(lengths.numel(), -1)
+    return words.to(torch.int32).view(lengths.numel(), width // WORD)
 
 
 def check_lists(ids: Tensor, offsets: Tensor, lengths: Tensor, size: int) -> None:

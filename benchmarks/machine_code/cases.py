@@ -42,9 +42,13 @@ def loss(
     reference: str = "none",
     old: bool = False,
     per_token: bool = False,
+    dropped: bool = False,
     **options: Any,
 ) -> None:
-    """Forward and backward of a loss from logits. `reference` is "none", "logits" or "logps"."""
+    """Forward and backward of a loss from logits. `reference` is "none", "logits" or "logps".
+
+    `dropped`: there is a sampling mask.
+    """
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -60,6 +64,7 @@ def loss(
         old_logps=new(8, 512) if old else None,
         token_weights=new(8, 512) if per_token else None,
         temperature=new(8) if per_token else 0.9,
+        sampling_mask=new(8, 512, -(-vocab // 32), dtype=torch.int32) if dropped else None,
         backend="triton",
         **options,
     )
@@ -115,6 +120,26 @@ def cases() -> dict[str, Callable[[], None]]:
             found[f"{where} exact KL, entropy"] = partial(call, both, reference="logits")
             found[f"{where} softcap"] = partial(call, both, reference="logits", logit_softcap=30.0)
             found[f"{where} unaligned rows"] = partial(call, both, reference="logits", vocab=50257)
+
+    dropping = partial(loss, dropped=True)
+    for dtype in (torch.bfloat16, torch.float32):
+        for inplace in (False, True):
+            name = f"{str(dtype).removeprefix('torch.')}{' fused' if inplace else ''} sampling mask"
+            call = partial(dropping, dtype=dtype, inplace=inplace)
+            found[name] = partial(call, ppo, old=True)
+            found[f"{name}, exact KL, entropy"] = partial(call, both, reference="logits")
+    for inplace in (False, True):
+        name, call = (
+            f"bfloat16{' fused' if inplace else ''} sampling mask",
+            partial(dropping, inplace=inplace),
+        )
+        found[f"{name}, entropy"] = partial(call, LossSpec(PPOClip(), entropy_coef=0.01))
+        forward = LossSpec(PPOClip(), KL("exact_forward"))
+        found[f"{name}, exact KL"] = partial(call, LossSpec(PPOClip(), KL("exact")), reference="logits")
+        found[f"{name}, forward KL"] = partial(call, forward, reference="logits")
+        found[f"{name}, softcap"] = partial(call, both, reference="logits", logit_softcap=30.0)
+        found[f"{name}, unaligned rows"] = partial(call, both, reference="logits", vocab=50257)
+    found["float64 sampling mask"] = partial(dropping, both, dtype=torch.float64, reference="logits")
 
     for inplace in (False, True):
         call = partial(loss, inplace=inplace)

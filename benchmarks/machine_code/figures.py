@@ -109,7 +109,10 @@ def given(kernel: Any, name: str) -> bool:
     return bool(constants(kernel).get(name, name in kernel.src.signature))
 
 
-OPTIONAL = ("ref", "entropy", "kl_forward", "top1", "dentropy", "dkl", "dkl_forward", "temperature")
+OPTIONAL = (
+    *("ref", "entropy", "kl_forward", "top1", "dentropy", "dkl", "dkl_forward", "temperature"),
+    "sampling_mask",
+)
 OF_TOKENS = (
     *("old_logps", "ref_logps", "entropy", "kl", "kl_forward"),
     *("token_weights", "entropy_weights", "dentropy", "dkl"),
@@ -162,8 +165,10 @@ def read_passes(kernel: Any, threads: int) -> tuple[Pass, ...]:
     for what in PASSES[name]:
         loop = sass.main_loop(stores=what == "gradient")
         assert loop is not None, f"{name} {variant(kernel)}: no loop over the row"
-        elements = loop.loaded_bytes // ITEMSIZE[element]
-        found.append(read_pass(what, loop.instructions, elements, loop.narrowest_bits))
+        # Words of a sampling mask are loaded one by one, 32 bits each. They are not elements of a row.
+        row = loop.without_loads(32) if given(kernel, "sampling_mask_ptr") else loop
+        elements = row.loaded_bytes // ITEMSIZE[element]
+        found.append(read_pass(what, loop.instructions, elements, row.narrowest_bits))
     return tuple(found)
 
 

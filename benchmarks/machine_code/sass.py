@@ -83,6 +83,11 @@ class Loop:
         """Width of the narrowest global memory access."""
         return min((i.bits for i in self.instructions if i.bits), default=0)
 
+    def without_loads(self, bits: int) -> Loop:
+        """The loop without the loads of this width."""
+        parts = (self.instructions, self.every_time)
+        return Loop(self.head, *(tuple(i for i in part if i.loaded_bits != bits) for part in parts))
+
     def contains(self, other: Loop) -> bool:
         return set(other.instructions) < set(self.instructions)
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 MASKED = tl.constexpr(-1)  # in targets: a masked row
+WORD = tl.constexpr(32)  # columns per word of a sampling mask
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A lower bound on exponents, in log2 units. 2^LOWEST is 0, and LOWEST times a coefficient is finite. With
@@ -46,6 +47,37 @@ def is_taken(columns, taken, PARTIAL: tl.constexpr, THREADS: tl.constexpr, GROUP
         remainder = taken - tl.arange(0, THREADS) * GROUP
         found = tl.reshape(constants == remainder[None, :, None], [BLOCK])
     return found
+
+
+@triton.jit
+def is_kept(sampling_mask_ptr, column):
+    """Whether the row's sampling mask keeps a column. Column -1 counts as kept."""
+    word = tl.load(sampling_mask_ptr + column // WORD, mask=column >= 0, other=-1)
+    return (word >> (column & (WORD - 1))) & 1 != 0
+
+
+@triton.jit
+def are_kept(
+    sampling_mask_ptr, start, columns, V, PARTIAL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Whether the row's sampling mask keeps each column of a block that starts at column `start`.
+
+    A thread loads one word for the GROUP columns that it loads at once. They are in one word, because GROUP
+    divides WORD, and WORD divides `start` and THREADS * GROUP.
+    """
+    BLOCK: tl.constexpr = columns.shape[0]
+    groups = tl.arange(0, BLOCK // (THREADS * GROUP)) * (THREADS * GROUP // WORD)
+    own = tl.arange(0, THREADS) * GROUP
+    index = start // WORD + (groups[:, None] + (own // WORD)[None, :])
+    if PARTIAL:
+        words = tl.load(sampling_mask_ptr + index, mask=index * WORD < V, other=0)
+    else:
+        words = tl.load(sampling_mask_ptr + index)
+    # The bits of the group become the highest ones. Then one of its tests is a comparison of signs, and LLVM
+    # does not find 32 equal tests, which it would turn into a vector at 2 more instructions per column.
+    bits = words << (-(own % WORD) + (WORD - GROUP))[None, :]
+    kept = (bits[:, :, None] >> (tl.arange(0, GROUP) + (WORD - GROUP))[None, None, :]) & 1 != 0
+    return tl.reshape(kept, [BLOCK])
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from .device import (
     LOG2E,
     LOWEST,
     MASKED,
+    are_kept,
     expm1,
     exponent,
     is_taken,
@@ -45,14 +46,16 @@ def zero_columns(out_ptr, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def gradient_block(
-    out_ptr, logits_ptr, ref_ptr, start, columns, target, V, WIDTH,
+    out_ptr, logits_ptr, ref_ptr, sampling_mask_ptr, block, start, columns, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
     by_p, by_d, by_ref_d, by_ref_p, taken, alone,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, WHOLE_ROW: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr,
     GROUP: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Write one block of a row of the gradient: `columns`, counted from `start`. See `row_gradient`.
+    """Write the block of a row of the gradient at column `block`. See `row_gradient`.
+
+    `columns` are counted from `start`, `block` or 0. Columns that the sampling mask drops get zeros.
 
     TAKEN: the block may contain the taken token, in column `target`, counted from `start`. PARTIAL: it may
     end beyond the vocabulary, and `start` is 0. Otherwise `columns` are constants in the machine code.
@@ -81,6 +84,12 @@ def gradient_block(
     if CAPPED:
         tanh = y / softcap
         grad *= 1 - tanh * tanh
+    if sampling_mask_ptr is not None:
+        kept = are_kept(sampling_mask_ptr, block, columns, V, PARTIAL, THREADS, GROUP)
+        # A zero that LLVM does not recognize. With a constant it would compute the selection from integers,
+        # with one more instruction per column.
+        zero = (tl.full((), V, tl.int32) >> 31).to(DTYPE)
+        grad = tl.where(kept, grad, zero)
     if PARTIAL:
         grad = tl.where(columns < V, grad, 0.0)
         tl.store(
@@ -107,7 +116,7 @@ def log_normalizer(logp, sum_exp):
 
 @triton.jit
 def row_gradient(
-    out_ptr, logits_ptr, ref_ptr, offsets, target, V, WIDTH,
+    out_ptr, logits_ptr, ref_ptr, sampling_mask_ptr, offsets, target, V, WIDTH,
     k, scale, softcap, ref_k, ref_scale, ref_softcap,
     logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl,
     dlogp, dentropy, dkl, dkl_forward,
@@ -165,7 +174,7 @@ def row_gradient(
     if own < full:
         stop = full - BLOCK
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, own, offsets, target - own, V, WIDTH,
+            out_ptr, logits_ptr, ref_ptr, sampling_mask_ptr, own, own, offsets, target - own, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken, alone,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, False, DTYPE, THREADS, GROUP, KEPT,
@@ -173,14 +182,15 @@ def row_gradient(
     for start in range(0, stop, BLOCK):
         other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, other, offsets, target, V, WIDTH,
+            out_ptr, logits_ptr, ref_ptr, sampling_mask_ptr, other, other, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken, alone,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, False, False, DTYPE, THREADS, GROUP, KEPT,
         )  # fmt: skip
     for start in range(full, WIDTH, TAIL):
         gradient_block(
-            out_ptr, logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
+            out_ptr, logits_ptr, ref_ptr, sampling_mask_ptr,
+            start, 0, start + tl.arange(0, TAIL), target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap, shift, ref_shift,
             by_p, by_d, by_ref_d, by_ref_p, taken, alone,
             CAPPED, REF_CAPPED, WHOLE_ROW, KL_FORWARD, True, True, DTYPE, THREADS, GROUP, KEPT,
@@ -190,7 +200,8 @@ def row_gradient(
 @triton.jit(
     do_not_specialize=[
         "out_batch_stride", "out_time_stride", "batch_stride", "time_stride",
-        "ref_batch_stride", "ref_time_stride", "T",
+        "ref_batch_stride", "ref_time_stride",
+        "sampling_mask_batch_stride", "sampling_mask_time_stride", "T",
     ],
     do_not_specialize_on_alignment=PER_ROW,
 )  # fmt: skip
@@ -198,6 +209,7 @@ def dlogits_kernel(
     out_ptr, out_batch_stride: tl.int64, out_time_stride: tl.int64,
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
+    sampling_mask_ptr, sampling_mask_batch_stride: tl.int64, sampling_mask_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr, ref_logps_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr,
     dlogp_ptr, dentropy_ptr, dkl_ptr, dkl_forward_ptr,
@@ -220,12 +232,16 @@ def dlogits_kernel(
     logits_ptr = row_pointer(logits_ptr, batch_stride, time_stride, row, T, GROUP)
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
+    if sampling_mask_ptr is not None:
+        sampling_mask_ptr = row_pointer(
+            sampling_mask_ptr, sampling_mask_batch_stride, sampling_mask_time_stride, row, T, 1
+        )
     scale, softcap, k = logit_factors(scale, softcap, temperature_ptr, temperature, row, CAPPED, DTYPE)
     ref_scale, ref_softcap, ref_k = logit_factors(
         ref_scale, ref_softcap, temperature_ptr, temperature, row, REF_CAPPED, DTYPE
     )
     row_gradient(
-        out_ptr, logits_ptr, ref_ptr, tl.arange(0, BLOCK), target, V, WIDTH,
+        out_ptr, logits_ptr, ref_ptr, sampling_mask_ptr, tl.arange(0, BLOCK), target, V, WIDTH,
         k, scale, softcap, ref_k, ref_scale, ref_softcap,
         tl.load(logps_ptr + row), tl.load(shift_ptr + row), tl.load(sum_exp_ptr + row),
         load_optional(entropy_ptr, row, DTYPE), load_optional(ref_logps_ptr, row, DTYPE),
@@ -245,12 +261,20 @@ def dlogits(rows: "Rows", stats: "RowStats", coefficients: "Coefficients", out: 
     """
     transform, constants = rows.transform, transform_constants(rows.transform)
     logits, ref_logits = rows.logits, rows.ref_logits
-    shape = blocking(transform.vocab_size, out, logits, ref_logits=ref_logits, capped=any(constants.values()))
+    shape = blocking(
+        transform.vocab_size,
+        out,
+        logits,
+        ref_logits=ref_logits,
+        capped=any(constants.values()),
+        sampling_mask=rows.sampling_mask,
+    )
     with on_device_of(logits):
         dlogits_kernel[(rows.num_rows,)](
             out, *row_strides(out),
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
+            rows.sampling_mask, *row_strides(rows.sampling_mask),
             rows.targets, rows.temperatures,
             stats.logps, stats.shift, stats.sum_exp, stats.entropy,
             stats.ref_logps, stats.ref_shift, stats.ref_sum_exp, stats.kl, *coefficients,

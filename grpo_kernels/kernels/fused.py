@@ -38,7 +38,8 @@ KEEP = False
 @triton.jit(
     do_not_specialize=[
         "out_batch_stride", "out_time_stride", "batch_stride", "time_stride",
-        "ref_batch_stride", "ref_time_stride", "T",
+        "ref_batch_stride", "ref_time_stride",
+        "sampling_mask_batch_stride", "sampling_mask_time_stride", "T",
     ],
     do_not_specialize_on_alignment=PER_ROW,
 )  # fmt: skip
@@ -46,6 +47,7 @@ def fused_loss_kernel(
     out_ptr, out_batch_stride: tl.int64, out_time_stride: tl.int64,
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
+    sampling_mask_ptr, sampling_mask_batch_stride: tl.int64, sampling_mask_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     advantages_ptr, row_weights_ptr, old_logps_ptr, given_ref_logps_ptr, token_weights_ptr,
     entropy_weights_ptr,
@@ -85,11 +87,16 @@ def fused_loss_kernel(
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
+    if sampling_mask_ptr is not None:
+        sampling_mask_ptr = row_pointer(
+            sampling_mask_ptr, sampling_mask_batch_stride, sampling_mask_time_stride, row, T, 1
+        )
     # Computed once. LLVM would merge two copies into values that it does not know to be constants. In rows
     # that are not aligned, each of these values would take a register.
     offsets = tl.arange(0, BLOCK)
     logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
-        logits_ptr, ref_ptr, offsets, target, z, ref_z, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+        logits_ptr, ref_ptr, sampling_mask_ptr, offsets, target, z, ref_z, V,
+        k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
         BLOCK, TAIL, THREADS, GROUP, KEEP,
     )  # fmt: skip
@@ -125,7 +132,7 @@ def fused_loss_kernel(
         if KL_KIND == "exact" or KL_KIND == "exact_forward":
             gradient_ref_ptr = ref_ptr
         row_gradient(
-            out_ptr, logits_ptr, gradient_ref_ptr, offsets, target, V, WIDTH,
+            out_ptr, logits_ptr, gradient_ref_ptr, sampling_mask_ptr, offsets, target, V, WIDTH,
             k, scale, softcap, ref_k, ref_scale, ref_softcap,
             logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl,
             dlogp, dentropy, dkl, dkl_forward,
@@ -139,13 +146,19 @@ def fused_loss(rows: "Rows", loss: KernelLoss, inputs: "TokenInputs", out: "Fuse
     transform, constants = rows.transform, transform_constants(rows.transform)
     logits, ref_logits, stats = rows.logits, rows.ref_logits, out.stats
     shape = blocking(
-        transform.vocab_size, out.dlogits, logits, ref_logits=ref_logits, capped=any(constants.values())
+        transform.vocab_size,
+        out.dlogits,
+        logits,
+        ref_logits=ref_logits,
+        capped=any(constants.values()),
+        sampling_mask=rows.sampling_mask,
     )
     with on_device_of(logits):
         fused_loss_kernel[(rows.num_rows,)](
             out.dlogits, *row_strides(out.dlogits),
             logits, *row_strides(logits),
             ref_logits, *row_strides(ref_logits),
+            rows.sampling_mask, *row_strides(rows.sampling_mask),
             rows.targets, rows.temperatures,
             inputs.advantages, inputs.row_weights, inputs.old_logps, inputs.ref_logps,
             inputs.token_weights, inputs.entropy_weights,

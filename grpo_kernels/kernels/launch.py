@@ -24,9 +24,9 @@ PER_ROW = (
     *("ref_logps_ptr", "ref_shift_ptr", "ref_sum_exp_ptr", "kl_ptr", "kl_forward_ptr", "top1_ptr"),
     *("dlogp_ptr", "dentropy_ptr", "dkl_ptr", "dkl_forward_ptr", "value_ptr"),
     *("advantages_ptr", "row_weights_ptr", "old_logps_ptr", "given_ref_logps_ptr", "token_weights_ptr"),
-    *("entropy_weights_ptr", "mask_ptr", "known_ptr"),
+    *("entropy_weights_ptr", "mask_ptr", "known_ptr", "sampling_mask_ptr"),
 )
-"""Pointers to one element per row.
+"""Pointers to one element per row, and to the words of a sampling mask, which are loaded one by one.
 
 Without specialisation on their alignment, every slice of a batch uses the same variant.
 """
@@ -54,18 +54,22 @@ def blocking(
     *tensors: Tensor,
     ref_logits: Tensor | None = None,
     capped: bool = False,
+    sampling_mask: Tensor | None = None,
     num_warps: int = 4,
 ) -> Blocking:
     """Choose the division of rows for a pass over `tensors`, and over `ref_logits` if they are given.
 
-    A block is as large as the registers allow: smaller for two rows at once, with a softcap, in fp64, and for
-    a small vocabulary. GROUP is 1 if rows are not aligned for 16-byte loads. Otherwise such a load has GROUP
-    elements of the narrowest tensor, and a thread also gets GROUP adjacent elements of each wider tensor.
+    A block is as large as the registers allow: smaller for two rows at once, with a softcap, in fp64, for a
+    small vocabulary, and for a sampling mask with GROUP = 1, which takes a word per column. GROUP is 1 if
+    rows are not aligned for 16-byte loads. Otherwise such a load has GROUP elements of the narrowest tensor,
+    and a thread also gets GROUP adjacent elements of each wider tensor.
     """
     given = [*tensors] if ref_logits is None else [*tensors, ref_logits]
     itemsize = min(tensor.element_size() for tensor in given)
     block = 4096 // (1 if ref_logits is None else 2) // (2 if capped else 1) // (4 if itemsize == 8 else 1)
     group = 16 // itemsize if all(map(rows_aligned, given)) else 1
+    if group == 1 and sampling_mask is not None:
+        block //= 2
     threads = num_warps * (32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size)
     fitting = 1 << (vocab.bit_length() - 1)
     block = max(threads * group, min(block, fitting))

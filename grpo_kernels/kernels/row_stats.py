@@ -10,7 +10,9 @@ from .device import (
     LOG2E,
     LOWEST,
     MASKED,
+    are_kept,
     exponent,
+    is_kept,
     is_taken,
     known_column,
     load_block,
@@ -71,12 +73,15 @@ def rescaled(total, alpha):
 @triton.jit
 def fold_rows(
     shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-    logits_ptr, ref_ptr, start, columns, taken, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logits_ptr, ref_ptr, sampling_mask_ptr, block, start, columns, taken, V,
+    k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     TAKEN: tl.constexpr, PARTIAL: tl.constexpr, DTYPE: tl.constexpr, THREADS: tl.constexpr,
     GROUP: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of the policy's and the reference's row to the sums: `columns`, counted from `start`.
+    """Add the block of the policy's and the reference's row at column `block` to the sums.
+
+    `columns` are counted from `start`, `block` or 0. Columns that the sampling mask drops count as -inf.
 
     TAKEN: the block may contain the taken token, in column `taken`, counted from `start`. It is left out.
 
@@ -87,6 +92,9 @@ def fold_rows(
     EVICTION: tl.constexpr = "evict_last" if KEEP else ""
     REF_EVICTION: tl.constexpr = "evict_first" if KEEP else ""
     y = load_block(logits_ptr + start, columns, V, scale, softcap, CAPPED, PARTIAL, DTYPE, EVICTION)
+    if sampling_mask_ptr is not None:
+        kept = are_kept(sampling_mask_ptr, block, columns, V, PARTIAL, THREADS, GROUP)
+        y = tl.where(kept, y, float("-inf"))
     if TAKEN:
         left_out = is_taken(columns, taken, PARTIAL, THREADS, GROUP)
         y = tl.where(left_out, float("-inf"), y)
@@ -100,6 +108,8 @@ def fold_rows(
         ref_y = load_block(
             ref_ptr + start, columns, V, ref_scale, ref_softcap, REF_CAPPED, PARTIAL, DTYPE, REF_EVICTION
         )
+        if sampling_mask_ptr is not None:
+            ref_y = tl.where(kept, ref_y, float("-inf"))
         if TAKEN:
             ref_y = tl.where(left_out, float("-inf"), ref_y)
         ref_shift, ref_delta, ref_d = fold(ref_y, ref_k, ref_shift, BLOCK, THREADS, GROUP)
@@ -117,7 +127,8 @@ def fold_rows(
 
 @triton.jit
 def reduce_row(
-    logits_ptr, ref_ptr, offsets, target, z, ref_z, V, k, scale, softcap, ref_k, ref_scale, ref_softcap,
+    logits_ptr, ref_ptr, sampling_mask_ptr, offsets, target, z, ref_z, V,
+    k, scale, softcap, ref_k, ref_scale, ref_softcap,
     CAPPED: tl.constexpr, REF_CAPPED: tl.constexpr, ENTROPY: tl.constexpr, KL_FORWARD: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr, TAIL: tl.constexpr, THREADS: tl.constexpr, GROUP: tl.constexpr,
@@ -146,7 +157,7 @@ def reduce_row(
         stop = full - BLOCK
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, own, offsets, target - own, V,
+            logits_ptr, ref_ptr, sampling_mask_ptr, own, own, offsets, target - own, V,
             log2_k, scale, softcap, ref_log2_k, ref_scale, ref_softcap,
             CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, False, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
@@ -154,19 +165,23 @@ def reduce_row(
         other = tl.multiple_of(start + tl.where(start >= own, BLOCK, 0), BLOCK)
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, other, offsets, target, V,
+            logits_ptr, ref_ptr, sampling_mask_ptr, other, other, offsets, target, V,
             log2_k, scale, softcap, ref_log2_k, ref_scale, ref_softcap,
             CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, False, False, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
     for start in range(full, V, TAIL):
         shift, total, spread, ref_shift, ref_total, cross, ref_cross = fold_rows(
             shift, total, spread, ref_shift, ref_total, cross, ref_cross,
-            logits_ptr, ref_ptr, 0, start + tl.arange(0, TAIL), target, V,
+            logits_ptr, ref_ptr, sampling_mask_ptr, start, 0, start + tl.arange(0, TAIL), target, V,
             log2_k, scale, softcap, ref_log2_k, ref_scale, ref_softcap,
             CAPPED, REF_CAPPED, ENTROPY, KL_FORWARD, True, True, DTYPE, THREADS, GROUP, KEEP,
         )  # fmt: skip
 
     y = softcapped(z, scale, softcap, CAPPED)
+    if sampling_mask_ptr is not None:
+        # Not before the loops, where it would take a register.
+        taken_kept = is_kept(sampling_mask_ptr, target)
+        y = tl.where(taken_kept, y, float("-inf"))
     row_shift, d, e = with_taken(y, shift, target, log2_k)
     delta = shift_delta(shift, row_shift, log2_k)
     alpha = tl.exp2(delta)
@@ -183,6 +198,8 @@ def reduce_row(
         entropy = tl.where(entropy < 0, 0.0, entropy)
     if ref_ptr is not None:
         ref_y = softcapped(ref_z, ref_scale, ref_softcap, REF_CAPPED)
+        if sampling_mask_ptr is not None:
+            ref_y = tl.where(taken_kept, ref_y, float("-inf"))
         ref_row_shift, ref_d, ref_e = with_taken(ref_y, ref_shift, target, ref_log2_k)
         ref_delta = shift_delta(ref_shift, ref_row_shift, ref_log2_k)
         ref_alpha = tl.exp2(ref_delta)
@@ -221,12 +238,16 @@ def taken_logit(ptr, target, V, DTYPE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride", "T"],
+    do_not_specialize=[
+        "batch_stride", "time_stride", "ref_batch_stride", "ref_time_stride",
+        "sampling_mask_batch_stride", "sampling_mask_time_stride", "T",
+    ],
     do_not_specialize_on_alignment=PER_ROW,
-)
+)  # fmt: skip
 def row_stats_kernel(
     logits_ptr, batch_stride: tl.int64, time_stride: tl.int64,
     ref_ptr, ref_batch_stride: tl.int64, ref_time_stride: tl.int64,
+    sampling_mask_ptr, sampling_mask_batch_stride: tl.int64, sampling_mask_time_stride: tl.int64,
     targets_ptr, temperature_ptr,
     logps_ptr, shift_ptr, sum_exp_ptr, entropy_ptr,
     ref_logps_ptr, ref_shift_ptr, ref_sum_exp_ptr, kl_ptr, kl_forward_ptr, top1_ptr,
@@ -260,8 +281,12 @@ def row_stats_kernel(
     if ref_ptr is not None:
         ref_ptr = row_pointer(ref_ptr, ref_batch_stride, ref_time_stride, row, T, GROUP)
         ref_z = taken_logit(ref_ptr, target, V, DTYPE)
+    if sampling_mask_ptr is not None:
+        sampling_mask_ptr = row_pointer(
+            sampling_mask_ptr, sampling_mask_batch_stride, sampling_mask_time_stride, row, T, 1
+        )
     logp, shift, sum_exp, entropy, ref_logp, ref_shift, ref_sum_exp, kl, kl_forward = reduce_row(
-        logits_ptr, ref_ptr, tl.arange(0, BLOCK), target, z, ref_z, V,
+        logits_ptr, ref_ptr, sampling_mask_ptr, tl.arange(0, BLOCK), target, z, ref_z, V,
         k, scale, softcap, ref_k, ref_scale, ref_softcap,
         CAPPED, REF_CAPPED, entropy_ptr is not None, kl_forward_ptr is not None, DTYPE,
         BLOCK, TAIL, THREADS, GROUP, False,
@@ -271,7 +296,10 @@ def row_stats_kernel(
     store_optional(sum_exp_ptr, row, sum_exp)
     store_optional(entropy_ptr, row, entropy)
     if top1_ptr is not None:
-        tl.store(top1_ptr + row, (softcapped(z, scale, softcap, CAPPED) >= shift).to(DTYPE))
+        top1 = softcapped(z, scale, softcap, CAPPED) >= shift
+        if sampling_mask_ptr is not None:
+            top1 &= logp > float("-inf")  # it may be the largest logit, and dropped
+        tl.store(top1_ptr + row, top1.to(DTYPE))
     if ref_ptr is not None:
         store_optional(ref_logps_ptr, row, ref_logp)
         store_optional(ref_shift_ptr, row, ref_shift)
@@ -284,12 +312,17 @@ def row_stats(rows: "Rows", out: "RowStats") -> None:
     """Fill those fields of `out` that are not None with the statistics of each row. Masked rows get zeros."""
     transform, constants = rows.transform, transform_constants(rows.transform)
     shape = blocking(
-        transform.vocab_size, rows.logits, ref_logits=rows.ref_logits, capped=any(constants.values())
+        transform.vocab_size,
+        rows.logits,
+        ref_logits=rows.ref_logits,
+        capped=any(constants.values()),
+        sampling_mask=rows.sampling_mask,
     )
     with on_device_of(rows.logits):
         row_stats_kernel[(rows.num_rows,)](
             rows.logits, *row_strides(rows.logits),
             rows.ref_logits, *row_strides(rows.ref_logits),
+            rows.sampling_mask, *row_strides(rows.sampling_mask),
             rows.targets, rows.temperatures, *out[:-1],
             rows.logits.shape[1], transform.vocab_size, *transform_arguments(transform),
             **constants, DTYPE=DTYPES[out.logps.dtype], **shape._asdict(), **compile_options(),

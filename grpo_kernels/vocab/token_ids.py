@@ -25,6 +25,7 @@ class TakenLogits(NamedTuple):
     y: Tensor  # [N, K]; NaN for a token that is not in these columns, -inf for one that was not kept
     k: Tensor | float  # [N, 1] or a number
     slope: Tensor | float  # of k * y by the raw logit, [N, 1], [N, K] or a number
+    kept: Tensor | None  # [N, K]: whether the sampling mask keeps the token; None: it keeps all
 
 
 def taken_logits(rows: Rows) -> TakenLogits:
@@ -41,9 +42,11 @@ def taken_logits(rows: Rows) -> TakenLogits:
     if transform.softcap is not None:
         capped = torch.tanh(y * (transform.scale / transform.softcap))
         y, k, slope = capped * transform.softcap, 1.0 / temperature, (1 - capped * capped) * slope
+    kept = None
     if rows.sampling_mask is not None:
-        y = torch.where(is_kept(rows.sampling_mask.flatten(0, 1), column), y, -torch.inf)
-    return TakenLogits(torch.where(column == ids, y, torch.nan), k, slope)
+        kept = is_kept(rows.sampling_mask.flatten(0, 1), column)
+        y = torch.where(kept, y, -torch.inf)
+    return TakenLogits(torch.where(column == ids, y, torch.nan), k, slope, kept)
 
 
 def likeliest(x: Tensor) -> Tensor:
@@ -118,6 +121,8 @@ def write_entries(
         slope = torch.where(p > 0, p * (logps + stats.entropy.unsqueeze(-1)), 0.0)
         entry = entry - coefficients.dentropy.unsqueeze(-1) * slope
     active = (coefficients.active() & (rows.targets != MASKED)).unsqueeze(-1)
+    if logits.kept is not None:
+        active = active & logits.kept
     entry = torch.where(active, entry * logits.slope, 0.0)
 
     # A token that is not in these columns repeats the entry of one that is, or that of column 0.

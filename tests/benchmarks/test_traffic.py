@@ -21,7 +21,16 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from benchmarks.traffic.addresses import Traffic, recording  # noqa: E402
-from grpo_kernels import KL, LogRatio, LossSpec, PPOClip, Reinforce, grpo_loss, selective_logps  # noqa: E402
+from grpo_kernels import (  # noqa: E402
+    KL,
+    LogRatio,
+    LossSpec,
+    PPOClip,
+    Reinforce,
+    grpo_loss,
+    pack_sampling_mask,
+    selective_logps,
+)
 from grpo_kernels.testing import make_batch  # noqa: E402
 
 BLOCK = 512  # the smallest block of the kernels, for fp32
@@ -161,6 +170,27 @@ def test_tokens(traffic: Traffic, inplace: bool) -> None:
         assert (traffic.reads(x) <= 2).all() and (traffic.writes(x) <= 1).all()
         assert not traffic.reads(x)[MASKED].any()
     assert not traffic.reads(ref_logits).any() and out.ref_logps is not None
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
+@pytest.mark.parametrize("vocab", [37, BLOCK, 4096 + 1029, 4096 + 1032])
+def test_a_sampling_mask_is_read_once_per_pass(traffic: Traffic, vocab: int, inplace: bool) -> None:
+    """Each thread reads the word of its columns. Neighbors share a word, and a warp requests it once.
+
+    So a pass takes V/8 bytes per row. Statistics also read the word of the taken token.
+    """
+    given = arguments(SPECS["exact KL"], vocab)
+    ids, words = given["completion_ids"], -(-vocab // 32)
+    keep = torch.rand(2, 3, vocab, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = pack_sampling_mask(keep.scatter(-1, ids[..., None], True))
+    assert mask.shape == (2, 3, words) and mask.element_size() == 4
+    logits = given.pop("logits").requires_grad_().clone()
+    grpo_loss(logits, **given, sampling_mask=mask, inplace=inplace).loss.backward()
+    threads = 32 // (4 if vocab % 4 == 0 else 1)  # that share a word
+    wanted = torch.full((2, 3, words), 2 * threads)
+    wanted.scatter_add_(-1, (ids // 32)[..., None], torch.ones(2, 3, 1, dtype=torch.long))
+    assert torch.equal(rows(traffic.reads(mask), UNMASKED), rows(wanted, UNMASKED))
+    assert not rows(traffic.reads(mask), MASKED).any() and not traffic.writes(mask).any()
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])

@@ -11,7 +11,19 @@ import os
 
 import pytest
 import torch
-from parity import KLS, PAIRS, SEQUENCE_LEVEL, SURROGATES, Case, every_branch, run
+from parity import (
+    KLS,
+    PAIRS,
+    SEQUENCE_LEVEL,
+    SURROGATES,
+    Case,
+    assert_outputs,
+    assert_rows_no_worse,
+    every_branch,
+    oracle,
+    run,
+)
+from sampling_masks import spread
 from sure_tokens import BOUNDS, assert_gradient, assert_relative, truth_of
 from sure_tokens import sure_tokens as draw_sure_tokens
 from torch import Tensor
@@ -31,7 +43,16 @@ from distributed.vocab_parts import (
     shard_of,
 )
 from distributed.worker import Cases
-from grpo_kernels import KL, LossSpec, PPOClip, Reinforce, VocabShard, grpo_loss, selective_logps
+from grpo_kernels import (
+    KL,
+    LossSpec,
+    PPOClip,
+    Reinforce,
+    VocabShard,
+    grpo_loss,
+    pack_sampling_mask,
+    selective_logps,
+)
 from grpo_kernels.logps import linear_token_stats
 
 cases = Cases()
@@ -59,6 +80,21 @@ def every_level(name: str, packed: bool) -> None:
 def every_split(backend: str, split: str, dtype: torch.dtype, inplace: bool) -> None:
     case = every_branch(FULL, V, dtype)
     assert_parity(case, split, backend=backend, inplace=inplace, return_entropy=True)
+
+
+@cases.add(backend=BACKENDS, split=SPLITS, kl=["exact", "exact_forward"])
+def sampling_mask(backend: str, split: str, kl: str) -> None:
+    """The bits of each rank's mask count from its first column. Dropped columns hold NaN and infinities."""
+    expected = oracle(every_branch(LossSpec(PPOClip(), KLS[kl], entropy_coef=0.1), 20, torch.float32))
+    masked, shard = spread(expected.case, V), shard_of(split, V)
+    words = pack_sampling_mask(~masked.dropped[..., shard.start : shard.stop])
+    part = part_of(masked.case, shard).with_options(sampling_mask=words)
+    got = run(grpo_loss, part, backend=backend, return_entropy=True)
+    whole = got._replace(grad=joined(got.grad, split, V, -1))
+    assert_outputs(expected, whole.out, what=kl, return_entropy=True)
+    ids, logps = expected.case.completion_ids, expected.truth.out.logps
+    assert_rows_no_worse(*masked.rows_of(whole, expected), ids=ids, logps=logps, what=kl)
+    assert not whole.grad[masked.dropped].any()
 
 
 @cases.add(backend=BACKENDS, kl=["exact", "exact_forward"])

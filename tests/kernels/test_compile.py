@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,8 @@ BUDGETED = "sm_90"
 PLAIN_STATISTICS, FULL_STATISTICS, GRADIENT = 8, 12, 8
 # Two variants take one more, because an exponent that is exact at the maximum takes two instructions.
 FORWARD_KL_STATISTICS, ENTROPY_GRADIENT = 13, 9
+# A sampling mask takes a test and a selection per element, and a load, a shift and an address per 16 bytes.
+SAMPLING_MASK = 3
 # One exponential per element, and one per thread and block of the row, which rescales the sums to a new
 # maximum. A thread holds 16 elements or more.
 EXPONENTIALS = 1 + 1 / 16
@@ -73,6 +76,9 @@ def test_compiles_without_spills(case: str, target: str, farm: Farm) -> None:
 def budget(k: Figures, what: str) -> int | None:
     """Return the budget of instructions, or None."""
     words = {*k.variant.split()}
+    if "sampling_mask" in words:
+        plain = budget(replace(k, variant=k.variant.replace(" sampling_mask", "")), what)
+        return None if plain is None else plain + SAMPLING_MASK
     # A softcap computes a tanh per element. Unaligned rows are read element by element.
     if words & {"capped", "ref_capped", "group=1"}:
         return None
@@ -97,6 +103,30 @@ def test_keeps_its_budget(case: str, target: str, farm: Farm) -> None:
                 assert p.narrowest_bits == 128, (k.kernel, k.variant, p)
                 assert p.instructions <= limit, (k.kernel, k.variant, p)
                 assert p.exponentials <= EXPONENTIALS, (k.kernel, k.variant, p)
+
+
+@pytest.mark.parametrize(
+    ("dropping", "plain"),
+    [
+        ("float32 sampling mask", "float32 policy only"),
+        ("float32 fused sampling mask, exact KL, entropy", "float32 fused exact KL, entropy"),
+        ("bfloat16 sampling mask, entropy", "bfloat16 entropy"),
+        ("bfloat16 fused sampling mask, forward KL", "bfloat16 fused forward KL"),
+    ],
+)
+def test_the_cost_of_a_sampling_mask(dropping: str, plain: str) -> None:
+    """Compare with the same variants without a mask. The words are not among the elements."""
+    found, before = (
+        [k for k in compiled(CASES[name], BUDGETED) if k.kernel in PASSES and k.passes]
+        for name in (dropping, plain)
+    )
+    masked = [k for k in found if "sampling_mask" in k.variant.split()]
+    assert masked and len(found) == len(before)
+    for k in masked:
+        (same,) = (x for x in before if x.kernel == k.kernel)
+        for p, q in zip(k.passes, same.passes, strict=True):
+            assert p.elements == q.elements
+            assert q.instructions < p.instructions <= q.instructions + SAMPLING_MASK, (k, same)
 
 
 EX2 = re.compile(r"ex2\.approx\.(?:ftz\.)?f32\s+%\w+, (%\w+);")

@@ -17,6 +17,7 @@ from guarded_calls import (
     SPECS,
     Call,
     arguments,
+    dropping,
     of_hidden,
     of_hidden_logps,
     of_log_probabilities,
@@ -44,6 +45,16 @@ class TestPoisonAroundEveryTensor:
     @specs
     def test_in_place(self, check: Any, backend: str, name: str, packed: bool) -> None:
         check(arguments(name, packed=packed), backend, inplace=True)
+
+    @both_layouts
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_sampling_mask(self, check: Any, backend: str, inplace: bool, packed: bool) -> None:
+        """Its words are not contiguous. Columns beyond the vocabulary have none."""
+        check(dropping(arguments("exact KL, entropy", packed=packed)), backend, inplace=inplace)
+
+    @both_layouts
+    def test_sampling_mask_from_hidden_states(self, check: Any, backend: str, packed: bool) -> None:
+        check(dropping(of_hidden("exact KL, entropy", packed=packed)), backend)
 
     @both_layouts
     def test_log_ratio_loss(self, check: Any, backend: str, packed: bool) -> None:
@@ -83,6 +94,7 @@ KERNELS = {
     "row_stats, top1": lambda *size, **how: of_hidden_logps(*size, entropy=True, top1=True, **how),
     "row_stats, dlogits, reference": lambda *size, **how: arguments("exact KL, entropy", *size, **how),
     "row_stats, dlogits, forward KL": lambda *size, **how: arguments("forward KL", *size, **how),
+    "sampling mask": lambda *size, **how: dropping(arguments("exact KL, entropy", *size, **how)),
 }
 sizes = pytest.mark.parametrize(
     "V, aligned",
@@ -104,6 +116,10 @@ class TestEveryKernel:
     @pytest.mark.parametrize("name", ["exact KL, entropy", "forward KL", "k3"])
     def test_fused_and_scale_rows(self, check: Any, name: str, V: int, aligned: bool) -> None:
         check(arguments(name, V), "triton", aligned=aligned, inplace=True)
+
+    @sizes
+    def test_fused_with_a_sampling_mask(self, check: Any, V: int, aligned: bool) -> None:
+        check(dropping(arguments("forward KL", V)), "triton", aligned=aligned, inplace=True)
 
     @pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
     @pytest.mark.parametrize(

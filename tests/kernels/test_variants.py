@@ -37,6 +37,7 @@ def launch(
     temperature: float = 1.0,
     clip_range: tuple[float, float] = (0.2, 0.2),
     inplace: bool = False,
+    dropped: bool = False,
 ) -> None:
     spec = LossSpec(PPOClip(*clip_range), KL("exact", beta=clip_range[0]), entropy_coef=clip_range[1])
     logits = new(4, length, vocab, dtype=torch.bfloat16).requires_grad_()
@@ -48,6 +49,10 @@ def launch(
         ref_logits=new(4, length, vocab, dtype=torch.bfloat16),
         old_logps=new(4, length),
         temperature=temperature,
+        # A word or more of padding, so that the strides of the mask change with the length.
+        sampling_mask=new(4, length, vocab // 32 + length, dtype=torch.int32)[..., : -(-vocab // 32)]
+        if dropped
+        else None,
         inplace=inplace,
         backend="triton",
     )
@@ -100,6 +105,15 @@ def test_no_recompilation(inplace: bool, kernels: list[str], vocab: int, target:
         for length, temperature, clip_range in itertools.product(LENGTHS, TEMPERATURES, CLIP_RANGES):
             launch(length, vocab, temperature=temperature, clip_range=clip_range, inplace=inplace)
     assert counted(variants) == dict.fromkeys(kernels, count) | dict.fromkeys(of_tokens, 1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_recompilation_with_a_sampling_mask(inplace: bool) -> None:
+    kernels = ["fused_loss_kernel"] if inplace else ["row_stats_kernel", "dlogits_kernel"]
+    with variants_for(TARGETS["sm_90"]) as variants:
+        for length in LENGTHS:
+            launch(length, 151936, inplace=inplace, dropped=True)
+    assert {name: counted(variants)[name] for name in kernels} == dict.fromkeys(kernels, 1)
 
 
 @pytest.mark.parametrize("vocab", [1024, 1031])  # the chunks' rows are aligned in either

@@ -25,8 +25,10 @@ from parity import (
     assert_outputs,
     assert_parity,
     assert_rows_no_worse,
+    oracle,
     run,
 )
+from sampling_masks import Masked, assert_masked_parity, spread
 from torch import Tensor
 
 from benchmarks.machine_code.cases import mixed_products
@@ -236,6 +238,44 @@ class LogBand:
         share = clipped.sum() / mask.sum()
         assert 0 < share < 1
         torch.testing.assert_close(out.metrics["clip_fraction"], share)
+
+
+@dataclass(frozen=True)
+class SamplingMask:
+    """A case of option_cases.py whose columns are spread among others, which a sampling mask drops.
+
+    The dropped columns hold NaN, infinities and large numbers.
+    """
+
+    spec: LossSpec
+    dtype: str = "fp32"
+    packed: bool = False
+    option: str | None = None
+    inplace: bool = False
+
+    def masked(self) -> tuple[Case, Masked]:
+        """Return the case of the kept columns, and that of all: several blocks and a tail."""
+        case = option_case(self.spec, self.dtype, self.packed, self.option)
+        return case, spread(case, 2 * V + (265 if self.packed else 264))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"backend": "triton", "inplace": self.inplace, "return_entropy": True}
+
+    def run(self) -> Result:
+        return run(grpo_loss, self.masked()[1].case, **self.options)
+
+    def check(self, *, approximate: bool) -> None:
+        case, masked = self.masked()
+        expected = oracle(case)
+        if not approximate or case.logits.dtype == torch.float64:
+            assert_masked_parity(expected, masked, **self.options)
+            return
+        got = self.run()
+        assert isinstance(got.out, LossOutput)
+        assert_outputs(expected, got.out, what="", return_entropy=True)
+        assert_approximate_rows(*masked.rows_of(got, expected), case=case, logps=expected.truth.out.logps)
+        assert not got.grad[masked.dropped].any()
 
 
 # --- Losses from hidden states ---
@@ -464,6 +504,20 @@ def many_tokens() -> Iterator[tuple[str, EmulatedCase]]:
     yield "many tokens, in place", ManyTokens(True)
 
 
+def sampling_masks() -> Iterator[tuple[str, EmulatedCase]]:
+    forward = LossSpec(ImportanceRatio(), KLS["exact_forward"], entropy_coef=0.05)
+    for inplace, where in ((False, "two kernels"), (True, "in place")):
+        yield f"sampling mask, {where}", SamplingMask(FULL, inplace=inplace)
+        yield f"sampling mask, bf16, {where}", SamplingMask(forward, "bf16", inplace=inplace)
+        odd = SamplingMask(FULL, "bf16", packed=True, option="softcap", inplace=inplace)
+        yield f"sampling mask, rows not aligned, {where}", odd
+        plain = SamplingMask(LossSpec(ImportanceRatio()), option="temperature per token", inplace=inplace)
+        yield f"sampling mask, policy only, {where}", plain
+        padded = SamplingMask(FULL, option="vocabulary padded", inplace=inplace)
+        yield f"sampling mask, vocabulary padded, {where}", padded
+    yield "sampling mask, fp64", SamplingMask(FULL, "fp64")
+
+
 def log_probabilities() -> Iterator[tuple[str, EmulatedCase]]:
     for of in (("logps",), ("entropy",), ("logps", "entropy")):
         yield f"selective_logps, gradient of {' and '.join(of)}", Statistics(of)
@@ -471,6 +525,9 @@ def log_probabilities() -> Iterator[tuple[str, EmulatedCase]]:
 
 CASES: dict[str, EmulatedCase] = {
     name: case
-    for group in (losses, options, dtypes, sizes, hidden_states, log_probabilities, many_tokens)
+    for group in (
+        *(losses, options, dtypes, sizes, hidden_states, log_probabilities, many_tokens),
+        sampling_masks,
+    )
     for name, case in group()
 }

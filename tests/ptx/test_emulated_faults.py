@@ -129,6 +129,12 @@ def plain_in_place() -> None:
     outside(True, PLAIN)
 
 
+def dropping() -> None:
+    """Check a sampling mask, whose dropped columns are NaN, infinities and large numbers."""
+    CASES["sampling mask, rows not aligned, two kernels"].check(approximate=False)
+    CASES["sampling mask, in place"].check(approximate=False)
+
+
 def wide() -> None:
     """Check two blocks and a part of one, with a softcap and with columns beyond the vocabulary."""
     given = expected(EVERYTHING, 2100, 5, 300.0)
@@ -315,6 +321,31 @@ FAULTS: dict[str, tuple[Change, Check, str]] = {
         Change(dlogits.row_gradient, "start + tl.where(start >= own, BLOCK, 0)", "start"),
         wide,
         "never written",
+    ),
+    "a sampling mask's tail forgotten": (
+        Change(device.are_kept, "mask=index * WORD < V, other=0", ""),
+        dropping,
+        BEYOND,
+    ),
+    "the next word of a sampling mask": (
+        Change(device.are_kept, "index = start // WORD", "index = start // WORD + 1"),
+        dropping,
+        f"{BEYOND}|{WRONG}",
+    ),
+    "the neighbor's bit of a sampling mask": (
+        Change(device.are_kept, "(-(own % WORD) + (WORD - GROUP))", "(-(own % WORD) + (WORD - 1 - GROUP))"),
+        dropping,
+        WRONG,
+    ),
+    "dropped columns of the reference counted": (
+        Change(row_stats.fold_rows, 'ref_y = tl.where(kept, ref_y, float("-inf"))', "ref_y = ref_y"),
+        dropping,
+        WRONG,
+    ),
+    "a gradient of dropped columns": (
+        Change(dlogits.gradient_block, "grad = tl.where(kept, grad, zero)", "grad = grad"),
+        dropping,
+        "gradient of dropped columns",
     ),
     "the taken logit read when others store to its row": (
         Change(

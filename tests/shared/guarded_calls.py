@@ -23,6 +23,7 @@ from grpo_kernels import (
     linear_grpo_loss,
     linear_logps,
     log_ratio_loss,
+    pack_sampling_mask,
     selective_logps,
 )
 from grpo_kernels.logps import linear_token_stats
@@ -107,6 +108,16 @@ def arguments(name: str, V: int = 37, *, packed: bool = False, dtype: torch.dtyp
         padding = tensors[each].new_full((*tokens, 8), torch.nan)
         tensors[each] = torch.cat([tensors[each], padding], -1)
     return Call(grpo_loss, tensors, {"spec": spec, "vocab_size": V, "return_entropy": True}, ("logits",))
+
+
+def dropping(call: Call) -> Call:
+    """Return the call with a sampling mask that keeps each token, and about half of the other columns."""
+    ids = call.tensors["completion_ids" if "completion_ids" in call.tensors else "ids"]
+    V = call.options["vocab_size"]
+    keep = torch.rand(*ids.shape, V, generator=torch.Generator().manual_seed(V)) < 0.5
+    keep.scatter_(-1, ids.long().clamp(min=0)[..., None], True)
+    tensors = {**call.tensors, "sampling_mask": pack_sampling_mask(keep)}
+    return call._replace(tensors=tensors)
 
 
 def of_logps(V: int = 37, *, dtype: torch.dtype = torch.float32, **options: Any) -> Call:
