@@ -2,9 +2,9 @@
 
     make bench
 
-There are 2048 tokens and 32,000 vocabulary entries, and for distillation also hidden states of 512 dimensions.
-Each function is compared with eager PyTorch, its result before it is timed. TRL's function for distillation is
-a Triton kernel, which does not run on a CPU.
+There are 2048 tokens and 32,000 vocabulary entries. Distillation is also timed from hidden states of 512
+dimensions. The reference is eager PyTorch, with which each result is compared first. TRL's function for
+distillation is a Triton kernel, which does not run on a CPU.
 """
 
 from __future__ import annotations

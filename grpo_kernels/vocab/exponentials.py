@@ -146,7 +146,7 @@ class Distribution(NamedTuple):
             d *= k
         taken_d = taken.read(d)
         if kept is not None:
-            taken_d = taken_d.masked_fill(kept.ones.gather(-1, taken.column).squeeze(-1) == 0, -torch.inf)
+            taken_d = torch.where(kept.has(taken.column), taken_d, -torch.inf)
         taken_e = taken_d.exp() if taken.valid is None else torch.where(taken.valid, taken_d.exp(), 0.0)
         taken.write(d, LEFT_OUT)
         if reference is not None:

@@ -69,6 +69,10 @@ class KeptColumns(NamedTuple):
         ones.bitwise_right_shift_(WORD - 1)  # copies the sign, which is the column's bit
         return cls((ones.to(torch.int64) if dtype == torch.float64 else ones)[:, :width])
 
+    def has(self, column: Tensor) -> Tensor:
+        """Return whether each row's `column` `[n, 1]` was kept, `[n]` bool."""
+        return self.ones.gather(-1, column).squeeze(-1) != 0
+
     def keep(self, x: Tensor, out: Tensor) -> Tensor:
         """Write `x` `[n, V]` to `out`, with 0 in the other columns, where `x` may be NaN. Return `out`."""
         torch.bitwise_and(x.view(self.ones.dtype), self.ones, out=out.view(self.ones.dtype))

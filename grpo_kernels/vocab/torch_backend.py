@@ -118,6 +118,11 @@ def statistics(
     return found, p, q
 
 
+def is_finite(x: Tensor) -> bool:
+    """Return whether all numbers are certainly finite. False on a GPU, where it would have to sync."""
+    return x.device.type == "cpu" and bool(x.sum().isfinite())
+
+
 def is_sure(logps: Tensor) -> Tensor:
     """Return whether each taken token is certainly the likeliest: its probability is at least 0.6."""
     return logps > -0.5
@@ -173,9 +178,8 @@ def gradient(
         grad = p.e.mul_(factor)
     else:
         total = functools.reduce(Tensor.add_, terms).add_(factor)
-        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so. The
-        # host looks for such numbers on a CPU only, so it does not sync.
-        if total.device.type != "cpu" or not bool(total.sum().isfinite()):
+        # If e_v is 0, its logarithm may be -inf, and 0 * inf would be NaN. A row that is NaN stays so.
+        if not is_finite(total):
             total.masked_fill_((p.e == 0) & ~factor.isnan(), 0.0)
         grad = p.e.mul_(total)
         entry = entry + torch.where(p.taken_e > 0, p.taken_e / sum_exp * factor_y, 0.0)
@@ -185,14 +189,14 @@ def gradient(
         gap = p.taken_e / sum_exp - q.taken_e / stats.ref_sum_exp
         sure_gap = torch.expm1(logps) - torch.expm1(stats.ref_logps)
         entry = entry + dkl_forward * torch.where(is_sure(logps), sure_gap, gap)
+    if p.kept is not None:
+        entry = torch.where(p.kept.has(taken.column), entry, 0.0)
     taken.write(grad, entry * slope)
     grad = p.times_softcap_slope(grad)
-    if p.kept is None:
+    # At a column that was not kept, the gradient is 0 times a number, which may be NaN.
+    if p.kept is None or is_finite(grad):
         return grad
-    # 0 times a finite number is 0. The softcap's slope is NaN at a NaN that was not kept. The host looks at
-    # the factors on a CPU only, so it does not sync.
-    finite = p.capped is None and grad.device.type == "cpu" and bool(factor.isfinite().all())
-    return grad if finite else p.kept.keep(grad, out=grad)
+    return p.kept.keep(grad, out=grad)
 
 
 def row_stats(rows: Rows, out: RowStats) -> None:
