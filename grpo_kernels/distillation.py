@@ -81,11 +81,11 @@ def distillation_loss(
         divergence: "reverse_kl", "forward_kl" or "jsd".
         jsd_weight: w of the JSD, the teacher's weight in the mixture, 0 < w < 1.
         rest: with `teacher_ids` only. "bucket": all other tokens are one more outcome, of probability
-            1 - sum, but at least 1e-7 in both models (as in TRL). "drop": the tokens of both models are
-            renormalised over the K ids.
+            1 - sum, but at least the rounding error of the sum (in TRL 1e-7). "drop": the tokens of both
+            models are renormalised over the K ids.
         aggregation, max_tokens: as in `LossSpec`.
         temperature: of both models; with `teacher_ids` of the student.
-        ref_logit_scale, ref_logit_softcap: of the teacher. None: those of the student.
+        ref_logit_scale, ref_logit_softcap: of the teacher's logits. None: those of the student.
         sampling_mask: the tokens that both models are renormalised over.
         inplace: let the gradient overwrite `logits` in the backward.
 
@@ -185,6 +185,7 @@ class TopK(NamedTuple):
                 f"teacher_logps must have the shape of teacher_ids {tuple(ids.shape)}, got "
                 f"{tuple(logps.shape)}"
             )
+        batch.debug_numbers(teacher_logps=logps.masked_fill(ids < 0, 0.0))
         return cls(targets, columns, logps.detach().flatten(0, -2), columns != MASKED)
 
     def divergence(self, logps: Tensor, spec: Divergence, rest: Rest) -> Tensor:

@@ -97,8 +97,11 @@ def compare(
     p = tl.exp2(exponent(y, shift, k * LOG2E)) / sum_exp
     q = tl.exp2(exponent(ref_y, ref_shift, ref_k * LOG2E)) / ref_sum
     if SAME:
-        # The difference of two nearly equal logits is exact.
-        x = (y - ref_y - (shift - ref_shift)) * k
+        # The difference of two nearly equal logits is exact. If the models' logits differ by a constant,
+        # their maxima are subtracted before.
+        near = tl.abs(shift - ref_shift) < 1
+        start_y, start_ref_y = tl.where(near, 0.0, shift), tl.where(near, 0.0, ref_shift)
+        x = ((y - start_y) - (ref_y - start_ref_y) - tl.where(near, shift - ref_shift, 0.0)) * k
     else:
         x = exponent(y, shift, k) - exponent(ref_y, ref_shift, ref_k)
     return y, p, q, x - tl.log(sum_exp / ref_sum)

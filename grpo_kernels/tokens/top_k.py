@@ -10,8 +10,11 @@ from torch import Tensor
 from ..checks.choices import Rest
 from ..spec.divergence import Divergence
 
-LEAST_REST = 1e-7
-"""Least probability of all other tokens. In fp32 the sum of the K probabilities is not known better."""
+LEAST_REST = 1e-30
+"""Least probability of all other tokens."""
+
+ROUNDING = 2.0**-22
+"""Relative error of a log-probability in fp32, with a margin."""
 
 
 def top_k_divergence(
@@ -39,11 +42,20 @@ def top_k_divergence(
 def outcomes(logps: Tensor, valid: Tensor, rest: Rest) -> Tensor:
     """Return the log-probabilities of the outcomes, `[N, K + 1]` or `[N, K]`, -inf where not valid."""
     logps = torch.where(valid, logps, -torch.inf)
-    total = logps.logsumexp(-1, keepdim=True)
+    # The derivative of logsumexp is NaN if all are -inf.
+    possible = (logps > -torch.inf).any(-1, keepdim=True)
+    total = torch.where(possible, logps, 0.0).logsumexp(-1, keepdim=True)
+    total = torch.where(possible, total, -torch.inf)
     if rest == "drop":
         # If no token of the row is possible, neither model's renormalised distribution exists.
         return logps - total
-    others = torch.log(-torch.expm1(total.clamp(max=math.log1p(-LEAST_REST))))
+    # The probability of the others is 1 - sum, or the error of the sum if that is larger. The error is small
+    # if one token has nearly all the probability, because its log-probability is then exact. The derivative
+    # is that of 1 - sum in both cases: a student that is too sure must not stay so.
+    known = torch.where(valid, logps, 0.0).detach().clamp(min=-1e4)
+    error = (known.exp() * known.abs() * valid).sum(-1, keepdim=True) * ROUNDING
+    bounded = torch.minimum(total, torch.log1p(-error.clamp(min=LEAST_REST, max=0.5))).detach()
+    others = torch.log(-torch.expm1(torch.where(possible, total + (bounded - total.detach()), total)))
     return torch.cat([logps, others], -1)
 
 

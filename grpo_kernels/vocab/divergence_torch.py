@@ -67,8 +67,11 @@ def compare(over: Pass, chunk: RowChunk, sums: Sums) -> Compared:
     p = Scaled.of(rows.z, rows.policy, dropped, dtype)
     q = Scaled.of(rows.ref_z, rows.reference, dropped, dtype)
     if over.rows.transform.same_factor:
-        # The difference of two nearly equal logits is exact.
-        x = (p.y - q.y).sub_(shift - ref_shift).mul_(p.k)
+        # The difference of two nearly equal logits is exact. If the models' logits differ by a constant,
+        # their maxima are subtracted before.
+        near = (shift - ref_shift).abs() < 1
+        start, ref_start = (torch.where(near, 0.0, s) for s in (shift, ref_shift))
+        x = (p.y - start).sub_(q.y - ref_start).sub_(torch.where(near, shift - ref_shift, 0.0)).mul_(p.k)
     else:
         x = p.d(shift) - q.d(ref_shift)
     x.sub_((sum_exp / ref_sum).log())

@@ -69,16 +69,16 @@ def with_target(rows: Rows, target: Tensor | int) -> Rows:
 
 def write_logps(rows: Rows, logits: TakenLogits, stats: RowStats) -> None:
     """Fill `stats.id_logps`. The other statistics are those of `with_likeliest`."""
+    assert rows.ids is not None
     assert stats.id_logps is not None and stats.shift is not None and stats.sum_exp is not None
     # If the likeliest token is sure, -logp has more digits than the logarithm of the sum.
     log_sum = torch.where(stats.logps > -0.5, -stats.logps, stats.sum_exp.log())
     logps = logits.k * (logits.y - stats.shift.unsqueeze(-1)) - log_sum.unsqueeze(-1)
-    own = likeliest(logits.y)
-    # Only a token in these columns has the log-probability of the row's taken token.
-    taken = torch.where(logps.gather(-1, own).isnan(), torch.nan, stats.logps.unsqueeze(-1))
-    stats.id_logps.copy_(
-        logps.scatter(-1, own, taken).masked_fill_((rows.targets == MASKED).unsqueeze(-1), 0.0)
-    )
+    own = rows.ids.gather(-1, likeliest(logits.y))
+    # The likeliest token has the row's log-probability, wherever it is repeated, but only in these columns.
+    taken = (rows.ids == own) & ~logps.isnan()
+    logps = torch.where(taken, stats.logps.unsqueeze(-1), logps)
+    stats.id_logps.copy_(logps.masked_fill_((rows.targets == MASKED).unsqueeze(-1), 0.0))
 
 
 def without_padding(stats: RowStats, ids: Tensor | None) -> RowStats:

@@ -43,6 +43,8 @@ class Pass:
     def __init__(self, rows: Rows, needed: Tensor, out: Tensor | None = None) -> None:
         self.rows, self.out = rows, out
         self.taken = Taken.of(rows.targets, rows.transform.vocab_size, needed)
+        # Once for all chunks, because a mask whose sequences are not adjacent is copied.
+        self.words = None if rows.sampling_mask is None else rows.sampling_mask.flatten(0, 1)
         self.scratch = Scratch(has_infinities=needed.device.type != "cpu")
         self.chunks = row_chunks(needed, *([] if out is None else [out]), *rows.all_logits)
 
@@ -56,9 +58,8 @@ class Pass:
         if rows.ref_logits is not None:
             ref_z = chunk.read(rows.ref_logits, "reference z", self.scratch)[:, :width]
         kept = None
-        if rows.sampling_mask is not None:
-            words = rows.sampling_mask.flatten(0, 1)[chunk.rows]
-            kept = KeptColumns.of(words, width, rows.dtype, self.scratch)
+        if self.words is not None:
+            kept = KeptColumns.of(self.words[chunk.rows], width, rows.dtype, self.scratch)
         place = None if self.out is None else chunk.direct(self.out, width, rows.dtype)
         return ChunkRows(
             z,

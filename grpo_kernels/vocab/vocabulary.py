@@ -70,7 +70,7 @@ class Vocabulary(NamedTuple):
         check_ids(name, ids, batch)
         if tuple(ids.shape[:-1]) != batch.shape or not ids.shape[-1]:
             raise ValueError(
-                f"{name} must have shape {batch.shape} or {(*batch.shape, 'K')}, as {batch.source} "
+                f"{name} must have shape {(*batch.shape, 'K')}, K at least 1, as {batch.source} "
                 f"{batch.source_shape}, got {tuple(ids.shape)}"
             )
         given = batch.mask.view(*batch.shape, 1) & (ids >= 0)

@@ -47,6 +47,17 @@ def test_nearly_equal_rounded_rows(
 
 
 @kinds
+@pytest.mark.parametrize("offset", [0.5, 3.0, 30.0, -1000.0])
+def test_an_offset_of_the_teacher(kind: str, offset: float, backend: str, device: str) -> None:
+    """A constant that is added to all logits of a row changes no distribution, and costs no digits."""
+    case = batch(kind=kind, distance=1e-2, device=device)
+    case = case._replace(teacher=case.teacher + offset)
+    got, truth = run(case, backend=backend), eager(case.wide())
+    assert float(got.out.loss.detach()) == pytest.approx(float(truth.out.loss.detach()), rel=1e-3)
+    assert float(relative_error(got.grad, truth.grad).max()) <= 1e-4
+
+
+@kinds
 def test_the_limit_of_the_second_pass(kind: str, backend: str, device: str) -> None:
     """Values on both sides of it, and at it, are continuous: each keeps four digits."""
     generator = torch.Generator().manual_seed(2)

@@ -206,3 +206,44 @@ def test_sampling_mask(backend: str, device: str) -> None:
     out = distillation_loss(logits, sampling_mask=pack_sampling_mask(keep), **options)
     want = distillation_loss(logits.masked_fill(~keep, -torch.inf), **options)
     torch.testing.assert_close(out.loss, want.loss)
+
+
+@kinds
+def test_no_token_of_the_teacher_is_possible(kind: str, backend: str, device: str) -> None:
+    """The student's mask drops all of them in one row. With "bucket", loss and gradient are finite."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.ones(1, 4, 40, dtype=torch.bool)
+    keep[0, 0, 3] = False
+    logits = torch.randn(1, 4, 40, generator=generator).to(device).requires_grad_()
+    ids, logps = torch.full((1, 4, 1), 3, device=device), torch.full((1, 4, 1), -0.51, device=device)
+    out = distillation_loss(
+        logits,
+        teacher_ids=ids,
+        teacher_logps=logps,
+        divergence=kind,
+        sampling_mask=pack_sampling_mask(keep).to(device),
+        backend=backend,
+    )
+    out.loss.backward()
+    if kind == "forward_kl":  # the teacher's token is impossible for the student
+        assert math.isinf(out.loss)
+    else:
+        assert math.isfinite(out.loss) and logits.grad is not None and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gap", [16.0, 20.0, 23.5, 30.0])
+def test_a_student_that_is_too_sure_has_a_gradient(gap: float, backend: str, device: str) -> None:
+    """The teacher gives 0.6 to the token of which the student is sure."""
+    logits = torch.zeros(1, 1, 40)
+    logits[..., 3] = gap
+    leaf = logits.to(device).requires_grad_()
+    out = distillation_loss(
+        leaf,
+        teacher_ids=torch.full((1, 1, 1), 3, device=device),
+        teacher_logps=torch.full((1, 1, 1), math.log(0.6), device=device),
+        divergence="forward_kl",
+        backend=backend,
+    )
+    out.loss.backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(float(leaf.grad[0, 0, 3]), 0.4, rtol=1e-3, atol=0)

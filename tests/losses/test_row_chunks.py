@@ -100,3 +100,19 @@ def test_short_sequences_share_a_chunk(
     set_chunks(1024 * 8, monkeypatch)
     x = torch.randn(batch, time + 1, 8)[:, :-1]
     assert len(list(row_chunks(torch.ones(batch * time, dtype=torch.bool), x))) == chunks
+
+
+def test_a_sampling_mask_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sequences are not adjacent in memory. Each chunk takes its own rows of one copy."""
+    set_chunks(4 * 40, monkeypatch)
+    case = random_case(SPECS["k3"], 4, 8, 40, device="cpu", masked=0)
+    mask = torch.full((4, 9, 2), -1, dtype=torch.int32)[:, :-1]
+    flattened = []
+    flatten = torch.Tensor.flatten
+    monkeypatch.setattr(
+        torch.Tensor,
+        "flatten",
+        lambda x, *dims: (flattened.append(x) if x.dtype == torch.int32 else None, flatten(x, *dims))[1],
+    )
+    run(grpo_loss, case.with_options(sampling_mask=mask), backend="torch")
+    assert len(flattened) == 1

@@ -196,9 +196,9 @@ def test_in_one_compiled_graph(device: str, form: str) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.zeros(2, 5, 0, dtype=torch.int64), r"ids must have shape \(2, 5\) or \(2, 5, 'K'\)"),
-        (torch.zeros(2, 4, 3, dtype=torch.int64), r"ids must have shape \(2, 5\) or \(2, 5, 'K'\)"),
-        (torch.zeros(2, 5, 3, 1, dtype=torch.int64), r"ids must have shape \(2, 5\) or \(2, 5, 'K'\)"),
+        (torch.zeros(2, 5, 0, dtype=torch.int64), r"ids must have shape \(2, 5, 'K'\), K at least 1"),
+        (torch.zeros(2, 4, 3, dtype=torch.int64), r"ids must have shape \(2, 5, 'K'\), K at least 1"),
+        (torch.zeros(2, 5, 3, 1, dtype=torch.int64), r"ids must have shape \(2, 5, 'K'\), K at least 1"),
         (torch.zeros(2, 5, 3), "ids must be int32 or int64, got torch.float32"),
     ],
 )
@@ -217,3 +217,16 @@ def test_an_id_outside_the_vocabulary(device: str, backend: str, monkeypatch: py
     monkeypatch.setenv("GRPO_KERNELS_DEBUG", "1")
     with pytest.raises(ValueError, match=r"ids\[0, 0, 1\] is 7, outside \[0, 7\)"):
         selective_logps(logits, ids, backend=backend)
+
+
+def test_a_repeated_sure_token_has_one_log_probability(backend: str, device: str) -> None:
+    """Also with a softcap, whose tanh is not the kernel's to the bit in PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 64, 33, generator=generator)
+    logits[..., 5] += 60
+    ids = torch.tensor([5, 5, 7], device=device).expand(1, 64, 3)
+    temperature = (0.1 + torch.rand(1, 64, generator=generator)).to(device)
+    logps = selective_logps(
+        logits.to(device), ids, logit_softcap=30.0, temperature=temperature, backend=backend
+    )
+    assert torch.equal(logps[..., 0], logps[..., 1]) and float(logps.max()) <= 0
