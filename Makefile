@@ -22,9 +22,10 @@ COMPILED := -m "compile or ptx" -k "sm_90 and (budget and (entropy or unaligned 
 # Tests of parity whose kernels the emulator runs.
 EMULATED := tests/losses/test_parity.py -k "triton and (every_loss or partition)" $(QUICK)
 # Tests of loss and gradient, whose numbers depend on the processor's matrix products and vector instructions.
-NUMERIC := tests/linear $(addprefix tests/losses/test_, $(addsuffix .py, parity hard_values hard_shapes hard_invariants \
-	coupled_tokens sequence_hard_values sequence_hard_shapes sequence_invariants properties api_properties autograd \
-	torch_compile modules selective_logps custom_losses token_loss twins regressions))
+NUMERIC := tests/linear tests/distillation $(addprefix tests/losses/test_, $(addsuffix .py, parity hard_values hard_shapes \
+	hard_invariants coupled_tokens sequence_hard_values sequence_hard_shapes sequence_invariants properties api_properties autograd \
+	torch_compile modules selective_logps several_tokens sampling_mask sampling_mask_logps custom_losses token_loss twins \
+	regressions))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

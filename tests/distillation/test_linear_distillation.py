@@ -182,7 +182,7 @@ def test_frozen_parts(frozen: tuple[int, ...], backend: str, device: str) -> Non
     for i, (x, want) in enumerate(zip(leaves, every, strict=True)):
         assert (x.grad is None) == (i in frozen)
         if x.grad is not None:
-            assert torch.equal(x.grad, want)
+            torch.testing.assert_close(x.grad, want)
 
 
 @kinds
@@ -206,7 +206,7 @@ def test_no_grad(kind: str, backend: str, device: str, monkeypatch: pytest.Monke
                 teacher_lm_head_weight=heads.teacher_weight, teacher_lm_head_bias=heads.teacher_bias,
                 compact=compact, **options,
             )  # fmt: skip
-        assert torch.equal(got.loss, out.loss.detach())
+        torch.testing.assert_close(got.loss, out.loss.detach())  # products of other numbers of rows
     assert [plan.active for plan in plans] == [0, 0]
     assert [plan.running for plan in plans] == [int(MASK.sum()), MASK.numel()]
 
