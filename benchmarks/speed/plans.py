@@ -66,6 +66,8 @@ def on_cpu() -> list[Workload]:
     linear = Workload("linear", "grpo", 4096, 32000, 512, dtype=torch.float32)
     works = [replace(base, **change) for change in (*REFERENCE, {}) for base in (logits, linear)]
     works.remove(replace(linear, loss="log_ratio", given_ref=True))  # takes the time of grpo
+    works += [replace(logits, loss="log_ratio", T=T) for T in (512, 1024, 4096)]
+    works += [replace(linear, loss="log_ratio", T=T) for T in (1024, 2048)]
     return [*works, replace(linear, inactive=0.5), replace(linear, loss="cross_entropy")]
 
 
