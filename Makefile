@@ -79,7 +79,7 @@ bench: $(VENV)/.bench  ## run the benchmarks on the CPU (those of verl where `ma
 bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (starts nothing new after LIMIT=480 seconds)
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks --device cuda --limit $(LIMIT) $(ARGS)
 
-experiments-gpu:  ## run the experiments of docs/tuning.md on the GPU, with the Python at hand
+experiments-gpu:  ## run the experiments of docs/dev/tuning.md on the GPU, with the Python at hand
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.experiments --device cuda --limit $(LIMIT) $(ARGS)
 
 bench-tables: $(VENV)/.bench  ## machine code and traffic of ours and the peers' kernels; needs no GPU

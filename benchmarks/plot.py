@@ -46,6 +46,8 @@ class Point(NamedTuple):
     provider: str
     work: Mapping[str, Any]
     ms: float
+    low: float  # 20th percentile of the time
+    high: float  # 80th percentile
     mib: float
     pct_of_floor: float
 
@@ -63,6 +65,8 @@ def points(rows: list[Row], form: str) -> list[Point]:
             name,
             record.config(x["speed"]),
             x["speed"].y_value_50,
+            x["speed"].y_value_20,
+            x["speed"].y_value_80,
             x["memory"].y_value_50,
             x["speed"].pct_of_floor,
         )
@@ -77,25 +81,24 @@ def select(found: list[Point], base: Mapping[str, Any], **wanted: Any) -> list[P
 
 
 def figure(rows: list[Row], form: str) -> plt.Figure:
-    """Four charts of the workload that the run began with."""
+    """Three charts: time and memory of the first workload against T, and the time of every loss."""
     found = points(rows, form)
     base = found[0].work
-    chart, axes = plt.subplots(2, 2, figsize=(13, 8), layout="constrained")
+    chart, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     over_T = select(found, base, T=...)
-    against_T(axes[0, 0], over_T, "ms, forward and backward", lambda p: p.ms, floor=True)
-    against_T(axes[0, 1], over_T, "MiB at the peak, beyond the inputs", lambda p: p.mib)
+    against_T(axes[0], over_T, "ms, forward and backward", lambda p: p.ms, timed=True)
+    against_T(axes[1], over_T, "MiB at the peak, beyond the inputs", lambda p: p.mib)
+    plain = {**base, "loss": "grpo"}
+    losses = {
+        **with_reference(found, base),
+        "grpo": select(found, plain),
+        "grpo, half\nwithout advantage": select(found, plain, inactive=0.5),
+    }
     by_V = {f"V={V}": select(found, base, V=V) for V in sorted({p.work["V"] for p in found})}
     if len(by_V) > 1:
-        grouped(axes[1, 0], by_V, "% of the floor's speed", lambda p: p.pct_of_floor)
+        grouped(axes[2], by_V, "% of the floor's speed", lambda p: p.pct_of_floor)
     else:
-        grouped(axes[1, 0], with_reference(found, base), "ms, losses with a reference", lambda p: p.ms)
-    plain = {**base, "loss": "grpo"}
-    idle = {
-        "all tokens": select(found, plain),
-        "half without advantage": select(found, plain, inactive=0.5),
-        "half masked": select(found, plain, masked=0.5),
-    }
-    grouped(axes[1, 1], idle, "ms, loss grpo", lambda p: p.ms)
+        grouped(axes[2], losses, "ms, forward and backward", lambda p: p.ms)
     sizes = " ".join(f"{name}={base[name]}" for name in ("T", "V", "H") if base[name])
     chart.suptitle(
         f"{form}, {base['loss']}, {base['dtype']}, {sizes} unless said otherwise\n"
@@ -110,7 +113,7 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
 def with_reference(found: list[Point], base: Mapping[str, Any]) -> dict[str, list[Point]]:
     """The points of each loss with a reference, given by its logits (or hidden states) or by `ref_logps`."""
     return {
-        loss + (", given ref_logps" if given_ref else ""): select(found, base, loss=loss, given_ref=given_ref)
+        loss + (",\ngiven ref_logps" if given_ref else ""): select(found, base, loss=loss, given_ref=given_ref)
         for loss in WITH_REFERENCE
         for given_ref in (False, True)
     }
@@ -130,16 +133,20 @@ def providers(found: list[Point]) -> list[str]:
 
 
 def against_T(
-    axes: Axes, found: list[Point], label: str, value: Callable[[Point], float], *, floor: bool = False
+    axes: Axes, found: list[Point], label: str, value: Callable[[Point], float], *, timed: bool = False
 ) -> None:
-    """A line over T for each provider; bars if there is only one T."""
+    """A line over T for each provider; bars if there is only one T. Times have a band and a floor."""
     lengths = sorted({p.work["T"] for p in found})
     if len(lengths) == 1:
         grouped(axes, {f"T={lengths[0]}": found}, label, value)
     for name in providers(found) if len(lengths) > 1 else ():
-        line = sorted((p.work["T"], value(p)) for p in found if p.provider == name)
-        axes.plot(*zip(*line, strict=True), marker="o", label=name, color=COLOURS[name])
-    if floor:
+        line = sorted((p for p in found if p.provider == name), key=lambda p: p.work["T"])
+        at = [p.work["T"] for p in line]
+        axes.plot(at, [value(p) for p in line], marker="o", label=name, color=COLOURS[name])
+        if timed:
+            spread = [p.low for p in line], [p.high for p in line]
+            axes.fill_between(at, *spread, color=COLOURS[name], alpha=0.25, linewidth=0)
+    if timed:
         best = sorted({p.work["T"]: p.ms * p.pct_of_floor / 100 for p in found}.items())
         if len(best) > 1:
             axes.plot(*zip(*best, strict=True), "k--", label="floor")

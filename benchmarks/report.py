@@ -1,9 +1,10 @@
-"""Writes the tables of docs/benchmarks.md and docs/tuning.md from the CSVs in benchmarks/results/.
+"""Writes the tables of docs/benchmarks.md and of the pages in docs/dev/ from the CSVs in benchmarks/results/.
 
     python -m benchmarks.report
 
-The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the table of benchmarks/results/cpu.csv,
-and the same for any other CSV. `<!-- predictions -->` begins the table of what the experiments should show.
+The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the tables of benchmarks/results/cpu.csv,
+and the same for any other CSV. `<!-- cpu.csv summary -->` begins a short table of one loss,
+`<!-- predictions -->` the table of what the experiments should show.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from pathlib import Path
 from .experiments import tables as experiments
 from .machine_code import comparison
 from .tables import record
-from .tables.run_table import run_table
+from .tables.run_table import run_table, summary
 from .traffic import tables as traffic
 
-PAGES = tuple(record.ROOT / "docs" / name for name in ("benchmarks.md", "tuning.md"))
-SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv|predictions) -->\n).*?(<!-- end -->)", re.DOTALL)
+DOCS = record.ROOT / "docs"
+SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv|predictions)( summary)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(path: Path) -> str:
+def table(path: Path, *, short: bool = False) -> str:
+    if short:
+        return summary(path)
     if path.name == "predictions":
         return experiments.predictions()
     if path.stem.endswith("-experiments"):
@@ -40,12 +43,14 @@ def table(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.parse_args()
-    for page in PAGES:
+    for page in (DOCS / "benchmarks.md", *sorted((DOCS / "dev").glob("*.md"))):
         text = page.read_text(encoding="utf-8")
-        page.write_text(
-            SECTION.sub(lambda m: f"{m[1]}\n{table(record.RESULTS / m[2])}\n{m[3]}", text), encoding="utf-8"
-        )
+        page.write_text(SECTION.sub(with_table, text), encoding="utf-8")
         print(page)
+
+
+def with_table(section: re.Match[str]) -> str:
+    return f"{section[1]}\n{table(record.RESULTS / section[2], short=section[3] is not None)}\n{section[4]}"
 
 
 if __name__ == "__main__":

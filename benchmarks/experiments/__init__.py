@@ -1,1 +1,1 @@
-"""The experiments of docs/tuning.md. The command is `python -m benchmarks.experiments`."""
+"""The experiments of docs/dev/tuning.md. The command is `python -m benchmarks.experiments`."""

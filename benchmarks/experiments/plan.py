@@ -1,4 +1,4 @@
-"""The experiments of docs/tuning.md."""
+"""The experiments of docs/dev/tuning.md."""
 
 from __future__ import annotations
 

@@ -15,14 +15,44 @@ IDLE = {"masked": "masked", "inactive": "without advantage"}
 def run_table(path: Path) -> str:
     """One table for each form."""
     rows = list(record.read(path))
+    forms = dict.fromkeys(row.kernel_name.split()[0] for row in rows if row.kernel_name != "floor")
+    tables = (form_table(form, [r for r in rows if r.kernel_name.startswith(f"{form} ")]) for form in forms)
+    return "\n".join([f"{source(rows)}\n", *tables])
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Where and with what the run was made."""
     first = rows[0]
     where = f"{first.gpu_name}; torch {first.torch}, Triton {first.triton}, commit {first.commit}"
     floors = (
         f"{r.kernel_provider} {r.y_value_50:.4g} {r.metric_unit}" for r in rows if r.kernel_name == "floor"
     )
-    forms = dict.fromkeys(row.kernel_name.split()[0] for row in rows if row.kernel_name != "floor")
-    tables = (form_table(form, [r for r in rows if r.kernel_name.startswith(f"{form} ")]) for form in forms)
-    return "\n".join([f"{where}, {first.timestamp[:10]}. Floors: {', '.join(floors)}.\n", *tables])
+    return f"{where}, {first.timestamp[:10]}. Floors: {', '.join(floors)}."
+
+
+def summary(path: Path) -> str:
+    """One line for each provider, with time, memory and error of the workload each form began with."""
+    rows = list(record.read(path))
+    columns: dict[str, dict[str, tuple[str, str, str]]] = {}
+    names: dict[str, None] = {}
+    for form in ("logits", "linear"):
+        of = [row for row in rows if row.kernel_name.startswith(f"{form} ")]
+        of = [row for row in of if row.extra_benchmark_config_str == of[0].extra_benchmark_config_str]
+        ok = [row for row in of if row.status == "ok" and row.kernel_operation_mode == "full"]
+        memory = {row.kernel_provider: row for row in ok if row.metric_name == "memory"}
+        for row in ok:
+            if row.metric_name == "speed":
+                name = " ".join(filter(None, (row.kernel_provider, row.provider_version)))
+                mib = memory[row.kernel_provider].y_value_50
+                names[name] = None
+                columns.setdefault(form, {})[name] = (
+                    f"**{row.y_value_50:.4g}**", f"{mib:.0f}", f"{row.max_rel_err:.0e}"
+                )  # fmt: skip
+    empty = ("", "", "")
+    lines = [[name, *(x for of in columns.values() for x in of.get(name, empty))] for name in names]
+    titles = {"logits": "from logits", "linear": "from hidden states"}
+    head = [x for form in columns for x in (f"{titles[form]}: ms", "MiB", "error")]
+    return f"{markdown(['provider', *head], lines)}\n{source(rows)}\n"
 
 
 def form_table(form: str, rows: Sequence[Row]) -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..vocab.rows import FusedOutput, Rows
 
 KEEP = False
-"""Whether to ask the L2 cache to keep a row between its two reads. Experiment 4 in docs/tuning.md."""
+"""Whether to ask the L2 cache to keep a row between its two reads. Experiment 4 in docs/dev/tuning.md."""
 
 
 @triton.jit(

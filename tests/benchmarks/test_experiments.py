@@ -1,4 +1,4 @@
-"""The experiments of docs/tuning.md: each variant computes the loss and matches its name."""
+"""The experiments of docs/dev/tuning.md: each variant computes the loss and matches its name."""
 
 from __future__ import annotations
 

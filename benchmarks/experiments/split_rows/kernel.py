@@ -3,7 +3,7 @@
 This is an experiment. The package's `fused_loss` gives a row to one block, which reads it twice and relies on
 the L2 cache for the second read. Here a row is split over PARTS blocks, and each block holds its slice in
 registers from the statistics to the gradient. In bf16, that moves 6 bytes per element with reference logits
-and 4 without. Experiment 4 of docs/tuning.md compares the two.
+and 4 without. Experiment 4 of docs/dev/tuning.md compares the two.
 
 The blocks of a row exchange statistics through 64-bit words in global memory. A word holds two fp32 numbers
 that are never both 0. The launcher clears all words, and each is written once. A block writes its words, and
