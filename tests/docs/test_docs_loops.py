@@ -31,7 +31,7 @@ def test_loops_on_two_ranks(outcomes: dict[str, str], name: str) -> None:
 def test_loops_of_the_readme() -> None:
     """Logits and hidden states equal those of each sequence without padding."""
     text = README.read_text(encoding="utf-8")
-    section = text[text.index("## In a training loop") : text.index("## What is supported")]
+    section = text[text.index("## In a training loop") : text.index("## Which function")]
     blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     model, batch = docs_loops.make_model(), docs_loops.make_batch(0)
     names: dict[str, Any] = {
