@@ -113,7 +113,9 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
 def with_reference(found: list[Point], base: Mapping[str, Any]) -> dict[str, list[Point]]:
     """The points of each loss with a reference, given by its logits (or hidden states) or by `ref_logps`."""
     return {
-        loss + (",\ngiven ref_logps" if given_ref else ""): select(found, base, loss=loss, given_ref=given_ref)
+        loss + (",\ngiven ref_logps" if given_ref else ""): select(
+            found, base, loss=loss, given_ref=given_ref
+        )
         for loss in WITH_REFERENCE
         for given_ref in (False, True)
     }

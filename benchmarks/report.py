@@ -2,8 +2,8 @@
 
     python -m benchmarks.report
 
-The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the tables of benchmarks/results/cpu.csv,
-and the same for any other CSV. `<!-- cpu.csv summary -->` begins a short table of one loss,
+The tables of benchmarks/results/cpu.csv replace the text between `<!-- cpu.csv -->` and `<!-- end -->`, and
+the same for any other CSV. `<!-- cpu.csv summary -->` begins a short table of one loss,
 `<!-- predictions -->` the table of what the experiments should show.
 """
 

@@ -1,4 +1,4 @@
-"""Runs the experiments of docs/dev/tuning.md: compares variants of this package, and predictions with results.
+"""Runs the experiments of docs/dev/tuning.md: compares variants, and predictions with results.
 
     python -m benchmarks.experiments                    # on a GPU; --only 4 --only 6 selects two experiments
     python -m benchmarks.experiments --predict          # prints a table of the predictions; needs no GPU

@@ -1,13 +1,16 @@
 """Divergences of two distributions: their description, and their formulas per vocabulary entry.
 
 The formulas have no cancellation: their terms are not negative, so that the divergence of two nearly equal
-rows keeps its digits. `own` and `other` are the probabilities of an entry, and `x = log(own / other)`.
-kernels/divergence.py has the same functions.
+rows keeps its digits. `p` and `q` are the probabilities of an entry under student and teacher, and
+`x = log(p / q)`. kernels/divergence.py computes the same terms in a form that takes fewer instructions.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +18,8 @@ from torch import Tensor
 from ..checks.choices import DIVERGENCES, DivergenceKind
 from ..checks.scalars import check_choice, number_field
 
-NEAR = 0.5  # below this |x| a series replaces exp(-x) - 1 + x
-NEAR_MIXTURE = 0.3  # below this |t| a series replaces t - log1p(t)
+NEAR = 0.5
+"""Below this |x| power series replace differences."""
 
 
 @dataclass(frozen=True)
@@ -43,66 +46,117 @@ class Divergence:
             raise ValueError(f"jsd_weight must be < 1, got {self.weight!r}")
 
 
-def horner(x: Tensor, factors: list[float]) -> Tensor:
-    """Return `1 + f_1 x (1 + f_2 x (1 + ...))`."""
-    one, total = x.new_ones(()), torch.ones_like(x)
-    for factor in reversed(factors):
-        total = torch.addcmul(one, x, total, value=factor)
-    return total
+class Series(NamedTuple):
+    """Power series in x of both terms, divided by p, from the first power that is not 0."""
+
+    value: tuple[float, ...]  # from x^2
+    slope: tuple[float, ...]  # from x
 
 
-def excess(x: Tensor) -> Tensor:
-    """Compute `exp(-x) - 1 + x` for |x| <= NEAR by its Taylor series."""
-    terms = 17 if x.dtype == torch.float64 else 9
-    return 0.5 * x * x * horner(x, [-1 / i for i in range(3, terms + 1)])
+@functools.cache
+def power_series(spec: Divergence, eps: float) -> Series:
+    """Return the series of `value_terms` and `slope_terms`, exact to `eps` for |x| <= NEAR."""
+    powers = range(40)
+    exponential = [(-1) ** n / math.factorial(n) for n in powers]  # exp(-x)
+    if spec.kind == "reverse_kl":  # exp(-x) - 1 + x, and x
+        value, slope = exponential[2:], [1.0]
+    elif spec.kind == "forward_kl":  # 1 - (1 + x) exp(-x), and 1 - exp(-x)
+        value = [exponential[n] / (n + 2) for n in powers]
+        slope = [-c for c in exponential[1:]]
+    else:
+        w = spec.weight
+        # s = w q / m, as a function of x, has the derivative s^2 - s.
+        s = [w]
+        for n in powers[1:]:
+            s.append((sum(s[i] * s[n - 1 - i] for i in range(n)) - s[n - 1]) / n)
+        # log(m / p) has the derivative -s; the value has the derivative w exp(-x) log(m / q).
+        slope = [(1 - w) * s[n] / (n + 1) for n in powers]
+        log_mixture = [1 - w, *(-s[n] / (n + 1) for n in powers[1:])]  # log(m / q) / x
+        value = [w * sum(exponential[n - i] * log_mixture[i] for i in range(n + 1)) / (n + 2) for n in powers]
+    return Series(truncated(value, eps), truncated(slope, eps))
 
 
-def kl_terms(own: Tensor, other: Tensor, x: Tensor) -> Tensor:
-    """Return terms whose sum is KL(own || other): `own (exp(-x) - 1 + x)`.
+def truncated(series: list[float], eps: float) -> tuple[float, ...]:
+    """Leave out the powers that contribute less than `eps` of the sum for |x| <= NEAR."""
+    kept = [n for n, c in enumerate(series) if abs(c) * NEAR**n > eps / 8 * abs(series[0])]
+    return tuple(series[: kept[-1] + 1])
 
-    They differ from `own x` by `other - own`, whose sum is 0.
+
+def terms(
+    p: Tensor,
+    q: Tensor,
+    x: Tensor,
+    spec: Divergence,
+    *,
+    value: Tensor | None,
+    slope: Tensor,
+    spare: list[Tensor],
+) -> None:
+    """Fill `slope`, and `value` if it is not None, with the terms of each entry.
+
+    The sum of `value` over a row is the divergence. The derivative by the student's scaled logit is
+    `slope - p * sum(slope)`, where slope is `p log(p / q)` for the reverse KL, `p - q` for the forward KL, and
+    `(1 - w) p log(p / m)` for the JSD. Operations that choose between two tensors by a varying condition are
+    slow on a CPU, so bits are combined.
+
+    Args:
+        p, q, x: of one shape. `x` is finite where p and q are 0.
+        spare: three tensors of this shape. They are overwritten.
     """
-    far = other - own + torch.where(own > 0, own * x, 0.0)
-    return torch.where(x.abs() < NEAR, own * excess(x), far)
-
-
-def log_mixture(x: Tensor, weight: float) -> Tensor:
-    """Return `log(m / own)` of the mixture `m = weight other + (1 - weight) own`."""
-    near = torch.log1p(weight * torch.expm1(-x))
-    return torch.where(x > -1, near, torch.log(weight + (1 - weight) * x.exp()) - x)
-
-
-def mixture_terms(own: Tensor, other: Tensor, x: Tensor, weight: float) -> Tensor:
-    """Return terms whose sum is KL(own || m): `own (t - log1p(t))` with `t = m / own - 1`.
-
-    They differ from `-own log1p(t)` by `weight (other - own)`, whose sum is 0.
-    """
-    t = weight * torch.expm1(-x)
-    s = t / (2 + t)  # log1p(t) = 2 atanh(s), and t - 2 s = t s
-    square = s * s
-    count = 12 if x.dtype == torch.float64 else 6
-    tail = square * s * horner(square, [(2 * i + 1) / (2 * i + 3) for i in range(1, count)]) * (2 / 3)
-    far = weight * (other - own) - torch.where(own > 0, own * log_mixture(x, weight), 0.0)
-    return torch.where(t.abs() < NEAR_MIXTURE, own * (t * s - tail), far)
-
-
-def value_terms(p: Tensor, q: Tensor, x: Tensor, spec: Divergence) -> Tensor:
-    """Return the terms of the divergence of student p and teacher q, with `x = log(p / q)`."""
+    series = power_series(spec, torch.finfo(p.dtype).eps)
+    near, a, b = spare
+    integers = torch.int64 if p.dtype == torch.float64 else torch.int32
+    torch.abs(x, out=near).sub_(NEAR)
+    bits = near.view(integers)
+    bits.bitwise_right_shift_(
+        8 * near.element_size() - 1
+    )  # copies the sign: all bits are 1 where x is near 0
     if spec.kind == "reverse_kl":
-        return kl_terms(p, q, x)
-    if spec.kind == "forward_kl":
-        return kl_terms(q, p, -x)
-    w = spec.weight
-    return w * mixture_terms(q, p, -x, 1 - w) + (1 - w) * mixture_terms(p, q, x, w)
+        multiply(p, x, out=slope)
+        if value is not None:
+            torch.sub(q, p, out=a).add_(slope)
+    elif spec.kind == "forward_kl":
+        torch.sub(p, q, out=b)
+        polynomial(x, series.slope, out=slope).mul_(x).mul_(p)
+        choose(bits, slope, b)
+        if value is not None:
+            b.sub_(multiply(q, x, out=a))
+            a = b
+    else:
+        w, tiny = spec.weight, torch.finfo(p.dtype).tiny
+        # With these bounds each logarithm is finite, and its product with a probability of 0 is 0.
+        torch.clamp_min(p, tiny, out=a)
+        torch.clamp_min(q, tiny, out=b)
+        difference = torch.sub(q, p, out=slope)
+        torch.div(difference, a, out=a).mul_(w).log1p_().mul_(p).mul_(w - 1)
+        if value is not None:
+            torch.div(difference, b, out=b).mul_(w - 1).log1p_().mul_(q).mul_(w)
+        polynomial(x, series.slope, out=slope).mul_(x).mul_(p)
+        choose(bits, slope, a)
+        if value is not None:
+            a.sub_(b)
+    if value is not None:
+        polynomial(x, series.value, out=value).mul_(x).mul_(x).mul_(p)
+        choose(bits, value, a)
 
 
-def slope_terms(p: Tensor, q: Tensor, x: Tensor, spec: Divergence) -> Tensor:
-    """Return s_v such that the derivative by the student's scaled logit is `s_v - p_v sum(s)`.
+def multiply(own: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Write `own * x` to `out`, with 0 where `own` is 0, although `x` may be infinite there."""
+    torch.mul(own, x, out=out)
+    if out.device.type != "cpu" or bool(out.sum().isnan()):  # on the CPU, so it does not sync
+        out.masked_fill_(own == 0, 0.0)
+    return out
 
-    s is p log(p / q) for the reverse KL, p - q for the forward KL, (1 - w) p log(p / m) for the JSD.
-    """
-    if spec.kind == "reverse_kl":
-        return torch.where(p > 0, p * x, 0.0)
-    if spec.kind == "forward_kl":
-        return torch.where(x.abs() < NEAR, -p * torch.expm1(-x), p - q)
-    return torch.where(p > 0, (spec.weight - 1) * p * log_mixture(x, spec.weight), 0.0)
+
+def polynomial(x: Tensor, coefficients: tuple[float, ...], out: Tensor) -> Tensor:
+    """Write `c_0 + c_1 x + c_2 x^2 + ...` to `out`."""
+    out.fill_(coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        torch.addcmul(torch.full((), c, dtype=x.dtype, device=x.device), x, out, out=out)
+    return out
+
+
+def choose(bits: Tensor, here: Tensor, elsewhere: Tensor) -> None:
+    """Overwrite `here` with `elsewhere` where `bits` are 0. Where they are all 1, it stays."""
+    other = elsewhere.view(bits.dtype)
+    here.view(bits.dtype).bitwise_xor_(other).bitwise_and_(bits).bitwise_xor_(other)

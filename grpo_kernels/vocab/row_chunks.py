@@ -85,14 +85,17 @@ def row_layout(x: Tensor) -> tuple[int, int] | None:
     return x.stride(1), x.stride(0) // x.stride(1)
 
 
-def row_chunks(needed: Tensor, *tensors: Tensor) -> Iterator[RowChunk]:
+def row_chunks(needed: Tensor, *tensors: Tensor, parts: int = 1) -> Iterator[RowChunk]:
     """Yield chunks of the `needed` rows, `[B * T]` bool.
 
+    On a CPU a chunk has one of `parts` of the usual rows: a pass with many buffers needs shorter chunks.
     On a GPU the chunks have all rows, because selecting some of them would sync. On the CPU it does not.
     """
     batch, time, vocab = tensors[0].shape
     on_cpu = needed.device.type == "cpu"
-    elements = min(torch.get_num_threads() * THREAD_ELEMENTS, CHUNK_ELEMENTS) if on_cpu else CHUNK_ELEMENTS
+    elements = (
+        min(torch.get_num_threads() * THREAD_ELEMENTS // parts, CHUNK_ELEMENTS) if on_cpu else CHUNK_ELEMENTS
+    )
     size = max(1, elements // max(1, vocab))
     # A chunk of several sequences copies the rows of a slice along T. If its sequences are short, this costs
     # less than a chunk for each of them.

@@ -37,16 +37,16 @@ class ChunkRows(NamedTuple):
 class Pass:
     """A pass over the `needed` rows `[N]` of a batch: its chunks, and the buffers that they share.
 
-    The gradient will be written to `out` `[B, T, V]`, if there is one.
+    The gradient will be written to `out` `[B, T, V]`, if there is one. `parts` is that of `row_chunks`.
     """
 
-    def __init__(self, rows: Rows, needed: Tensor, out: Tensor | None = None) -> None:
+    def __init__(self, rows: Rows, needed: Tensor, out: Tensor | None = None, parts: int = 1) -> None:
         self.rows, self.out = rows, out
         self.taken = Taken.of(rows.targets, rows.transform.vocab_size, needed)
         # Once for all chunks, because a mask whose sequences are not adjacent is copied.
         self.words = None if rows.sampling_mask is None else rows.sampling_mask.flatten(0, 1)
         self.scratch = Scratch(has_infinities=needed.device.type != "cpu")
-        self.chunks = row_chunks(needed, *([] if out is None else [out]), *rows.all_logits)
+        self.chunks = row_chunks(needed, *([] if out is None else [out]), *rows.all_logits, parts=parts)
 
     def read(self, chunk: RowChunk) -> ChunkRows:
         rows, transform = self.rows, self.rows.transform
