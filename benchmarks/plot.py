@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from .tables import record
 from .tables.record import Row
@@ -157,6 +158,8 @@ def against_T(
     if len(lengths) > 1:
         axes.set(xscale="log", yscale="log", xlabel="T, tokens", ylabel=label)
         axes.set_xticks(lengths, [str(T) for T in lengths])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
 
 

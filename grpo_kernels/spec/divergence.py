@@ -95,7 +95,7 @@ def terms(
     """Fill `slope`, and `value` if it is not None, with the terms of each entry.
 
     The sum of `value` over a row is the divergence. The derivative by the student's scaled logit is
-    `slope - p * sum(slope)`, where slope is `p log(p / q)` for the reverse KL, `p - q` for the forward KL, and
+    `slope - p * sum(slope)`. The slope is `p log(p / q)` for the reverse KL, `p - q` for the forward KL, and
     `(1 - w) p log(p / m)` for the JSD. Operations that choose between two tensors by a varying condition are
     slow on a CPU, so bits are combined.
 
@@ -108,9 +108,7 @@ def terms(
     integers = torch.int64 if p.dtype == torch.float64 else torch.int32
     torch.abs(x, out=near).sub_(NEAR)
     bits = near.view(integers)
-    bits.bitwise_right_shift_(
-        8 * near.element_size() - 1
-    )  # copies the sign: all bits are 1 where x is near 0
+    bits.bitwise_right_shift_(8 * near.element_size() - 1)  # copies the sign: all bits are 1 near 0
     if spec.kind == "reverse_kl":
         multiply(p, x, out=slope)
         if value is not None:

@@ -121,12 +121,11 @@ def gradient(
         p, q, x, factor, capped = compare(over, chunk, sums)
         grad = over.scratch.like("slopes", p, p.dtype)
         terms(p, q, x, spec, value=None, slope=grad, spare=spare(over, p))
-        impossible = None if capped is None else (p == 0) & (q == 0)
-        grad.sub_(p.mul_(slope[chunk.rows].unsqueeze(-1)))
+        grad.addcmul_(p, slope[chunk.rows].unsqueeze(-1), value=-1)
         grad.mul_(coefficient[chunk.rows].unsqueeze(-1) * factor)
         if capped is not None:
             grad.mul_(1 - capped * capped)
             # The raw logit of a dropped column may be NaN.
-            grad.masked_fill_(impossible, 0.0)
+            grad.masked_fill_((p == 0) & (q == 0), 0.0)
         chunk.write(out, grad, needed)
     zero_rows(out, needed)

@@ -93,9 +93,9 @@ def row_chunks(needed: Tensor, *tensors: Tensor, parts: int = 1) -> Iterator[Row
     """
     batch, time, vocab = tensors[0].shape
     on_cpu = needed.device.type == "cpu"
-    elements = (
-        min(torch.get_num_threads() * THREAD_ELEMENTS // parts, CHUNK_ELEMENTS) if on_cpu else CHUNK_ELEMENTS
-    )
+    elements = CHUNK_ELEMENTS
+    if on_cpu:
+        elements = min(elements, torch.get_num_threads() * THREAD_ELEMENTS // parts)
     size = max(1, elements // max(1, vocab))
     # A chunk of several sequences copies the rows of a slice along T. If its sequences are short, this costs
     # less than a chunk for each of them.
