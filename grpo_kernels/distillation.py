@@ -43,6 +43,7 @@ def distillation_loss(
     aggregation: Aggregation = "token-mean",
     max_tokens: int | None = None,
     normalizer: float | Tensor | None = None,
+    prompt_ids: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -113,7 +114,7 @@ def distillation_loss(
     check_teacher("teacher_logits", teacher_logits, teacher_ids, teacher_logps, rest)
     vocab = Vocabulary.of(vocab_size, logits, -1, "columns of logits", shard)
     batch = Batch.of(logits, completion_mask, seq_lens)
-    weights = divergence_weights(batch, aggregation, max_tokens, normalizer)
+    weights = divergence_weights(batch, aggregation, max_tokens, normalizer, prompt_ids)
     kept = check_sampling_mask(sampling_mask, batch, vocab.width)
     batch.debug_numbers(logits=kept_logits(logits[..., : vocab.width], kept))
     if teacher_logits is not None:
@@ -209,7 +210,11 @@ def check_teacher(
 
 
 def divergence_weights(
-    batch: Batch, aggregation: Aggregation, max_tokens: int | None, normalizer: float | Tensor | None
+    batch: Batch,
+    aggregation: Aggregation,
+    max_tokens: int | None,
+    normalizer: float | Tensor | None,
+    prompt_ids: Tensor | None,
 ) -> Tensor:
     """Return the aggregation as a weight per token, `[N]`."""
     check_choice("aggregation", aggregation, AGGREGATIONS)
@@ -217,7 +222,7 @@ def divergence_weights(
         raise ValueError(f"aggregation {aggregation!r} divides by max_tokens: give max_tokens")
     # A KL term alone. Only its aggregation is used.
     spec = LossSpec(None, KL("exact"), aggregation=aggregation, max_tokens=max_tokens)
-    return check_row_weights(spec, batch, check_normalizer(batch, normalizer))
+    return check_row_weights(spec, batch, check_normalizer(batch, normalizer), prompt_ids)
 
 
 def exact_kl(spec: Divergence, teacher_ids: Tensor | None) -> bool:

@@ -46,6 +46,7 @@ def linear_distillation_loss(
     aggregation: Aggregation = "token-mean",
     max_tokens: int | None = None,
     normalizer: float | Tensor | None = None,
+    prompt_ids: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -83,7 +84,7 @@ def linear_distillation_loss(
     check_teacher("teacher_hidden", whole, teacher_ids, teacher_logps, rest)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, completion_mask, seq_lens, name="hidden")
-    weights = divergence_weights(batch, aggregation, max_tokens, normalizer)
+    weights = divergence_weights(batch, aggregation, max_tokens, normalizer, prompt_ids)
     kept = check_sampling_mask(sampling_mask, batch, vocab.width)
     teacher = check_ref_head(
         teacher_hidden,

@@ -63,6 +63,7 @@ def linear_grpo_loss(
     vocab_size: int | None = None,
     sampling_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    prompt_ids: Tensor | None = None,
     return_entropy: bool = False,
     shard: VocabShard | None = None,
     context_group: dist.ProcessGroup | None = None,
@@ -160,6 +161,7 @@ def linear_grpo_loss(
         ref_logps=ref_logps,
         token_weights=token_weights,
         normalizer=normalizer,
+        prompt_ids=prompt_ids,
     )
     loss = BatchLoss(spec, inputs, batch.sequences)
 

@@ -52,6 +52,7 @@ def grpo_loss(
     vocab_size: int | None = None,
     sampling_mask: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    prompt_ids: Tensor | None = None,
     return_entropy: bool = False,
     inplace: bool = False,
     shard: VocabShard | None = None,
@@ -92,6 +93,8 @@ def grpo_loss(
         normalizer: a number or a 0-dim tensor that replaces the denominator of the aggregation: the number of
             tokens (or sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as in
             DDP and FSDP, divide it by the number of ranks. `global_normalizer` computes it.
+        prompt_ids: `[B]`; packed: `[S]`. Any integers: sequences with equal ids answer the same prompt. The
+            aggregation "prompt-mean" needs them, and the others ignore them.
         return_entropy: fill `entropy` and `metrics["entropy"]`.
         inplace: let the gradient overwrite `logits`, in the forward or in the backward. Do not use them
             afterwards. As for any in-place operation, autograd raises an error if another operation still
@@ -172,6 +175,7 @@ def grpo_loss(
         ref_logps=ref_logps,
         token_weights=token_weights,
         normalizer=normalizer,
+        prompt_ids=prompt_ids,
     )
     loss = BatchLoss(spec, inputs, batch.sequences)
 

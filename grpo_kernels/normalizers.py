@@ -11,7 +11,8 @@ from torch import distributed as dist
 from .checks import debug
 from .checks.choices import AGGREGATIONS, Aggregation
 from .checks.scalars import check_choice
-from .checks.tensors import check_tensor
+from .checks.tensors import check_device, check_integers, check_tensor
+from .tokens.groups import number_groups
 
 
 def global_normalizer(
@@ -19,6 +20,7 @@ def global_normalizer(
     *,
     aggregation: Aggregation = "token-mean",
     seq_lens: Tensor | Iterable[Tensor] | None = None,
+    prompt_ids: Tensor | Iterable[Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Compute the denominator of the loss for the whole batch of an optimizer step, divided by the ranks.
@@ -32,10 +34,15 @@ def global_normalizer(
     | "token-mean" | unmasked tokens / ranks | `batch_num_tokens / dp_size` |
     | "seq-mean-*" | sequences / ranks | `global_batch_size / dp_size` |
     | "token-sum" | 1 / ranks | `1 / dp_size` |
+    | "prompt-mean" | prompts / ranks | |
 
     Sequences are counted even if all their tokens are masked, as in `grpo_loss` and in verl's configuration.
     "seq-mean-token-sum-norm" divides by `LossSpec.max_tokens` in addition (verl: `loss_scale_factor`). Set
     it, because micro-batches are padded to different widths. An entropy bonus is aggregated as the loss is.
+
+    With "prompt-mean", keep all completions of a prompt in one micro-batch of one rank. A loss averages over
+    the tokens of a prompt that it is given. So a prompt that is split counts once in every micro-batch that
+    has a part of it, here and in the losses. Ids need not differ between micro-batches.
 
     TRL 1.16 divides the losses `dapo`, `cispo` and `vespo` by `num_items_in_batch / num_processes`. That is
     the "token-mean" normalizer for the masks of one generation. If a generation serves several optimizer
@@ -47,6 +54,8 @@ def global_normalizer(
             micro-batches that this rank accumulates.
         aggregation: the `aggregation` of the `LossSpec`.
         seq_lens: `[S]`, or one such tensor for each packed mask. Only for packed masks with "seq-mean-*".
+        prompt_ids: `[B]` or packed `[S]`, as in `grpo_loss`, or one such tensor for each mask. Only for
+            "prompt-mean".
         group: the ranks over which gradients are averaged. None: all ranks, or a single one if
             torch.distributed is not initialized. All ranks of the group must call this function, except with
             "token-sum".
@@ -57,7 +66,8 @@ def global_normalizer(
 
     Raises:
         ValueError: there is no mask; a mask is neither `[B, T]` nor `[N]`; `aggregation` is unknown; the
-            number of `seq_lens` is not the number of packed masks.
+            number of `seq_lens` is not the number of packed masks; the number of `prompt_ids` is not that of
+            the masks, or they are no integers of shape `[B]`.
         TypeError: a mask is not a tensor.
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
@@ -75,6 +85,8 @@ def global_normalizer(
         return torch.full((), 1 / ranks, device=device, dtype=torch.float32)
     if aggregation == "token-mean":
         count = torch.stack([x.count_nonzero() for x in masks]).sum()
+    elif aggregation == "prompt-mean":
+        count = _prompts(masks, prompt_ids)
     else:
         # Copying a number from the host would sync with the device; filling a tensor does not.
         count = torch.full((), _sequences(masks, seq_lens), device=device)
@@ -91,6 +103,16 @@ def _sequences(masks: list[Tensor], seq_lens: Tensor | Iterable[Tensor] | None) 
             f"seq_lens must hold one tensor for each packed mask, got {len(lengths)} for {len(packed)} masks"
         )
     return sum(x.shape[0] for x in masks if x.dim() == 2) + sum(x.numel() for x in lengths)
+
+
+def _prompts(masks: list[Tensor], prompt_ids: Tensor | Iterable[Tensor] | None) -> Tensor:
+    given = [] if prompt_ids is None else _tensors("prompt_ids", prompt_ids)
+    if len(given) != len(masks):
+        raise ValueError(f"prompt_ids must hold one tensor for each mask, got {len(given)} for {len(masks)}")
+    for ids, mask in zip(given, masks, strict=True):
+        check_device("prompt_ids", ids, mask.device, "mask")
+        check_integers("prompt_ids", ids, mask.shape[0] if mask.dim() == 2 else None)
+    return torch.stack([number_groups(ids)[1] for ids in given]).sum()
 
 
 def _tensors(name: str, given: Tensor | Iterable[Tensor]) -> list[Tensor]:

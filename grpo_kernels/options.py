@@ -30,6 +30,7 @@ class LossOptions(TypedDict, total=False):
     vocab_size: int | None
     sampling_mask: Tensor | None
     normalizer: float | Tensor | None
+    prompt_ids: Tensor | None
     return_entropy: bool
     shard: VocabShard | None
     context_group: dist.ProcessGroup | None

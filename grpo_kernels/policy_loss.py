@@ -32,6 +32,7 @@ def policy_loss(
     token_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    prompt_ids: Tensor | None = None,
     context_group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> LossOutput:
@@ -72,6 +73,7 @@ def policy_loss(
         ref_logps=ref_logps,
         token_weights=token_weights,
         normalizer=normalizer,
+        prompt_ids=prompt_ids,
     )
 
     loss = BatchLoss(spec, inputs, batch.sequences)

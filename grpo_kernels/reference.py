@@ -51,6 +51,7 @@ def reference_loss(
     ref_logit_softcap: float | None = None,
     vocab_size: int | None = None,
     normalizer: float | Tensor | None = None,
+    prompt_ids: Tensor | None = None,
 ) -> ReferenceOutput:
     """Compute a loss. Arguments and shapes are those of `grpo_loss`.
 
@@ -159,12 +160,20 @@ def reference_loss(
     metrics["entropy"] = entropy
 
     width = spec.max_tokens or 1  # only "seq-mean-token-sum-norm" reads it, and its spec sets it
-    total = _aggregate(spec.aggregation, loss, row, count, width, normalizer)
+    unit = row  # of tokens that are averaged together
+    if spec.aggregation == "prompt-mean":
+        assert prompt_ids is not None
+        # Each prompt is one long sequence.
+        found = prompt_ids.tolist()
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(found))}
+        count = len(number)
+        unit = torch.tensor([number[x] for x in found], dtype=torch.long, device=row.device)[row]
+    total = _aggregate(spec.aggregation, loss, unit, count, width, normalizer)
     if spec.entropy_coef:
         if normalizer is None:
             bonus = entropy.sum() / len(entropy) if len(entropy) else entropy.sum()
         else:
-            bonus = _aggregate(spec.aggregation, entropy, row, count, width, normalizer)
+            bonus = _aggregate(spec.aggregation, entropy, unit, count, width, normalizer)
         total = total - spec.entropy_coef * bonus
     means = {
         key: x.detach().to(dtype).mean() if len(x) else torch.zeros((), dtype=dtype)
@@ -325,7 +334,7 @@ def _aggregate(
     else:
         default = count
         sums = [loss[row == s] for s in range(count or int(row.max()) + 1 if len(row) else 0)]
-        if how == "seq-mean-token-mean":
+        if how in ("seq-mean-token-mean", "prompt-mean"):
             sums = [s.mean() for s in sums if len(s)]
         else:
             sums = [s.sum() for s in sums]

@@ -31,6 +31,7 @@ Aggregation = Literal[
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
     "token-sum",
+    "prompt-mean",
 ]
 SampledKLKind = Literal["k1", "abs", "k2", "k3"]
 ExactKLKind = Literal["exact", "exact_forward"]
@@ -40,7 +41,10 @@ DPPOKind = Literal["tv", "kl"]
 Backend = Literal["auto", "triton", "torch"]
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
 Rest = Literal["bucket", "drop"]
-AdvantageScale = Literal["std", "none"]
+AdvantageScale = Literal["std", "batch", "none"]
+AdvantageEstimator = Literal[
+    "grpo", "opo", "maxrl", "gpg", "grpo_passk", "reinforce_plus_plus_baseline", "gdpo"
+]
 WeightLevel = Literal["token", "sequence"]
 WeightMode = Literal["truncate", "mask"]
 
@@ -55,5 +59,6 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DIVERGENCES: tuple[DivergenceKind, ...] = get_args(DivergenceKind)
 RESTS: tuple[Rest, ...] = get_args(Rest)
 ADVANTAGE_SCALES: tuple[AdvantageScale, ...] = get_args(AdvantageScale)
+ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 WEIGHT_LEVELS: tuple[WeightLevel, ...] = get_args(WeightLevel)
 WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)

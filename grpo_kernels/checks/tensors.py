@@ -28,6 +28,15 @@ def check_dtype(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}")
 
 
+def check_integers(name: str, value: Tensor, length: int | None) -> None:
+    """Raise ValueError unless `value` has one dimension, of `length` integers. None: of any number."""
+    whole = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if value.dim() != 1 or length not in (None, value.shape[0]) or not whole:
+        shape = "one dimension" if length is None else f"shape ({length},)"
+        got = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise ValueError(f"{name} must be integers of {shape}, got {got}")
+
+
 def squeeze_hint(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """Return a hint for an error if the shape is `[1, N]`, as in Hugging Face's padding-free batches."""
     return "; squeeze(0) removes its first dimension" if tuple(shape) == (1, *expected) else ""

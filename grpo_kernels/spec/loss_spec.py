@@ -41,7 +41,9 @@ class LossSpec:
             arXiv:2507.18071). "sequence-token" has the same value, but the gradient of the token's own ratio
             (GSPO-token).
         aggregation: "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
-            (divides by `max_tokens`) or "token-sum".
+            (divides by `max_tokens`), "token-sum" or "prompt-mean". "prompt-mean" averages the tokens of each
+            prompt, over all its completions, and then the prompts (ScaleRL's prompt average,
+            arXiv:2510.13786, SkyRL's `prompt_mean`). It needs `prompt_ids` at the call.
         max_tokens: the constant of "seq-mean-token-sum-norm" (Dr. GRPO, arXiv:2503.20783), which requires it.
             The padded width is not used, because it would change the loss from batch to batch.
         entropy_coef: weight of the entropy bonus.

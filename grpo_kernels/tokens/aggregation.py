@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec import LossSpec
+from .groups import group_sum, number_groups
 from .sequences import Sequences
 
 
@@ -21,13 +22,23 @@ def aggregation_weights(
     sequences: Sequences,
     num_sequences: int | None,
     normalizer: Tensor | float | None,
+    prompt_ids: Tensor | None,
 ) -> Tensor:
-    """Return weights `[N]` such that the aggregated loss is `sum(weights * token losses)`."""
+    """Return weights `[N]` such that the aggregated loss is `sum(weights * token losses)`.
+
+    `prompt_ids` are integers, `[B]` or `[S]`, for "prompt-mean".
+    """
     weights = sequences.mask.to(sequences.dtype)
     if spec.aggregation == "token-mean":
         denominator = sequences.over_ranks(weights.sum()) if normalizer is None else normalizer
     elif spec.aggregation == "token-sum":
         denominator = 1.0 if normalizer is None else normalizer
+    elif spec.aggregation == "prompt-mean":
+        assert prompt_ids is not None  # check_row_weights requires it
+        prompts, count = number_groups(prompt_ids)
+        # The counts are whole numbers, whose sum is exact in any order.
+        weights = weights / sequences.to_tokens(group_sum(sequences.counts, prompts).clamp(min=1))
+        denominator = count.to(weights.dtype) if normalizer is None else normalizer
     else:
         denominator = normalizer if normalizer is not None else float(num_sequences or 0)
     if spec.aggregation == "seq-mean-token-mean":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import debug
 from ..checks.scalars import check_number
-from ..checks.tensors import scalar_on
+from ..checks.tensors import check_device, check_integers, check_tensor, scalar_on
 from ..spec import LossSpec
 from ..spec.surrogates import Surrogate
 from .aggregation import aggregation_weights, safe_divide
@@ -58,6 +58,7 @@ def token_inputs(
     ref_logps: Tensor | None,
     token_weights: Tensor | None,
     normalizer: float | Tensor | None,
+    prompt_ids: Tensor | None,
 ) -> TokenInputs:
     """Check the constants of a loss and lay them out as `[N]`. Arguments as in `grpo_loss`."""
     if spec.uses_callable and batch.sequences.group is not None:
@@ -66,7 +67,7 @@ def token_inputs(
             "surrogate of the package"
         )
     normalizer = check_normalizer(batch, normalizer)
-    row_weights = check_row_weights(spec, batch, normalizer)
+    row_weights = check_row_weights(spec, batch, normalizer, prompt_ids)
     if spec.couples_tokens and not spec.uses_callable:
         name = "a KL" if spec.surrogate is None else type(spec.surrogate).__name__
         batch.require_sequences(f"{name} at level {spec.level!r}")
@@ -96,13 +97,25 @@ def check_normalizer(batch: Batch, normalizer: float | Tensor | None) -> float |
     return scalar_on(batch.device, normalizer).to(batch.device)
 
 
-def check_row_weights(spec: LossSpec, batch: Batch, normalizer: float | Tensor | None) -> Tensor:
-    """Return the aggregation as a weight per token, or raise ValueError if it needs `seq_lens`."""
-    if spec.aggregation == "seq-mean-token-mean" or (
-        spec.aggregation.startswith("seq-") and normalizer is None
+def check_row_weights(
+    spec: LossSpec, batch: Batch, normalizer: float | Tensor | None, prompt_ids: Tensor | None
+) -> Tensor:
+    """Return the aggregation as a weight per token. Raise ValueError if it lacks an argument.
+
+    Only "prompt-mean" reads `prompt_ids`. Others ignore them, so that a trainer may always pass them.
+    """
+    aggregation = spec.aggregation
+    if aggregation in ("seq-mean-token-mean", "prompt-mean") or (
+        aggregation.startswith("seq-") and normalizer is None
     ):
-        batch.require_sequences(f"aggregation {spec.aggregation!r}")
-    return aggregation_weights(spec, batch.sequences, batch.num_sequences, normalizer)
+        batch.require_sequences(f"aggregation {aggregation!r}")
+    if aggregation == "prompt-mean":
+        if prompt_ids is None:
+            raise ValueError(f"aggregation {aggregation!r} needs prompt_ids, one integer per sequence")
+        check_tensor("prompt_ids", prompt_ids)
+        check_device("prompt_ids", prompt_ids, batch.device, batch.source)
+        check_integers("prompt_ids", prompt_ids, batch.num_sequences)
+    return aggregation_weights(spec, batch.sequences, batch.num_sequences, normalizer, prompt_ids)
 
 
 def entropy_weights(

@@ -33,6 +33,7 @@ class Sequences:
     seq_lens: Tensor | None = None
     ids: Tensor | None = None
     group: dist.ProcessGroup | None = None
+    _counts: Tensor | None = field(default=None, init=False, repr=False)
     _lengths: Tensor | None = field(default=None, init=False, repr=False)
 
     def total(self, x: Tensor) -> Tensor:
@@ -41,24 +42,35 @@ class Sequences:
         The sum is in fp64, except on MPS, which lacks it.
         """
         wide = torch.where(self.mask, x, 0.0).to(x.dtype if x.device.type == "mps" else torch.float64)
-        return self._sums(wide).to(x.dtype)
+        return self.to_tokens(self._sums(wide)).to(x.dtype)
 
     def _sums(self, x: Tensor) -> Tensor:
-        if self.seq_lens is None or self.ids is None:
-            sums = self.over_ranks(x.view(self.shape).sum(-1, keepdim=True))
-            return sums.expand(self.shape).reshape(-1)
+        """The sum of `x` `[N]` over each sequence, `[B]` or `[S]`."""
+        if self.seq_lens is None:
+            return self.over_ranks(x.view(self.shape).sum(-1))
         # On a GPU, index_add would sum in an undefined order.
-        return self.over_ranks(torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True))[self.ids]
+        return self.over_ranks(torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True))
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Return `x`, one value per sequence, for each token, `[N]`."""
+        return x.unsqueeze(-1).expand(self.shape).reshape(-1) if self.ids is None else x[self.ids]
 
     def over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the ranks of `group`."""
         return x if self.group is None else outside_graphs(sum_over_ranks)(x, self.group)
 
     @property
+    def counts(self) -> Tensor:
+        """The number of unmasked tokens of each sequence, `[B]` or `[S]`."""
+        if self._counts is None:  # torch.compile does not support functools.cached_property
+            self._counts = self._sums(self.mask.to(self.dtype))
+        return self._counts
+
+    @property
     def lengths(self) -> Tensor:
         """The number of unmasked tokens of each token's sequence, `[N]`, at least 1."""
-        if self._lengths is None:  # torch.compile does not support functools.cached_property
-            self._lengths = self._sums(self.mask.to(self.dtype)).clamp(min=1)
+        if self._lengths is None:
+            self._lengths = self.to_tokens(self.counts.clamp(min=1))
         return self._lengths
 
 

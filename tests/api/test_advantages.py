@@ -12,6 +12,7 @@ from torch import Tensor
 from grpo_kernels import group_advantages
 
 SIZES = [1, 2, 3, 8]
+SCALES = ["std", "batch", "none"]
 
 
 def rewards(size: int, groups: int = 3, seed: int = 0) -> Tensor:
@@ -22,6 +23,9 @@ def by_loop(
     r: Tensor, size: int, *, scale: str = "std", eps: float = 1e-4, leave_one_out: bool = False
 ) -> Tensor:
     result = []
+    whole = r.double().tolist()
+    centre = sum(whole) / len(whole)
+    of_batch = (sum((x - centre) ** 2 for x in whole) / max(len(whole) - 1, 1)) ** 0.5
     for start in range(0, len(r), size):
         group = r[start : start + size].double().tolist()
         mean = sum(group) / size
@@ -29,12 +33,13 @@ def by_loop(
         for i, x in enumerate(group):
             others = group[:i] + group[i + 1 :]
             baseline = sum(others) / len(others) if leave_one_out and others else mean
-            result.append((x - baseline) / (std + eps if scale == "std" else 1.0))
+            divisor = {"std": std + eps, "batch": of_batch + eps, "none": 1.0}[scale]
+            result.append((x - baseline) / divisor)
     return torch.tensor(result, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_by_loop(device: str, size: int, scale: str, leave_one_out: bool) -> None:
     r = rewards(size)
@@ -51,6 +56,14 @@ def test_as_in_trl(eps: float) -> None:
     view = r.view(-1, 4)
     want = (view - view.mean(1, keepdim=True)) / (view.std(1, keepdim=True) + eps)
     torch.testing.assert_close(group_advantages(r, group_size=4, eps=eps), want.view(-1))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_batch_as_in_trl(size: int) -> None:
+    """`(r - mean of the group) / (std of all rewards + eps)`: TRL's `scale_rewards="batch"`."""
+    r = rewards(size)
+    want = (r.view(-1, size) - r.view(-1, size).mean(1, keepdim=True)) / (r.std() + 1e-4)
+    torch.testing.assert_close(group_advantages(r, group_size=size, scale="batch"), want.view(-1))
 
 
 def test_leave_one_out_as_in_rloo() -> None:
@@ -83,7 +96,7 @@ def test_groups_of_unequal_size() -> None:
 
 
 @pytest.mark.parametrize("eps", [1e-4, 0.0])
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("size", SIZES)
 def test_equal_rewards_are_exactly_zero(size: int, scale: str, eps: float) -> None:
     """Equal rewards give exactly 0, because only rows with an advantage of 0 are skipped."""
@@ -110,7 +123,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
-@pytest.mark.parametrize("scale", ["std", "none"])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_integers_and_bools(dtype: torch.dtype, scale: str, leave_one_out: bool) -> None:
     """The advantages are fp32, and equal those of the same rewards in floating point."""
@@ -140,6 +153,47 @@ def test_far_from_zero() -> None:
     torch.testing.assert_close(
         group_advantages(r, group_size=4).double(), by_loop(r, 4), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_rewards_that_are_not_finite(scale: str, value: float) -> None:
+    """They stay in their group, apart from the standard deviation of the batch."""
+    r = torch.tensor([1.0, value, 2.0, 5.0, 3.0, 3.0])
+    got = group_advantages(r, group_size=2, scale=scale)
+    assert not got[:2].isfinite().any()
+    assert not got[4:].any()
+    if scale == "batch":
+        assert got[2:4].isnan().all()
+    else:
+        torch.testing.assert_close(got[2:4], group_advantages(r[2:4], group_size=2, scale=scale))
+
+
+def test_equal_infinite_rewards() -> None:
+    got = group_advantages(torch.tensor([torch.inf, torch.inf, 1.0, 2.0]), group_size=2)
+    assert not got[:2].any() and got[2:].isfinite().all()
+
+
+def test_huge_ids(device: str) -> None:
+    """Ids that differ by more than 64 bits hold, and ids that fp64 cannot tell apart."""
+    top = 2**63 - 1
+    ids = torch.tensor([top, -top - 1, top, top - 1, -top - 1, top - 1], device=device)
+    r = rewards(2).to(device)
+    small = torch.tensor([2, 0, 2, 1, 0, 1], device=device)
+    assert torch.equal(group_advantages(r, group_ids=ids), group_advantages(r, group_ids=small))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_plus_plus_baseline"])
+def test_no_device_sync(estimator: str) -> None:
+    r, ids = rewards(4).cuda(), torch.arange(12, device="cuda") % 3
+    options = {} if estimator == "grpo" else {"lengths": ids}
+    group_advantages(r, group_ids=ids, estimator=estimator, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        group_advantages(r, group_ids=ids, estimator=estimator, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_nothing() -> None:
@@ -190,9 +244,9 @@ IDS = torch.zeros(4, dtype=torch.long)
         (R, {"group_ids": IDS.to("meta")}, ValueError, "group_ids is on meta, rewards on cpu"),
         (
             R,
-            {"group_size": 2, "scale": "batch"},
+            {"group_size": 2, "scale": "group"},
             ValueError,
-            "scale must be one of 'std', 'none', got 'batch'",
+            "scale must be one of 'std', 'batch', 'none', got 'group'",
         ),
         (R, {"group_size": 2, "eps": -1}, ValueError, "eps must be finite and >= 0, got -1"),
         (R, {"group_size": 2, "eps": "1"}, TypeError, "eps must be a number, got '1'"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from wrong_calls import PER_TOKEN, B, N, S, T, V, case, check, ids, lengths, packed, padded, spec, zeros
 
@@ -66,7 +67,27 @@ class TestCompanions:
                     spec(aggregation=name, max_tokens=5),
                     f"aggregation '{name}' on a packed batch needs seq_lens",
                 )
-                for name in ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+                for name in (
+                    "seq-mean-token-mean",
+                    "seq-mean-token-sum",
+                    "seq-mean-token-sum-norm",
+                    "prompt-mean",
+                )
+            ),
+            case(
+                packed,
+                {"normalizer": 2.0, "prompt_ids": lengths(1, 1), **spec(aggregation="prompt-mean")},
+                "aggregation 'prompt-mean' on a packed batch needs seq_lens",
+            ),
+            case(
+                padded,
+                {"normalizer": 2.0, **spec(aggregation="prompt-mean")},
+                "aggregation 'prompt-mean' needs prompt_ids",
+            ),
+            case(
+                packed,
+                {"seq_lens": lengths(2, 3), **spec(aggregation="prompt-mean")},
+                "aggregation 'prompt-mean' needs prompt_ids",
             ),
             case(
                 packed,
@@ -77,6 +98,30 @@ class TestCompanions:
     )
     def test_missing(self, call: Callable[..., Any], changes: dict[str, Any], parts: tuple[str, ...]) -> None:
         check(call, changes, ValueError, *parts)
+
+    @pytest.mark.parametrize(
+        "call, prompt_ids, message",
+        [
+            (padded, ids(B, T), "of shape (2,), got torch.int64 of shape (2, 3)"),
+            (padded, ids(B, 1), "of shape (2,), got torch.int64 of shape (2, 1)"),
+            (padded, ids(B + 1), "of shape (2,), got torch.int64 of shape (3,)"),
+            (padded, zeros(B), "of shape (2,), got torch.float32 of shape (2,)"),
+            (padded, zeros(B, dtype=torch.bool), "of shape (2,), got torch.bool of shape (2,)"),
+            (packed, ids(N), "of shape (2,), got torch.int64 of shape (5,)"),
+        ],
+    )
+    def test_prompt_ids(self, call: Callable[..., Any], prompt_ids: Tensor, message: str) -> None:
+        changes = {"prompt_ids": prompt_ids, **spec(aggregation="prompt-mean")}
+        changes |= {"seq_lens": lengths(2, 3)} if call is packed else {}
+        check(call, changes, ValueError, f"prompt_ids must be integers {message}")
+
+    def test_prompt_ids_elsewhere(self) -> None:
+        of_prompts = spec(aggregation="prompt-mean")
+        for value, error, message in (
+            (ids(B, device="meta"), ValueError, "prompt_ids is on meta, logits on cpu"),
+            ([0, 0], TypeError, "prompt_ids must be a tensor, got list"),
+        ):
+            check(padded, {"prompt_ids": value, **of_prompts}, error, message)
 
     def test_zero_beta_needs_no_reference(self) -> None:
         with pytest.raises(AssertionError, match="the logits were read"):

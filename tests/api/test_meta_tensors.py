@@ -95,6 +95,7 @@ def tokens(at: Place, packed: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
         "temperature": at.new(*shape).exp(),
         "normalizer": at.new(),
     }
+    options["prompt_ids"] = at.new(len(LENGTHS) if packed else B, dtype=torch.int64)
     return options | ({"seq_lens": at.seq_lens()} if packed else {}), shape
 
 
@@ -188,6 +189,7 @@ def helper(call: Callable[[Place], Any]) -> Form:
 
 
 EVERYTHING = LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1)
+PROMPT_MEAN = LossSpec(PPOClip(), aggregation="prompt-mean")
 EVERYTHING_SAMPLED = LossSpec(PPOClip(), KL("k3"), entropy_coef=0.1)
 COUPLED = {
     "gspo": LossSpec.preset("gspo", kl=KL("k3", ratio_corrected=True)),
@@ -214,6 +216,9 @@ FORMS: dict[str, Form] = {
     "in place, bf16": from_logits(dtype=bf16, inplace=True),
     "in place, fp16": from_logits(dtype=fp16, inplace=True),
     "sequence mean": from_logits(LossSpec(PPOClip(), aggregation="seq-mean-token-mean"), packed=True),
+    "prompt mean": from_logits(PROMPT_MEAN),
+    "prompt mean, packed": from_logits(PROMPT_MEAN, packed=True),
+    "linear, prompt mean": from_hidden(PROMPT_MEAN),
     "linear, one pass": from_hidden(),
     "linear, one pass, packed": from_hidden(packed=True),
     "linear, one pass, everything": from_hidden(EVERYTHING, reference=True),
@@ -234,15 +239,30 @@ FORMS: dict[str, Form] = {
     "policy_loss": of_log_probabilities("grpo"),
     "policy_loss, everything": of_log_probabilities(EVERYTHING_SAMPLED),
     "policy_loss, packed gspo": of_log_probabilities("gspo", packed=True),
+    "policy_loss, prompt mean": of_log_probabilities(PROMPT_MEAN, packed=True),
     "group_advantages": helper(lambda at: group_advantages(at.new(N), group_size=3)),
     "group_advantages of ids": helper(
         lambda at: group_advantages(at.new(N), group_ids=at.new(N, dtype=torch.int32), leave_one_out=True)
+    ),
+    "group_advantages of tokens": helper(
+        lambda at: group_advantages(
+            at.new(N, 2),
+            group_ids=at.new(N, dtype=torch.int32),
+            estimator="gdpo",
+            lengths=at.new(N),
+            reward_weights=at.new(2),
+        )
     ),
     "importance_weights": helper(lambda at: importance_weights(*(at.new(B, T) for _ in range(3)))),
     "importance_weights of sequences": helper(
         lambda at: importance_weights(*(at.new(B, T) for _ in range(3)), level="sequence", mode="mask")
     ),
     "global_normalizer": helper(lambda at: global_normalizer([at.new(B, T), at.new(B, T)])),
+    "global_normalizer of prompts": helper(
+        lambda at: global_normalizer(
+            at.new(B, T), aggregation="prompt-mean", prompt_ids=at.new(B, dtype=torch.int64)
+        )
+    ),
     "global_normalizer of sequences": helper(
         lambda at: global_normalizer(at.new(N), aggregation="seq-mean-token-sum", seq_lens=at.seq_lens())
     ),

@@ -66,6 +66,7 @@ class Batch(NamedTuple):
     advantages: Tensor  # [B]
     old_logps: Tensor  # [B, T]
     ref_logps: Tensor  # [B, T]
+    prompt_ids: Tensor  # [B]: all completions of a prompt are in one micro-batch
 
     def of(self, rows: Tensor) -> Batch:
         """Return these sequences, cut to the longest of them."""
@@ -75,16 +76,19 @@ class Batch(NamedTuple):
         return part._replace(ids=part.ids[:, : width + 1], **narrow)
 
 
+def padded(batch: Batch) -> dict[str, Tensor]:
+    names = ("old_logps", "ref_logps", "prompt_ids")
+    return {"completion_mask": batch.mask, **{name: getattr(batch, name) for name in names}}
+
+
 def from_logits(hidden: Tensor, lm_head: nn.Linear, *, batch: Batch, **options: Any) -> LossOutput:
-    per_token = {"completion_mask": batch.mask, "old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
-    return grpo_loss(lm_head(hidden), batch.ids[:, 1:], batch.advantages, **per_token, **options)
+    return grpo_loss(lm_head(hidden), batch.ids[:, 1:], batch.advantages, **padded(batch), **options)
 
 
 def from_hidden(hidden: Tensor, lm_head: nn.Linear, *, batch: Batch, **options: Any) -> LossOutput:
-    per_token = {"completion_mask": batch.mask, "old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
     head = {"lm_head_bias": lm_head.bias, "chunk_tokens": 4}
     return linear_grpo_loss(
-        hidden, lm_head.weight, batch.ids[:, 1:], batch.advantages, **head, **per_token, **options
+        hidden, lm_head.weight, batch.ids[:, 1:], batch.advantages, **head, **padded(batch), **options
     )
 
 
@@ -92,7 +96,7 @@ def from_packed(hidden: Tensor, lm_head: nn.Linear, *, batch: Batch, **options: 
     """Compute the loss of the packed batch without masked tokens."""
     mask = batch.mask
     per_token = {"old_logps": batch.old_logps[mask], "ref_logps": batch.ref_logps[mask]}
-    head = {"lm_head_bias": lm_head.bias, "seq_lens": mask.sum(1)}
+    head = {"lm_head_bias": lm_head.bias, "seq_lens": mask.sum(1), "prompt_ids": batch.prompt_ids}
     ids = batch.ids[:, 1:][mask]
     return linear_grpo_loss(
         hidden[mask], lm_head.weight, ids, batch.advantages, **head, **per_token, **options
@@ -125,7 +129,9 @@ def make_task(aggregation: str, dtype: torch.dtype, lengths: str) -> Task:
     logps = log_probs.gather(-1, ids[:, 1:, None])[..., 0]
     old_logps, ref_logps = (logps + 0.3 * torch.randn_like(logps) for _ in range(2))
     advantages = torch.randn(len(tokens), dtype=dtype)
-    batch = Batch(ids, torch.arange(T) < tokens[:, None], advantages, old_logps, ref_logps)
+    # The first two completions of a micro-batch answer one prompt, a third one another.
+    prompt_ids = torch.cat([int(part[0]) + torch.arange(len(part)) // 2 for part in rows])
+    batch = Batch(ids, torch.arange(T) < tokens[:, None], advantages, old_logps, ref_logps, prompt_ids)
     mine = rows[rank * MICRO_BATCHES : (rank + 1) * MICRO_BATCHES]
     # None would mean the width of each micro-batch.
     max_tokens = MAX_TOKENS if aggregation == "seq-mean-token-sum-norm" else None
@@ -232,7 +238,11 @@ def as_one_process(
 ) -> None:
     task = make_task(aggregation, dtype, lengths)
     want = alone(task)
-    normalizer = global_normalizer((x.mask for x in task.micro_batches), aggregation=aggregation)
+    normalizer = global_normalizer(
+        (x.mask for x in task.micro_batches),
+        aggregation=aggregation,
+        prompt_ids=(x.prompt_ids for x in task.micro_batches),
+    )
     found = errors(together(task, wrapper, route, form, normalizer, **backend), want)
     assert max(found.values()) < TOLERANCE[dtype], found
 
@@ -266,6 +276,9 @@ def counts(dtype: torch.dtype) -> None:
     for aggregation in ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"):
         got = global_normalizer(masks, aggregation=aggregation, seq_lens=seq_lens)
         assert got == sequences / ranks, got
+    prompt_ids = [torch.arange(rank + 1), torch.tensor([2, 9, 2])]  # the ranks use the same ids
+    prompts = sum(r + 1 + 2 for r in range(ranks))
+    assert global_normalizer(masks, aggregation="prompt-mean", prompt_ids=prompt_ids) == prompts / ranks
     assert global_normalizer(masks, aggregation="token-sum") == 1 / ranks
     assert global_normalizer(torch.zeros_like(padded)) == 0
 

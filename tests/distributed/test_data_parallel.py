@@ -13,6 +13,7 @@ from distributed.launch import run_workers, session_folder
 from grpo_kernels.normalizers import global_normalizer
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+IDS = torch.tensor([4, 4, 5])
 
 
 @pytest.fixture(scope="session", params=[2, pytest.param(4, marks=pytest.mark.long)], ids="{} ranks".format)
@@ -40,6 +41,11 @@ def test_data_parallel(outcomes: dict[str, str], name: str) -> None:
         (MASK.flatten(), {"aggregation": "seq-mean-token-sum", "seq_lens": torch.tensor([3, 6])}, 2),
         (iter([MASK, MASK[0]]), {"aggregation": "seq-mean-token-sum", "seq_lens": [torch.tensor([3])]}, 4),
         (MASK[:0], {"aggregation": "seq-mean-token-mean"}, 0),
+        # A prompt without tokens counts, as in the loss. Ids of micro-batches are not compared.
+        (MASK, {"aggregation": "prompt-mean", "prompt_ids": torch.tensor([2**60, -1, 2**60])}, 2),
+        ([MASK, MASK[:2]], {"aggregation": "prompt-mean", "prompt_ids": [IDS, IDS[:2]]}, 3),
+        (MASK.flatten(), {"aggregation": "prompt-mean", "prompt_ids": iter([IDS[:2]])}, 1),
+        (MASK[:0], {"aggregation": "prompt-mean", "prompt_ids": IDS[:0]}, 0),
     ],
 )
 def test_one_process(mask: Any, options: dict[str, Any], expected: int) -> None:
@@ -64,6 +70,22 @@ def test_no_device_sync(aggregation: str) -> None:
             MASK[0],
             {"aggregation": "seq-mean-token-mean"},
             "seq_lens must hold one tensor for each packed mask, got 0 for 1 masks",
+        ),
+        (
+            [MASK, MASK],
+            {"aggregation": "prompt-mean", "prompt_ids": IDS},
+            "prompt_ids must hold one tensor for each mask, got 1 for 2",
+        ),
+        (MASK, {"aggregation": "prompt-mean"}, "prompt_ids must hold one tensor for each mask, got 0 for 1"),
+        (
+            MASK,
+            {"aggregation": "prompt-mean", "prompt_ids": IDS[:2]},
+            r"prompt_ids must be integers of shape \(3,\), got torch.int64 of shape \(2,\)",
+        ),
+        (
+            MASK[0],
+            {"aggregation": "prompt-mean", "prompt_ids": MASK},
+            r"prompt_ids must be integers of one dimension, got torch.int64 of shape \(3, 3\)",
         ),
     ],
 )

@@ -227,6 +227,7 @@ class TestCase15Empty:
             completion_mask=torch.zeros(shape, device=device)
         )
         case = case.with_options(ref_hidden=case.hidden, ref_lm_head_weight=case.weight)
+        case = case.with_options(prompt_ids=torch.arange(shape[0], device=device))
         got = run_linear(case, compact=compact, backend=backend)
         self.assert_nothing(got)
         assert got.out.logps.shape == got.out.entropy.shape == shape
@@ -249,10 +250,12 @@ class TestCase15Empty:
         case = every_option(spec, 3, 4, 37, masked=0, inactive=0, device=device)
         mask = case.options["completion_mask"]
         mask[1] = False
-        padded = assert_right(case, compact=compact, backend=backend)
+        prompts = {"prompt_ids": torch.tensor([2, 1, 2], device=device)}
+        padded = assert_right(case.with_options(**prompts), compact=compact, backend=backend)
         if spec.uses_callable:  # a callable couples along the last dimension, which differs in a packed batch
             return
-        packed = every_tensor(case, lambda x: x[mask]).with_options(seq_lens=torch.tensor([4, 0, 4]))
+        packed = every_tensor(case, lambda x: x[mask])
+        packed = packed.with_options(seq_lens=torch.tensor([4, 0, 4]), **prompts)
         got = run_linear(packed, compact=compact, backend=backend)
         torch.testing.assert_close(got.out.loss, padded.out.loss)
         torch.testing.assert_close(got.grads[0], padded.grads[0][mask])

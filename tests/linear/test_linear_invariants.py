@@ -39,6 +39,7 @@ def test_case_17_uneven_micro_batches(
     if packed and spec.uses_callable:  # a callable couples all tokens of a packed batch
         spec = replace(spec, surrogate=PPOClip(), level="sequence")
     case = every_option(spec, 4, 3, 37, seed=1, device=device).with_options(normalizer=4.0)
+    case = case.with_options(prompt_ids=torch.tensor([5, 7, 8, 7], device=device))  # none is in two parts
 
     def part(rows: slice) -> LinearResult:
         return run_linear(laid_out(every_tensor(case, lambda x: x[rows]), packed), backend=backend)

@@ -34,8 +34,9 @@ def test_case_17_uneven_micro_batches(path: Options, device: str, aggregation: s
     """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     spec = LossSpec(PPOClip(), KL("k3"), aggregation=aggregation, entropy_coef=0.1, max_tokens=4)
     case = random_case(spec, 6, 4, 37, seed=1, device=device)
-    defaults = {"token-mean": case.options["completion_mask"].sum(), "token-sum": 1.0}
-    case = case.with_options(normalizer=defaults.get(aggregation, 6.0))
+    defaults = {"token-mean": case.options["completion_mask"].sum(), "token-sum": 1.0, "prompt-mean": 3.0}
+    prompt_ids = torch.tensor([5, -1, -1, -1, 7, 7], device=device)  # no prompt is in two parts
+    case = case.with_options(normalizer=defaults.get(aggregation, 6.0), prompt_ids=prompt_ids)
 
     def part(rows: slice) -> Result:
         return run(grpo_loss, every_tensor(case, lambda _, x: x[rows] if x.dim() else x), **path)

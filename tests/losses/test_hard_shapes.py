@@ -242,6 +242,7 @@ class TestCase15Empty:
         spec = LossSpec(PPOClip(), KL("exact"), aggregation=aggregation, entropy_coef=0.1, max_tokens=4)
         logits = torch.zeros(*shape, 37, device=device)
         options = {"ref_logits": logits, "completion_mask": torch.zeros(shape, device=device)}
+        options["prompt_ids"] = torch.arange(shape[0], device=device)
         case = Case(
             spec,
             logits,
@@ -277,8 +278,10 @@ class TestCase15Empty:
         case = random_case(spec, 3, 4, 37, masked=0, inactive=0, device=device).with_options(ref_logits=None)
         mask = case.options["completion_mask"]
         mask[1] = False
-        out, grad = assert_right(case, **path)
-        packed = every_tensor(case, lambda _, x: x[mask]).with_options(seq_lens=torch.tensor([4, 0, 4]))
+        prompts = {"prompt_ids": torch.tensor([2, 1, 2], device=device)}
+        out, grad = assert_right(case.with_options(**prompts), **path)
+        packed = every_tensor(case, lambda _, x: x[mask])
+        packed = packed.with_options(seq_lens=torch.tensor([4, 0, 4]), **prompts)
         got = run(grpo_loss, packed._replace(advantages=case.advantages[:, 0]), **path)
         torch.testing.assert_close(got.out.loss, out.loss)
         torch.testing.assert_close(got.grad, grad[mask])

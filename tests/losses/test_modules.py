@@ -38,7 +38,7 @@ class TestOtherForms:
         assert not list(module.parameters()) and not module.state_dict()
         assert "eps_high=0.28" in repr(module) and "temperature=0.7" in repr(module)
 
-    @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum"])
+    @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "prompt-mean"])
     def test_log_ratio_loss(self, device: str, backend: str, aggregation: str) -> None:
         case = small(device, LossSpec(LogRatio(), aggregation=aggregation))
 

@@ -74,6 +74,7 @@ class TestCase15Empty:
         case = random_case(spec, 3, 4, 37, masked=0, inactive=0, device=device).with_options(ref_logits=None)
         mask = case.options["completion_mask"]
         mask[1] = False
+        case = case.with_options(prompt_ids=torch.tensor([2, 1, 2], device=device))
         out, grad = assert_right(case, backend=backend)
         packed = every_tensor(case, lambda _, x: x[mask] if x.dim() > 1 else x)
         packed = packed.with_options(seq_lens=torch.tensor([4, 0, 4]))

@@ -25,6 +25,7 @@ def test_case_17_uneven_micro_batches(
     """With a common normalizer, losses and gradients of the parts add up to those of the batch."""
     spec = LossSpec(ImportanceRatio(), level=level, aggregation=aggregation, max_tokens=3)
     case = random_case(every_term(spec), 4, 3, 37, seed=1, device=device).with_options(normalizer=4.0)
+    case = case.with_options(prompt_ids=torch.tensor([5, 7, 8, 7], device=device))  # none is in two parts
 
     def part(rows: slice) -> Result:
         chosen = every_tensor(case, lambda _, x: x[rows])

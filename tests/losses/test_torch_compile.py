@@ -11,6 +11,8 @@ from parity import EVERYTHING, NEEDS_DYNAMO, Case, run, small, user_loss
 from grpo_kernels import KL, LossSpec, PPOClip, Reinforce, grpo_loss, selective_logps
 from grpo_kernels.testing import make_batch
 
+PROMPT_MEAN = LossSpec(PPOClip(), KL("exact"), aggregation="prompt-mean")
+
 
 @NEEDS_DYNAMO
 class TestCompile:
@@ -50,6 +52,8 @@ class TestCompile:
             (LossSpec(Reinforce(), KL("exact_forward")), {"packed": True}),
             (LossSpec(Reinforce(), entropy_coef=0.1), {"ref": None}),
             (LossSpec(user_loss), {"ref": None}),
+            (PROMPT_MEAN, {}),
+            (PROMPT_MEAN, {"packed": True}),
         ],
         ids=[
             "grpo",
@@ -65,10 +69,23 @@ class TestCompile:
             "forward KL",
             "entropy",
             "callable",
+            "prompts",
+            "prompts, packed",
         ],
     )
     def test_losses(self, device: str, spec: LossSpec, how: dict[str, Any]) -> None:
         self.assert_equal_to_eager(small(device, spec, **how), backend="torch")
+
+    def test_other_prompts_do_not_compile_again(self, device: str) -> None:
+        """The number of prompts is no shape."""
+        case = small(device, PROMPT_MEAN)
+        compiled = torch.compile(grpo_loss, fullgraph=True, backend="aot_eager")
+        run(compiled, case, backend="torch")
+        for ids in ([0, 0, 0, 0], [3, 2, 1, 0], [-7, 2**60, -7, -7]):
+            other = case.with_options(prompt_ids=torch.tensor(ids, device=device))
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                got = run(compiled, other, backend="torch")
+            torch.testing.assert_close(got.grad, run(grpo_loss, other, backend="torch").grad)
 
     def test_kernels(self, device: str, backend: str) -> None:
         self.assert_equal_to_eager(small(device), backend=backend, return_entropy=True)

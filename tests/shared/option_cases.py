@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import AGGREGATIONS, DTYPES, KLS, Case, every_branch, user_loss
+from parity import AGGREGATIONS, DTYPES, KLS, PROMPT_IDS, Case, every_branch, user_loss
 from torch import Tensor
 
 from grpo_kernels import LossSpec
@@ -100,7 +100,8 @@ EITHER: dict[str, Callable[[Case], Case]] = {
     "normalizer": lambda case: case.with_options(normalizer=7.5),
     **{
         f"normalizer, {how}": lambda case, how=how: with_spec(case, aggregation=how).with_options(
-            normalizer=torch.tensor(7.5, device=case.logits.device)
+            normalizer=torch.tensor(7.5, device=case.logits.device),
+            prompt_ids=PROMPT_IDS.to(case.logits.device),
         )
         for how in AGGREGATIONS
     },

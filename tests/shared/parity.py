@@ -39,6 +39,7 @@ AGGREGATIONS = (
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
     "token-sum",
+    "prompt-mean",
 )
 
 
@@ -282,6 +283,9 @@ LOGP = torch.tensor([[-1.2, -9, -3.0], [-0.7, -6.0, -0.05], [-2.0, -9, -9], [-9,
 LOG_RATIO = torch.tensor([[0.1, 0, 0.5], [-0.5, 1.6, 0.15], [0.3, 0, 0], [0, 0, 0]])  # logp - old_logp
 DISTANCE = torch.tensor([[0.4, 0, -0.5], [0.3, -0.3, -0.6], [0.25, 0, 0], [0, 0, 0]])  # ref_logp - logp
 
+# The second and the third sequence answer one prompt. The prompt of the last one has no tokens.
+PROMPT_IDS = torch.tensor([-(2**40), 3, 3, 2**62])
+
 
 def every_branch(
     spec: LossSpec,
@@ -325,7 +329,7 @@ def every_branch(
         tokens["ref_logits"] = ref_logits.to(dtype).masked_fill(masked[..., None], torch.nan)
     elif ref == "logps":
         tokens["ref_logps"] = (LOGP + DISTANCE).masked_fill(masked, torch.nan)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"prompt_ids": PROMPT_IDS} if spec.aggregation == "prompt-mean" else {}
     if packed:
         keep = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]], dtype=torch.bool)
         tokens = {name: x[keep] for name, x in tokens.items()}

@@ -104,6 +104,7 @@ def rows_at(index: Tensor, x: Any) -> Any:
 
 
 # Arguments that are not per token.
+OF_SEQUENCES = ("seq_lens", "prompt_ids")
 HEADS = ("ref_lm_head_weight", "ref_lm_head_bias")
 
 
@@ -111,7 +112,7 @@ def options_of(sequences: list[int], index: Tensor, options: dict[str, Any]) -> 
     """Return the options of these sequences, whose rows are `index`."""
 
     def picked(name: str, x: Any) -> Any:
-        if name == "seq_lens":
+        if name in OF_SEQUENCES:
             return x[sequences]
         return x if name in HEADS else rows_at(index, x)
 
@@ -162,6 +163,8 @@ def token_options(draw: st.DrawFn, shape: Shape, random: Random) -> dict[str, An
         "logit_softcap": draw(st.sampled_from([None, 20.0]), label="softcap"),
         "token_weights": draw(st.sampled_from([None, random.uniform(*rows)]), label="token weights"),
         "normalizer": draw(st.sampled_from([None, 6.5, torch.tensor(3)]), label="normalizer"),
+        # No prompt has completions in both halves of the batch.
+        "prompt_ids": random.pick(torch.tensor([-9, 2**50]), count) + (torch.arange(count) >= count // 2),
     }
     if shape.packed:
         options["seq_lens"] = torch.tensor(shape.seq_lens)
@@ -343,5 +346,5 @@ def spoilt(x: Any, mask: Tensor) -> Any:
 
 
 def spoilt_options(options: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-    kept = ("completion_mask", "seq_lens", *HEADS)
+    kept = ("completion_mask", *OF_SEQUENCES, *HEADS)
     return {name: x if name in kept else spoilt(x, mask) for name, x in options.items()}

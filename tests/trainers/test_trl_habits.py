@@ -64,6 +64,7 @@ def own(spec: Any) -> type[FusedGRPOTrainer]:
         (LossSpec(DRO(beta=0.1, anchor="ref")), {}, "needs a reference"),
         (LossSpec.preset("grpo", kl=KLTerm("k3", beta=0.1)), {}, "needs a reference"),
         (LossSpec.preset("grpo", kl=KLTerm("exact", beta=0.1)), KL, "runs over the vocabulary"),
+        (LossSpec(aggregation="prompt-mean"), {}, "'prompt-mean' needs the prompt of each completion"),
         (LossSpec.preset("grpo"), {"top_entropy_quantile": 0.2}, r"top_entropy_quantile=0\.2 weighs tokens"),
         (LossSpec.preset("grpo"), {"off_policy_mask_threshold": 0.2}, "off_policy_mask_threshold"),
     ],

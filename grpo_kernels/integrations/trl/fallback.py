@@ -73,13 +73,18 @@ def check_spec(spec: Any, *, beta: float) -> LossSpec:
 
     Raises:
         TypeError: `spec` is not a LossSpec.
-        ValueError: `spec` needs the reference's logits, or its log-probabilities while `beta` is 0.
+        ValueError: `spec` needs the reference's logits, its log-probabilities while `beta` is 0, or the ids
+            of prompts.
     """
     if not isinstance(spec, LossSpec):
         raise TypeError(f"loss_spec() must return a LossSpec, got {spec!r}")
     if spec.exact_kl is not None:
         raise ValueError(
             f"{spec.exact_kl} runs over the vocabulary: TRL provides only log-probabilities of the reference"
+        )
+    if spec.aggregation == "prompt-mean":
+        raise ValueError(
+            f"aggregation {spec.aggregation!r} needs the prompt of each completion, which TRL's batches lack"
         )
     anchored = isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref"
     if not beta and (anchored or spec.sampled_kl is not None):

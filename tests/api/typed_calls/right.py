@@ -93,6 +93,7 @@ grpo_loss(
     ref_logit_softcap=None,
     vocab_size=7,
     normalizer=mask.sum(),
+    prompt_ids=torch.zeros(2, dtype=torch.long),
     return_entropy=True,
     inplace=True,
     shard=shard,
@@ -143,6 +144,10 @@ def either(wanted: bool) -> None:
 
 # Helpers.
 assert_type(group_advantages(rewards, group_size=2, scale="none", leave_one_out=True), Tensor)
+group_advantages(rewards, group_size=2, scale="batch")
+group_advantages(rewards, group_ids=rewards.long(), estimator="opo", lengths=mask.sum(1))
+group_advantages(torch.ones(2, 3), group_size=2, estimator="gdpo", reward_weights=[1, 0.5, 2])
+global_normalizer([mask, mask], aggregation="prompt-mean", prompt_ids=[rewards.long(), rewards.long()])
 assert_type(global_normalizer([mask, mask], aggregation="seq-mean-token-mean", group=None), Tensor)
 assert_type(importance_weights(logps, logps, mask, level="sequence", mode="mask", high=None), Tensor)
 grpo_kernels.normalizers.global_normalizer(mask)

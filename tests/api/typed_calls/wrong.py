@@ -51,6 +51,8 @@ DPPO("js")  # error: arg-type
 log_ratio_loss(z, z, ids, rewards, aggregation="mean")  # error: arg-type
 global_normalizer(logps, aggregation="mean")  # error: arg-type
 group_advantages(rewards, scale="standard")  # error: arg-type
+group_advantages(rewards, estimator="gae")  # error: arg-type
+grpo_loss(z, ids, rewards, prompt_ids=[0, 0])  # error: arg-type
 importance_weights(logps, logps, logps, level="tokens")  # error: arg-type
 importance_weights(logps, logps, logps, mode="clip")  # error: arg-type
 grpo_loss(z, ids, rewards, backend="cuda")  # error: arg-type
