@@ -24,7 +24,9 @@ from grpo_kernels import (
     LossSpec,
     PPOClip,
     Reinforce,
+    distillation_loss,
     grpo_loss,
+    linear_distillation_loss,
     linear_grpo_loss,
 )
 from grpo_kernels.linear import config
@@ -100,6 +102,48 @@ def token_statistics(**options: Any) -> None:
     ids = torch.empty(4096, dtype=torch.int64, device="meta")
     given = {"entropy": True, "top1": True, "chunk_tokens": 2048, "compact": False, "backend": "triton"}
     linear_token_stats(hidden, weight, ids, **given, **options)
+
+
+def distillation(
+    divergence: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    vocab: int = 151936,
+    dropped: bool = False,
+    per_token: bool = False,
+    **options: Any,
+) -> None:
+    """Forward and backward of the divergence of two models' logits. `dropped`: there is a sampling mask."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    out = distillation_loss(
+        new(8, 512, vocab, dtype=dtype).requires_grad_(),
+        teacher_logits=new(8, 512, vocab, dtype=dtype),
+        divergence=divergence,  # type: ignore[arg-type]
+        temperature=new(8) if per_token else 0.9,
+        sampling_mask=new(8, 512, -(-vocab // 32), dtype=torch.int32) if dropped else None,
+        backend="triton",
+        **options,
+    )
+    out.loss.backward()
+
+
+@mixed_products
+def linear_distillation(divergence: str) -> None:
+    """The same from bf16 hidden states, with fp32 logits and their bf16 gradient."""
+    hidden, weight = (torch.empty(n, 64, dtype=torch.bfloat16, device="meta") for n in (4096, 151936))
+    out = linear_distillation_loss(
+        *(hidden.requires_grad_(), weight),
+        teacher_hidden=hidden.detach(),
+        teacher_lm_head_weight=weight,
+        divergence=divergence,  # type: ignore[arg-type]
+        chunk_tokens=2048,
+        compact=False,
+        backend="triton",
+    )
+    out.loss.backward()
 
 
 def own_surrogate(logps: Tensor, *rest: Tensor | None) -> Tensor:
@@ -190,6 +234,29 @@ def cases() -> dict[str, Callable[[], None]]:
         found[f"{name}, odd vocabulary"] = partial(linear, LossSpec(surrogate), vocab=50257)
     found["linear, token statistics"] = token_statistics
     found["linear, token statistics, softcap"] = partial(token_statistics, logit_softcap=30.0)
+    return found | distillation_cases()
+
+
+def distillation_cases() -> dict[str, Callable[[], None]]:
+    """Calls that compile the kernels of the divergences."""
+    found: dict[str, Callable[[], None]] = {}
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        call = partial(distillation, kind)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            name = f"{str(dtype).removeprefix('torch.')} {kind}"
+            found[name] = partial(call, dtype=dtype)
+            found[f"{name}, sampling mask, softcap"] = partial(
+                call, dtype=dtype, dropped=True, logit_softcap=30.0
+            )
+        found[f"bfloat16 {kind}, sampling mask"] = partial(call, dropped=True)
+        found[f"bfloat16 {kind}, softcap"] = partial(call, logit_softcap=30.0)
+        found[f"bfloat16 {kind}, unaligned rows"] = partial(call, vocab=50257)
+        found[f"linear, {kind}"] = partial(linear_distillation, kind)
+    call = partial(distillation, "jsd")
+    found["bfloat16 jsd, temperatures"] = partial(call, per_token=True)
+    found["bfloat16 jsd, two scales"] = partial(call, ref_logit_scale=0.5)
+    found["float32 jsd, sampling mask"] = partial(call, dtype=torch.float32, dropped=True)
+    found["bfloat16 jsd, sampling mask, unaligned rows"] = partial(call, dropped=True, vocab=50257)
     return found
 
 

@@ -47,6 +47,8 @@ PASSES = {
     "dlogits": GRADIENT,
     "fused_loss": STATISTICS + GRADIENT,
     "scale_rows": GRADIENT,
+    "divergence": STATISTICS,
+    "divergence_gradient": GRADIENT,
     # Liger
     "grpo_loss.selective_log_softmax": STATISTICS,
     "grpo_loss.grpo_loss_fwd": STATISTICS,
@@ -119,7 +121,10 @@ OF_TOKENS = (
 )
 SHAPING = ("BLOCK", "BLOCK_N", "BLOCK_SIZE", "BLOCK_B", "BLOCK_V", "BLOCK_D", "GROUP")
 CHOSEN = ("SURROGATE", "ANCHOR", "CLIP", "KL_KIND", "ESTIMATOR")
-FLAGS = ("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED", "RATIO")
+FLAGS = (
+    *("STRAIGHT_THROUGH", "RATIO_CORRECTED", "CAPPED", "REF_CAPPED", "RATIO"),
+    *("SAME", "FORWARD", "JSD"),  # of the divergences
+)
 
 
 def variant(kernel: Any) -> str:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from ..tables import record
 from .addresses import quick_interpreter
-from .counts import BASES, measurements
+from .counts import BASES, distillations, measurements
 from .tables import operations_rows, operations_table, traffic_rows, traffic_tables
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     # The interpreter uses NumPy, which warns about infinities.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     with quick_interpreter():
-        found = [one for form in BASES for one in measurements(form)]
+        found = [one for form in BASES for one in measurements(form)] + [*distillations()]
     # The dtype of logits does not change the number of FLOPs.
     of_products = (one for one in found if one.batch.work.form == "linear")
     products = [one for one in of_products if one.provider.name != "grpo_kernels bf16 logits"]

@@ -12,8 +12,10 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from grpo_kernels import distillation_loss
 from grpo_kernels.linear import config
 
 from ..work.batch import Batch, make_batch
@@ -57,6 +59,11 @@ class Measurement(NamedTuple):
     provider: Provider
     steps: dict[str, Step]  # forward and backward
     note: str = ""  # why there are no steps
+    divergence: str = ""  # of a distillation, which has no loss of the workload
+
+    @property
+    def loss(self) -> str:
+        return self.divergence or self.batch.work.loss
 
 
 def measurements(form: str) -> Iterator[Measurement]:
@@ -64,6 +71,38 @@ def measurements(form: str) -> Iterator[Measurement]:
         batch = make_batch(replace(BASES[form], loss=loss, masked=masked, inactive=inactive))
         for provider in COMPARED[form]:
             yield measure(provider, batch)
+
+
+def distillations() -> Iterator[Measurement]:
+    """Measure each divergence for two models whose rows differ, and for two whose rows are equal."""
+    for masked in (0.0, 0.5):
+        batch = make_batch(replace(BASES["logits"], loss="log_ratio", masked=masked))
+        for kind in ("reverse_kl", "forward_kl", "jsd"):
+            yield distillation(kind, batch, equal=False)
+            yield distillation(kind, batch, equal=True)
+
+
+def distillation(kind: str, batch: Batch, *, equal: bool) -> Measurement:
+    """Measure a divergence from a teacher whose rows are the student's, or the student's turned around.
+
+    The temperature is so high that the student is sure of no token.
+    """
+    assert batch.logits is not None
+    batch = batch._replace(ref_logits=batch.logits.clone() if equal else batch.logits.flip(-1))
+
+    def loss(batch: Batch, logits: Tensor) -> Tensor:
+        assert batch.ref_logits is not None
+        teacher = batch.ref_logits[:, :-1]
+        return distillation_loss(
+            logits,
+            teacher_logits=teacher,
+            divergence=kind,  # type: ignore[arg-type]
+            completion_mask=batch.mask,
+            temperature=4.0,
+        ).loss
+
+    what = f"{kind}, equal rows" if equal else kind
+    return measure(Provider("grpo_kernels", loss), batch)._replace(divergence=what)
 
 
 def measure(provider: Provider, batch: Batch) -> Measurement:

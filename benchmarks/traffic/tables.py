@@ -41,7 +41,7 @@ def operations_rows(one: Measurement) -> Iterator[Row]:
 def case(one: Measurement) -> Row:
     work = one.batch.work
     return {
-        **{"form": work.form, "loss": work.loss, "masked": number(work.masked)},
+        **{"form": work.form, "loss": one.loss, "masked": number(work.masked)},
         **{"inactive": number(work.inactive), "learning": number(learning(one.batch))},
         **{"provider": one.provider.name, "version": one.provider.version},
     }

@@ -109,6 +109,20 @@ def test_from_hidden_states(loss: str, fractions: dict[str, float]) -> None:
         assert skipping.steps["forward"].products == pytest.approx(6 * learning)
 
 
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_distillation(kind: str, masked: float) -> None:
+    """A JSD, and a KL of equal rows, reads both rows twice in the forward. The gradient needs both again."""
+    batch = batch_of("logits", "log_ratio", masked=masked)
+    unmasked = 1 - masked
+    for equal, passes in ((False, 2 if kind == "jsd" else 1), (True, 2)):
+        one = counts.distillation(kind, batch, equal=equal)
+        reads = {"reads": passes * unmasked * ROW}
+        assert large(one, "forward") == expected(logits=reads, reference=reads)
+        reads = {"reads": unmasked * ROW}
+        assert large(one, "backward") == expected(logits=reads, reference=reads, gradient={"writes": ROW})
+
+
 def test_the_counts_can_fail() -> None:
     batch = batch_of("logits", masked=0.5)
 

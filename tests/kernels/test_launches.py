@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss
+from grpo_kernels import KL, LossSpec, PPOClip, distillation_loss, grpo_loss, linear_grpo_loss
 from grpo_kernels.testing import make_batch
 
 pytest.importorskip("triton")
-from grpo_kernels.kernels import dlogits, fused, row_stats, token_loss
+from grpo_kernels.kernels import divergence, dlogits, fused, row_stats, token_loss
 
 pytestmark = pytest.mark.usefixtures("needs_triton")
 
@@ -53,7 +53,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         with _disable_current_modes():
             yield
 
-    for module in (row_stats, dlogits, token_loss, fused):
+    for module in (row_stats, dlogits, token_loss, fused, divergence):
         monkeypatch.setattr(module, "on_device_of", one_kernel)
     return found
 
@@ -108,3 +108,27 @@ def test_launches(
     with launches:
         step()
     assert launches.counts.total() <= most, launches.counts
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_launches_of_a_distillation(kind: str, device: str, launches: Launches) -> None:
+    """There are three kernels over rows. PyTorch weighs the tokens and sums the metrics."""
+    batch = make_batch(4, 5, 64, dtype=torch.bfloat16, device=device)
+    logits = batch.logits.clone().requires_grad_()
+
+    def step() -> None:
+        out = distillation_loss(
+            logits,
+            teacher_logits=batch.ref_logits,
+            divergence=kind,  # type: ignore[arg-type]
+            completion_mask=batch.completion_mask,
+            backend="triton",
+        )
+        out.loss.backward()
+
+    step()
+    launches.counts.clear()
+    with launches:
+        step()
+    assert launches.counts["kernel"] == 3
+    assert launches.counts.total() <= 35, launches.counts

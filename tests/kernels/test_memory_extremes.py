@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 from guarded import Surrounded
-from guarded_calls import ROWS, arguments, assert_same, bare, of_hidden, of_products, watching
+from guarded_calls import (
+    DIVERGENCES,
+    ROWS,
+    Call,
+    arguments,
+    assert_same,
+    bare,
+    bare_distillation,
+    of_hidden,
+    of_hidden_distillation,
+    of_products,
+    watching,
+)
 from torch import Tensor
 
 
@@ -19,11 +31,21 @@ class TestExtremes:
     def test_sizes(self, check: Any, backend: str, shape: tuple[int, ...], V: int, form: str) -> None:
         check(bare(shape, V, hidden=form == "hidden states"), backend, inplace=form == "in place")
 
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 0), (0, 3), (1,), (0,), (3, 2)], ids=str)
+    @pytest.mark.parametrize("V", [1, 37])
+    @pytest.mark.parametrize("divergence", DIVERGENCES)
+    @pytest.mark.parametrize("inplace", [False, True], ids=["new gradient", "in place"])
+    def test_sizes_of_a_distillation(
+        self, check: Any, backend: str, shape: tuple[int, ...], V: int, divergence: str, inplace: bool
+    ) -> None:
+        check(bare_distillation(shape, V, divergence), backend, inplace=inplace)
+
     @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
     @pytest.mark.parametrize("compact", [True, False])
     def test_chunks(self, check: Any, backend: str, chunk_tokens: int, compact: bool) -> None:
         """The batch has 12 tokens."""
         check(of_hidden("exact KL, entropy", chunk_tokens=chunk_tokens, compact=compact), backend)
+        check(of_hidden_distillation("jsd", chunk_tokens=chunk_tokens, compact=compact), backend)
 
     @pytest.mark.parametrize("wrong", [-1, 40, 2**63 - 1])
     @pytest.mark.parametrize("form", ["two steps", "in place", "compact", "in their places"])
@@ -37,11 +59,12 @@ class TestExtremes:
         check(call, backend, inplace=form == "in place", wrong=True)
 
     @pytest.mark.parametrize("of", ["batch", "time", "both"])
-    def test_expanded_logits(self, backend: str, device: str, of: str) -> None:
+    @pytest.mark.parametrize("make", [bare, bare_distillation], ids=["a loss", "a distillation"])
+    def test_expanded_logits(self, make: Callable[..., Call], backend: str, device: str, of: str) -> None:
         """Rows that share memory give the results of separate rows."""
         # Rows at one address count as aligned. Aligned rows are summed in another order than others.
         vocab = 40 if of == "both" else 37
-        call = bare((2, 3), vocab)
+        call = make((2, 3), vocab)
         call = call._replace(tensors={name: x.to(device) for name, x in call.tensors.items()})
         cut = {"batch": (slice(1), slice(3)), "time": (slice(2), slice(1)), "both": (slice(1), slice(1))}[of]
         expanded = {name: x[cut].expand(2, 3, vocab) for name, x in call.tensors.items() if name in ROWS}
@@ -79,8 +102,14 @@ class TestExtremes:
         assert_same(got, want, exact=device == "cpu", **products)
 
     @pytest.mark.parametrize("inplace", [False, True], ids=["two steps", "in place"])
+    @pytest.mark.parametrize("make", [bare, bare_distillation], ids=["a loss", "a distillation"])
     def test_offsets_beyond_2_31(
-        self, backend: str, device: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+        self,
+        make: Callable[..., Call],
+        backend: str,
+        device: str,
+        inplace: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Sequences lie 2^31 elements apart, in memory that is reserved but never touched."""
         if device != "cpu":
@@ -90,15 +119,16 @@ class TestExtremes:
 
             # This method would copy the storages of all arguments onto themselves.
             monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
-        call, apart = bare((2, 3), 40), 2**31 + 64
+        call, apart = make((2, 3), 40), 2**31 + 64
+        rows = [name for name in ROWS if name in call.tensors]
         try:
             storage = torch.UntypedStorage(2 * (apart + 1024))
         except RuntimeError as error:
             pytest.skip(str(error))
-        near = {**call.tensors, **{name: call.tensors[name].bfloat16() for name in ROWS}}
+        near = {**call.tensors, **{name: call.tensors[name].bfloat16() for name in rows}}
         far = {
             name: near[name].new_empty(0).set_(storage, offset, (2, 3, 40), (apart, 48, 1)).copy_(near[name])
-            for name, offset in zip(ROWS, (64, 512), strict=True)
+            for name, offset in zip(rows, (64, 512), strict=True)
         }
         outcomes = []
         for given in near, {**near, **far}:

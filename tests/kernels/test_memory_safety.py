@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 from guarded_calls import (
+    DIVERGENCES,
     INTERPRETED,
     SPECS,
     Call,
     arguments,
     dropping,
+    of_distillation,
     of_hidden,
+    of_hidden_distillation,
     of_hidden_logps,
     of_log_probabilities,
     of_logps,
@@ -31,6 +34,7 @@ from grpo_kernels import selective_logps
 
 both_layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 specs = pytest.mark.parametrize("name", SPECS)
+divergences = pytest.mark.parametrize("divergence", DIVERGENCES)
 
 
 class TestPoisonAroundEveryTensor:
@@ -81,6 +85,24 @@ class TestPoisonAroundEveryTensor:
         check(of_hidden_logps(entropy=True, top1=True, compact=compact), backend)
 
     @both_layouts
+    @divergences
+    @pytest.mark.parametrize("inplace", [False, True])
+    @pytest.mark.parametrize("dropped", [False, True], ids=["", "sampling mask"])
+    def test_distillation(
+        self, check: Any, backend: str, divergence: str, inplace: bool, dropped: bool, packed: bool
+    ) -> None:
+        call = of_distillation(divergence, packed=packed)
+        check(dropping(call) if dropped else call, backend, inplace=inplace)
+
+    @both_layouts
+    @divergences
+    @pytest.mark.parametrize("compact", [True, False])
+    def test_distillation_from_hidden_states(
+        self, check: Any, backend: str, divergence: str, compact: bool, packed: bool
+    ) -> None:
+        check(of_hidden_distillation(divergence, packed=packed, compact=compact), backend)
+
+    @both_layouts
     @pytest.mark.parametrize(
         "name", [name for name in SPECS if name not in ("exact KL, entropy", "forward KL")]
     )
@@ -95,6 +117,11 @@ KERNELS = {
     "row_stats, dlogits, reference": lambda *size, **how: arguments("exact KL, entropy", *size, **how),
     "row_stats, dlogits, forward KL": lambda *size, **how: arguments("forward KL", *size, **how),
     "sampling mask": lambda *size, **how: dropping(arguments("exact KL, entropy", *size, **how)),
+    **{
+        f"divergence, {kind}": lambda *size, kind=kind, **how: of_distillation(kind, *size, **how)
+        for kind in DIVERGENCES
+    },
+    "divergence, sampling mask": lambda *size, **how: dropping(of_distillation("jsd", *size, **how)),
 }
 sizes = pytest.mark.parametrize(
     "V, aligned",
@@ -127,10 +154,14 @@ class TestEveryKernel:
         [(1024 + 40, torch.bfloat16), (2 * 256 + 88, torch.float64)],
         ids=["bf16", "fp64"],
     )
+    @pytest.mark.parametrize("kind", ["a loss", *DIVERGENCES])
     def test_blocks_and_a_rest_under_a_softcap(
-        self, check: Any, V: int, dtype: torch.dtype, inplace: bool
+        self, check: Any, kind: str, V: int, dtype: torch.dtype, inplace: bool
     ) -> None:
-        call = arguments("exact KL, entropy", V, dtype=dtype)
+        if kind == "a loss":
+            call = arguments("exact KL, entropy", V, dtype=dtype)
+        else:
+            call = dropping(of_distillation(kind, V, dtype=dtype))
         call.options["logit_softcap"] = 20.0
         check(call, "triton", aligned=True, inplace=inplace)
 

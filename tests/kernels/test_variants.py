@@ -17,7 +17,15 @@ if not hasattr(JITFunction, "_do_compile"):
     pytest.skip("Triton before 3.5 has no place to count what it would compile", allow_module_level=True)
 
 from benchmarks.machine_code.no_gpu import TARGETS, variants_for  # noqa: E402
-from grpo_kernels import KL, LossSpec, PPOClip, grpo_loss, linear_grpo_loss, linear_losses  # noqa: E402
+from grpo_kernels import (  # noqa: E402
+    KL,
+    LossSpec,
+    PPOClip,
+    distillation_loss,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_losses,
+)
 
 # 1 and multiples of 16, which Triton specializes by default; odd lengths; and lengths at which the stride
 # of a sequence's logits exceeds 2^31.
@@ -54,6 +62,24 @@ def launch(
         if dropped
         else None,
         inplace=inplace,
+        backend="triton",
+    )
+    out.loss.backward()
+
+
+def launch_distillation(
+    length: int, vocab: int, divergence: str, *, temperature: float, weight: float, dropped: bool
+) -> None:
+    """The weight of a JSD may change, too."""
+    out = distillation_loss(
+        new(4, length, vocab, dtype=torch.bfloat16).requires_grad_(),
+        teacher_logits=new(4, length, vocab, dtype=torch.bfloat16),
+        divergence=divergence,  # type: ignore[arg-type]
+        jsd_weight=weight,
+        temperature=temperature,
+        sampling_mask=new(4, length, vocab // 32 + length, dtype=torch.int32)[..., : -(-vocab // 32)]
+        if dropped
+        else None,
         backend="triton",
     )
     out.loss.backward()
@@ -114,6 +140,19 @@ def test_no_recompilation_with_a_sampling_mask(inplace: bool) -> None:
         for length in LENGTHS:
             launch(length, 151936, inplace=inplace, dropped=True)
     assert {name: counted(variants)[name] for name in kernels} == dict.fromkeys(kernels, 1)
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["", "sampling mask"])
+@pytest.mark.parametrize("vocab", [151936, 50264, 50257])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_no_recompilation_of_a_distillation(divergence: str, vocab: int, dropped: bool) -> None:
+    with variants_for(TARGETS["sm_90"]) as variants:
+        for length, temperature, weight in itertools.product(LENGTHS, TEMPERATURES, (0.5, 0.1)):
+            launch_distillation(
+                length, vocab, divergence, temperature=temperature, weight=weight, dropped=dropped
+            )
+    kernels = ["row_stats_kernel", "divergence_kernel", "divergence_gradient_kernel"]
+    assert counted(variants) == dict.fromkeys(kernels, 1)
 
 
 @pytest.mark.parametrize("vocab", [1024, 1031])  # the chunks' rows are aligned in either

@@ -255,6 +255,8 @@ def expectation(opcode: str) -> Expected:
     if operation in ("shl", "shr"):
         shift = operator.lshift if name == "shl" else operator.rshift
         return Expected(kind, [kind, "b32"], lambda a, n: wrapped(shift(a, min(n, 64)), kind))
+    if operation == "bfe":  # the low bytes of the operands count
+        return Expected(kind, [kind] * 3, lambda a, b, c: (a >> (b & 255)) & ((1 << (c & 255)) - 1))
     if operation in ("mul.wide", "mad.wide"):
         wide = f"{kind[0]}{2 * BITS[kind]}"
         if name == "mul":

@@ -19,7 +19,9 @@ from grpo_kernels import (
     LossOutput,
     LossSpec,
     PPOClip,
+    distillation_loss,
     grpo_loss,
+    linear_distillation_loss,
     linear_grpo_loss,
     linear_logps,
     log_ratio_loss,
@@ -30,8 +32,12 @@ from grpo_kernels.logps import linear_token_stats
 from grpo_kernels.policy_loss import policy_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROWS = ("logits", "ref_logits")  # their last dimension must have stride 1
-HEADS = ("hidden", "lm_head_weight", "ref_hidden", "ref_lm_head_weight")
+ROWS = ("logits", "ref_logits", "teacher_logits")  # their last dimension must have stride 1
+HEADS = (
+    *("hidden", "lm_head_weight", "ref_hidden", "ref_lm_head_weight"),
+    *("teacher_hidden", "teacher_lm_head_weight"),
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 SPECS: dict[str, tuple[LossSpec, str | None]] = {  # a spec and the form of its reference
     "PPO": (LossSpec(PPOClip()), None),
@@ -111,9 +117,12 @@ def arguments(name: str, V: int = 37, *, packed: bool = False, dtype: torch.dtyp
 
 
 def dropping(call: Call) -> Call:
-    """Return the call with a sampling mask that keeps each token, and about half of the other columns."""
-    ids = call.tensors["completion_ids" if "completion_ids" in call.tensors else "ids"]
-    V = call.options["vocab_size"]
+    """Return the call with a sampling mask that keeps each token, and about half of the other columns.
+
+    In a distillation, which has no token ids, it keeps the first column.
+    """
+    mask, V = call.tensors["completion_mask"], call.options["vocab_size"]
+    ids = call.tensors.get("completion_ids", torch.zeros_like(mask, dtype=torch.long))
     keep = torch.rand(*ids.shape, V, generator=torch.Generator().manual_seed(V)) < 0.5
     keep.scatter_(-1, ids.long().clamp(min=0)[..., None], True)
     tensors = {**call.tensors, "sampling_mask": pack_sampling_mask(keep)}
@@ -168,6 +177,26 @@ def of_hidden_logps(V: int = 37, *, dtype: torch.dtype = torch.float32, **option
     given["temperature"] = call.tensors["temperature"]
     function = linear_token_stats if "top1" in options else linear_logps
     return Call(function, given, {"vocab_size": V, "chunk_tokens": 3, **options}, call.learns)
+
+
+def as_distillation(call: Call, function: Callable[..., Any], divergence: str) -> Call:
+    """Turn a call of a loss with a reference, the teacher, into one of a distillation loss."""
+    unused = ("completion_ids", "advantages", "old_logps", "token_weights")
+    tensors = {name.replace("ref_", "teacher_"): x for name, x in call.tensors.items() if name not in unused}
+    options = {name: x for name, x in call.options.items() if name != "spec"}
+    return Call(function, tensors, {**options, "divergence": divergence}, call.learns)
+
+
+def of_distillation(
+    divergence: str, V: int = 37, *, packed: bool = False, dtype: torch.dtype = torch.float32
+) -> Call:
+    call = arguments("exact KL, entropy", V, packed=packed, dtype=dtype)
+    return as_distillation(call, distillation_loss, divergence)
+
+
+def of_hidden_distillation(divergence: str, *, packed: bool = False, **options: Any) -> Call:
+    call = of_hidden("exact KL, entropy", packed=packed, **options)
+    return as_distillation(call, linear_distillation_loss, divergence)
 
 
 def of_log_probabilities(name: str, *, packed: bool) -> Call:
@@ -227,12 +256,18 @@ def of_products(call: Call, given: dict[str, Tensor], **options: Any) -> dict[st
         return {}
     with magnitudes():
         sizes = call.run(given, **options)
-    ids = given["completion_ids" if "completion_ids" in given else "ids"]
-    counts = lengths(ids.numel(), given["lm_head_weight"].shape[0]).values()
+    tokens = given["hidden"].shape[:-1].numel()
+    counts = lengths(tokens, given["lm_head_weight"].shape[0]).values()
     return {
         "sizes": sizes,
         "terms": dict(zip((f"gradient of {x}" for x in call.learns), counts, strict=True)),
     }
+
+
+def bare_distillation(shape: tuple[int, ...], V: int, divergence: str = "jsd") -> Call:
+    """Return a distillation of the logits of `bare`."""
+    call = bare(shape, V)
+    return as_distillation(call, distillation_loss, divergence)
 
 
 def bare(shape: tuple[int, ...], V: int, *, hidden: bool = False) -> Call:

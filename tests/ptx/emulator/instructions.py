@@ -106,6 +106,17 @@ for name, sources, function in (
     _define(FLOAT, f"{name}.f32", "f32", sources, function)
     _define(FLOAT, f"{name}.ftz.f32", "f32", sources, _flushing(function))
 
+
+def _field(x: Array, start: Array, length: Array) -> Array:
+    """`bfe.u32`: `length` bits of x from bit `start`, at most those that there are."""
+    wide, first, count = (y.astype(np.uint64) for y in (x, start & 255, length & 255))
+    shifted = np.where(first < 32, wide >> np.minimum(first, 31), 0).astype(np.uint64)
+    mask = (np.uint64(1) << np.minimum(count, 32).astype(np.uint64)) - np.uint64(1)
+    return (shifted & mask).astype(np.uint32)
+
+
+_define(INTEGER, "bfe.u32", "u32", "u32 u32 u32", _field)
+
 APPROXIMATIONS: dict[str, Bound] = {
     f"{name}{ftz}.f32": bound
     for name, bound in {
