@@ -41,8 +41,10 @@ Backend = Literal["auto", "triton", "torch"]
 DivergenceKind = Literal["reverse_kl", "forward_kl", "jsd"]
 Rest = Literal["bucket", "drop"]
 AdvantageScale = Literal["std", "none"]
-WeightLevel = Literal["token", "sequence"]
+WeightLevel = Literal["token", "sequence", "geometric"]
 WeightMode = Literal["truncate", "mask"]
+MismatchStatistic = Literal["k1", "k2", "k3", "abs", "tv"]
+StatisticOver = Literal["token", "sequence-mean", "sequence-sum", "sequence-max"]
 
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -57,3 +59,5 @@ RESTS: tuple[Rest, ...] = get_args(Rest)
 ADVANTAGE_SCALES: tuple[AdvantageScale, ...] = get_args(AdvantageScale)
 WEIGHT_LEVELS: tuple[WeightLevel, ...] = get_args(WeightLevel)
 WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
+MISMATCH_STATISTICS: tuple[MismatchStatistic, ...] = get_args(MismatchStatistic)
+STATISTIC_OVERS: tuple[StatisticOver, ...] = get_args(StatisticOver)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -30,11 +31,13 @@ from grpo_kernels import (
     log_ratio_loss,
     selective_logps,
 )
+from grpo_kernels.checks.choices import MISMATCH_STATISTICS, STATISTIC_OVERS
 from grpo_kernels.checks.tensors import has_data
 from grpo_kernels.linear import products
+from grpo_kernels.mismatch import mismatch_metrics
 from grpo_kernels.normalizers import global_normalizer
 from grpo_kernels.policy_loss import policy_loss
-from grpo_kernels.weights import importance_weights
+from grpo_kernels.weights import importance_weights, off_policy_sequence_mask, rejection_mask
 
 B, T, V, H = 2, 6, 19, 4
 N, LENGTHS = B * T, [5, 0, 7]
@@ -187,6 +190,19 @@ def helper(call: Callable[[Place], Any]) -> Form:
     return lambda at: Found(call(at), [])
 
 
+def of_the_sampler(function: Callable[..., Any], packed: bool = False, **options: Any) -> Form:
+    def call(at: Place) -> Found:
+        tokens = (at.new(*((N,) if packed else (B, T))) for _ in range(3))
+        seq_lens = {"seq_lens": at.seq_lens()} if packed else {}
+        return Found(function(*tokens, **seq_lens, **options), [])
+
+    return call
+
+
+def drift_mask(logps: Tensor, *args: Tensor, **options: Any) -> Tensor:
+    return off_policy_sequence_mask(logps, logps, *args, threshold=0.1, **options)
+
+
 EVERYTHING = LossSpec(PPOClip(), KL("exact"), entropy_coef=0.1)
 EVERYTHING_SAMPLED = LossSpec(PPOClip(), KL("k3"), entropy_coef=0.1)
 COUPLED = {
@@ -238,15 +254,20 @@ FORMS: dict[str, Form] = {
     "group_advantages of ids": helper(
         lambda at: group_advantages(at.new(N), group_ids=at.new(N, dtype=torch.int32), leave_one_out=True)
     ),
-    "importance_weights": helper(lambda at: importance_weights(*(at.new(B, T) for _ in range(3)))),
-    "importance_weights of sequences": helper(
-        lambda at: importance_weights(*(at.new(B, T) for _ in range(3)), level="sequence", mode="mask")
-    ),
+    "importance_weights": of_the_sampler(importance_weights),
+    "importance_weights of sequences": of_the_sampler(importance_weights, level="sequence", mode="mask"),
+    "importance_weights, packed": of_the_sampler(importance_weights, True, level="geometric", normalize=True),
+    "mismatch_metrics": of_the_sampler(mismatch_metrics, high=2.0),
+    "mismatch_metrics, packed": of_the_sampler(mismatch_metrics, True, level="sequence", low=0.5),
+    "off_policy_sequence_mask, packed": of_the_sampler(drift_mask, True),
     "global_normalizer": helper(lambda at: global_normalizer([at.new(B, T), at.new(B, T)])),
     "global_normalizer of sequences": helper(
         lambda at: global_normalizer(at.new(N), aggregation="seq-mean-token-sum", seq_lens=at.seq_lens())
     ),
 }
+for statistic, over, packed in itertools.product(MISMATCH_STATISTICS, STATISTIC_OVERS, (False, True)):
+    bounds = {"statistic": statistic, "over": over, "low": 0.0, "high": 0.5}
+    FORMS[f"{statistic}, {over}, {packed=}"] = of_the_sampler(rejection_mask, packed, **bounds)
 for name, spec in COUPLED.items():
     reference = "logps" if spec.kl is not None else "none"
     FORMS[name] = from_logits(spec, reference=reference)
