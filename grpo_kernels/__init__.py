@@ -6,6 +6,7 @@ from .linear_distillation import linear_distillation_loss
 from .linear_losses import LinearGRPOLoss, linear_grpo_loss
 from .logps import linear_logps, selective_logps
 from .losses import GRPOLoss, grpo_loss, log_ratio_loss
+from .mismatch import mismatch_metrics
 from .normalizers import global_normalizer
 from .policy_loss import policy_loss
 from .sampling_mask import pack_sampling_mask
@@ -24,7 +25,7 @@ from .spec.surrogates import (
 )
 from .tokens.output import LossOutput
 from .vocab.shard import VocabShard
-from .weights import importance_weights
+from .weights import importance_weights, rejection_mask
 
 __version__ = "0.1.0"
 
@@ -54,7 +55,9 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logps",
     "log_ratio_loss",
+    "mismatch_metrics",
     "pack_sampling_mask",
     "policy_loss",
+    "rejection_mask",
     "selective_logps",
 ]

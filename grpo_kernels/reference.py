@@ -240,7 +240,8 @@ def _surrogate(surrogate: Any, lp: Tensor, anchor: Any, A: Tensor, ratio_to: Any
         return -(A * lp - surrogate.beta / 2 * ratio.log() ** 2)
     if name == "DPPO":
         inside = _inside_region(surrogate, lp.detach(), lp.detach() if anchor is None else anchor, A)
-        return -A * ratio.clamp(max=surrogate.ratio_cap).detach() * lp * inside
+        capped = ratio if surrogate.ratio_cap is None else ratio.clamp(max=surrogate.ratio_cap)
+        return -A * capped.detach() * lp * inside
     raise ValueError(f"the reference does not know {name}")
 
 

@@ -45,8 +45,10 @@ AdvantageScale = Literal["std", "batch", "none"]
 AdvantageEstimator = Literal[
     "grpo", "opo", "maxrl", "gpg", "grpo_passk", "reinforce_plus_plus_baseline", "gdpo"
 ]
-WeightLevel = Literal["token", "sequence"]
+WeightLevel = Literal["token", "sequence", "geometric"]
 WeightMode = Literal["truncate", "mask"]
+MismatchStatistic = Literal["k1", "k2", "k3", "abs", "tv"]
+StatisticOver = Literal["token", "sequence-mean", "sequence-sum", "sequence-max"]
 
 PRESET_NAMES: tuple[PresetName, ...] = get_args(PresetName)
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -62,3 +64,5 @@ ADVANTAGE_SCALES: tuple[AdvantageScale, ...] = get_args(AdvantageScale)
 ADVANTAGE_ESTIMATORS: tuple[AdvantageEstimator, ...] = get_args(AdvantageEstimator)
 WEIGHT_LEVELS: tuple[WeightLevel, ...] = get_args(WeightLevel)
 WEIGHT_MODES: tuple[WeightMode, ...] = get_args(WeightMode)
+MISMATCH_STATISTICS: tuple[MismatchStatistic, ...] = get_args(MismatchStatistic)
+STATISTIC_OVERS: tuple[StatisticOver, ...] = get_args(StatisticOver)

@@ -77,6 +77,14 @@ def check_number(
     return number
 
 
+def check_bounds(low: float | None, high: float | None) -> tuple[float, float]:
+    """Return `low` and `high`, infinite for None. Raises ValueError unless `low` is at most `high`."""
+    floor, ceiling = -math.inf if low is None else low, math.inf if high is None else high
+    if floor > ceiling:
+        raise ValueError(f"low must be at most high, got {low} and {high}")
+    return floor, ceiling
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise TypeError unless `value` is a bool."""
     if not isinstance(value, bool):

@@ -49,7 +49,7 @@ class PresetOptions(TypedDict, total=False):
     kind: DPPOKind
     low: float
     high: float
-    ratio_cap: float
+    ratio_cap: float | None
     k_pos: float
     lambda_pos: float
     k_neg: float

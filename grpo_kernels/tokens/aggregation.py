@@ -37,7 +37,8 @@ def aggregation_weights(
         assert prompt_ids is not None  # check_row_weights requires it
         prompts, count = number_groups(prompt_ids)
         # The counts are whole numbers, whose sum is exact in any order.
-        weights = weights / sequences.to_tokens(group_sum(sequences.counts, prompts).clamp(min=1))
+        tokens = group_sum(sequences.counts.view(-1), prompts).view_as(sequences.counts)
+        weights = weights / sequences.spread(tokens.clamp(min=1))
         denominator = count.to(weights.dtype) if normalizer is None else normalizer
     else:
         denominator = normalizer if normalizer is not None else float(num_sequences or 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn import functional
 
 from ..checks import debug
 from ..checks.tensors import check_tensor, has_data
@@ -37,23 +39,36 @@ class Sequences:
     _lengths: Tensor | None = field(default=None, init=False, repr=False)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the unmasked tokens of each token's sequence, `[N]`.
+        """The sum of `x` over the unmasked tokens of each token's sequence, `[N]`."""
+        return self.spread(self.sums(x))
 
-        The sum is in fp64, except on MPS, which lacks it.
+    def sums(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the unmasked tokens of each sequence, `[B, 1]` or packed `[S]`.
+
+        The sum is in fp64, except on MPS, which lacks it. A packed batch without `seq_lens` is one sequence.
         """
-        wide = torch.where(self.mask, x, 0.0).to(x.dtype if x.device.type == "mps" else torch.float64)
-        return self.to_tokens(self._sums(wide)).to(x.dtype)
+        return self._sums(widened(torch.where(self.mask, x, 0.0))).to(x.dtype)
+
+    def maxima(self, x: Tensor) -> Tensor:
+        """The largest `x` over the unmasked tokens of each sequence, `[B, 1]` or packed `[S]`.
+
+        It is -inf for a sequence without unmasked tokens. The ranks of `group` are not compared.
+        """
+        x = torch.where(self.mask, x, -math.inf)
+        if self.seq_lens is None or self.ids is None:
+            # A sequence of no tokens has no maximum, so each gets one more entry.
+            return functional.pad(x.view(self.shape), (0, 1), value=-math.inf).amax(-1, keepdim=True)
+        return torch.segment_reduce(x, "max", lengths=self.seq_lens, unsafe=True)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Expand one value per sequence, shaped as those of `sums`, to one per token, `[N]`."""
+        return x.expand(self.shape).reshape(-1) if self.ids is None else x[self.ids]
 
     def _sums(self, x: Tensor) -> Tensor:
-        """The sum of `x` `[N]` over each sequence, `[B]` or `[S]`."""
-        if self.seq_lens is None:
-            return self.over_ranks(x.view(self.shape).sum(-1))
+        if self.seq_lens is None or self.ids is None:
+            return self.over_ranks(x.view(self.shape).sum(-1, keepdim=True))
         # On a GPU, index_add would sum in an undefined order.
         return self.over_ranks(torch.segment_reduce(x, "sum", lengths=self.seq_lens, unsafe=True))
-
-    def to_tokens(self, x: Tensor) -> Tensor:
-        """Return `x`, one value per sequence, for each token, `[N]`."""
-        return x.unsqueeze(-1).expand(self.shape).reshape(-1) if self.ids is None else x[self.ids]
 
     def over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the ranks of `group`."""
@@ -61,7 +76,7 @@ class Sequences:
 
     @property
     def counts(self) -> Tensor:
-        """The number of unmasked tokens of each sequence, `[B]` or `[S]`."""
+        """The number of unmasked tokens of each sequence, `[B, 1]` or packed `[S]`."""
         if self._counts is None:  # torch.compile does not support functools.cached_property
             self._counts = self._sums(self.mask.to(self.dtype))
         return self._counts
@@ -70,8 +85,13 @@ class Sequences:
     def lengths(self) -> Tensor:
         """The number of unmasked tokens of each token's sequence, `[N]`, at least 1."""
         if self._lengths is None:
-            self._lengths = self.to_tokens(self.counts.clamp(min=1))
+            self._lengths = self.spread(self.counts.clamp(min=1))
         return self._lengths
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return `x` in fp64, or unchanged on MPS, which lacks it."""
+    return x if x.device.type == "mps" else x.to(torch.float64)
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:

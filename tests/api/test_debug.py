@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import KL, LossSpec, grpo_loss, linear_grpo_loss, linear_logps, selective_logps
+from grpo_kernels.mismatch import mismatch_metrics
 from grpo_kernels.normalizers import global_normalizer
 from grpo_kernels.policy_loss import policy_loss
-from grpo_kernels.weights import importance_weights, off_policy_sequence_mask
+from grpo_kernels.weights import importance_weights, off_policy_sequence_mask, rejection_mask
 
 B, T, V, H = 2, 3, 7, 4
 FORMS = ["padded", "packed"]
@@ -246,7 +247,8 @@ def test_float_masks(value: float) -> None:
     head = {"hidden": torch.randn(B, T, H), "lm_head_weight": torch.randn(V, H)}
     raises(linear_logps, f"mask{said}", ids=ids, mask=mask, **head)
     raises(global_normalizer, f"mask{said}", mask=mask)
-    raises(importance_weights, f"mask{said}", logps=logps, sampler_logps=logps, mask=mask)
+    for helper in (importance_weights, rejection_mask, mismatch_metrics):
+        raises(helper, f"mask{said}", logps=logps, sampler_logps=logps, mask=mask)
     drift = {"advantages": torch.ones(B), "logps": logps, "sampler_logps": logps, "threshold": 1.0}
     raises(off_policy_sequence_mask, f"mask{said}", mask=mask, **drift)
 

@@ -23,7 +23,7 @@ FOLDERS = ["kernels", "checks", "spec", "tokens", "vocab", "linear", "public", "
 ALONE = {"kernels", "reference", "testing"}
 PUBLIC = {
     *("__init__", "losses", "linear_losses", "logps", "policy_loss", "options"),
-    *("advantages", "weights", "normalizers", "sampling_mask", "reference", "testing"),
+    *("advantages", "weights", "mismatch", "normalizers", "sampling_mask", "reference", "testing"),
     *("distillation", "linear_distillation"),
 }
 TRAINERS = {
@@ -201,6 +201,8 @@ def test_public_names() -> None:
                 "group_advantages",
                 "global_normalizer",
                 "importance_weights",
+                "rejection_mask",
+                "mismatch_metrics",
                 "pack_sampling_mask",
                 "VocabShard",
             ),
@@ -245,6 +247,9 @@ def test_public_names_have_docstrings(name: str) -> None:
 EXPLAINED_BY = {
     "grpo_loss": [],
     "group_advantages": [],
+    "importance_weights": [],
+    "rejection_mask": [],
+    "mismatch_metrics": [],
     "selective_logps": ["grpo_loss"],
     "linear_grpo_loss": ["grpo_loss"],
     "linear_logps": ["grpo_loss", "linear_grpo_loss"],
@@ -268,7 +273,7 @@ def test_linear_options() -> None:
     assert {name: linear[name] for name in shared} == {name: options[name] for name in shared}
 
 
-@pytest.mark.parametrize("name", ["testing", "reference", "weights"])
+@pytest.mark.parametrize("name", ["testing", "reference", "weights", "mismatch"])
 def test_helpers_for_users_have_docstrings(name: str) -> None:
     module = importlib.import_module(f"grpo_kernels.{name}")
     functions = [

@@ -32,9 +32,10 @@ from grpo_kernels import (
     selective_logps,
 )
 from grpo_kernels.checks.scalars import check_integer, check_number
+from grpo_kernels.mismatch import mismatch_metrics
 from grpo_kernels.policy_loss import policy_loss
 from grpo_kernels.spec import LogitTransform
-from grpo_kernels.weights import importance_weights, off_policy_sequence_mask
+from grpo_kernels.weights import importance_weights, off_policy_sequence_mask, rejection_mask
 
 B, T, V, H = 2, 3, 20, 4
 
@@ -286,6 +287,10 @@ def test_helpers(kind: str) -> None:
     logps, sampler, mask = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.0]]), torch.ones(1, 2)
     want = importance_weights(logps, sampler, mask, low=0.75, high=1.5)
     assert torch.equal(importance_weights(logps, sampler, mask, low=number(0.75), high=number(1.5)), want)
+    bounds, plain = {"low": number(0.75), "high": number(1.5)}, {"low": 0.75, "high": 1.5}
+    kept = rejection_mask(logps, sampler, mask, **plain)
+    assert torch.equal(rejection_mask(logps, sampler, mask, **bounds), kept)
+    assert mismatch_metrics(logps, sampler, mask, **bounds) == mismatch_metrics(logps, sampler, mask, **plain)
     of = torch.tensor([-1.0]), logps, sampler, mask
     kept = off_policy_sequence_mask(*of, threshold=-0.75)
     assert torch.equal(off_policy_sequence_mask(*of, threshold=number(-0.75)), kept)

@@ -28,6 +28,8 @@ LOGPS = torch.where(SAMPLER.isnan(), -5.0, SAMPLER + LOG_RATIO).requires_grad_()
         ({"level": "sequence"}, [[math.exp(-0.5)], [math.exp(0.2)]]),
         ({"level": "sequence", "high": 1.1}, [[math.exp(-0.5)], [1.1]]),
         ({"level": "sequence", "mode": "mask", "low": 0.9}, [[0], [math.exp(0.2)]]),
+        ({"level": "geometric"}, [[math.exp(-0.25)], [math.exp(0.1)]]),
+        ({"level": "geometric", "mode": "mask", "low": 0.9}, [[0], [math.exp(0.1)]]),
     ],
     ids=str,
 )
@@ -35,6 +37,30 @@ def test_importance_weights(options: dict, expected: list[list[float]]) -> None:
     weights = importance_weights(LOGPS, SAMPLER, MASK, **options)
     assert not weights.requires_grad
     torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+def test_normalize() -> None:
+    """Bounded weights are divided by their mean: of unmasked tokens, or of the sequences that have one."""
+    one, other = math.exp(-1), math.exp(0.2)
+    got = importance_weights(LOGPS, SAMPLER, MASK, high=1.5, normalize=True)
+    mean = (1.5 + one + other + 1) / 4
+    torch.testing.assert_close(got[:, :2], torch.tensor([[1.5, one], [other, 1.0]]) / mean)
+    got = importance_weights(LOGPS, SAMPLER, MASK, mode="mask", high=1.5, normalize=True)
+    torch.testing.assert_close(got[:, :2], torch.tensor([[0, one], [other, 1.0]]) / ((one + other + 1) / 4))
+    # The third sequence has no token. The second has fewer than the first, and counts as much.
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    tokens = [torch.cat([x, x[:1]]) for x in (LOGPS, SAMPLER)]
+    weights = torch.tensor([[math.exp(-0.5)], [other], [1.0]])
+    got = importance_weights(*tokens, mask, level="sequence", normalize=True)
+    torch.testing.assert_close(got, weights / weights[:2].mean())
+
+
+def test_normalize_without_weight() -> None:
+    """If all weights are 0, or there is no token, nothing is divided by 0."""
+    got = importance_weights(LOGPS, SAMPLER, MASK, mode="mask", high=0.1, normalize=True)
+    assert torch.equal(got, torch.zeros(2, 3))
+    nothing = torch.zeros_like(MASK)
+    assert torch.equal(importance_weights(LOGPS, SAMPLER, nothing, normalize=True), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
@@ -58,6 +84,48 @@ def test_off_policy_sequence_mask() -> None:
     assert torch.equal(kept, torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]]))
 
 
+def test_packed_sequences() -> None:
+    """In a packed batch each token has the weight of its sequence."""
+    logps, sampler, mask = (x.reshape(-1) for x in (LOGPS, SAMPLER, MASK))
+    packed = {"seq_lens": torch.tensor([3, 0, 3])}
+    got = importance_weights(logps, sampler, mask, level="geometric", high=1.1, **packed)
+    torch.testing.assert_close(got, torch.tensor([math.exp(-0.25)] * 3 + [1.1] * 3))
+    # Weights of tokens need no sequences.
+    want = importance_weights(LOGPS, SAMPLER, MASK).view(-1)
+    assert torch.equal(importance_weights(logps, sampler, mask), want)
+    for advantages, expected in (
+        (torch.tensor([-1.0, -1.0, -1.0]), [0, 0, 1, 1, 1, 1]),  # the third token is masked
+        (torch.tensor([-1.0, 1.0, -1.0, -1.0, -1.0, -1.0]), [0, 1, 1, 1, 1, 1]),
+    ):
+        kept = off_policy_sequence_mask(advantages, logps, sampler, mask, threshold=0.2, **packed)
+        assert kept.tolist() == expected
+
+
+@pytest.mark.parametrize("level", ["sequence", "geometric"])
+def test_packed_sequences_need_seq_lens(level: str) -> None:
+    tokens = [x.reshape(-1) for x in (LOGPS, SAMPLER, MASK)]
+    with pytest.raises(ValueError, match=f"level '{level}' on a packed batch needs seq_lens"):
+        importance_weights(*tokens, level=level)
+    with pytest.raises(ValueError, match="off_policy_sequence_mask on a packed batch needs seq_lens"):
+        off_policy_sequence_mask(torch.ones(6), *tokens, threshold=0.1)
+    with pytest.raises(ValueError, match="seq_lens must be non-negative and sum to N = 6, got a sum of 5"):
+        importance_weights(*tokens, seq_lens=torch.tensor([2, 3]))
+
+
+def test_nan_is_kept() -> None:
+    """NaN in what is trained on must reach the loss. A weight of 0 would hide it."""
+    logps = LOGPS.detach().clone()
+    logps[0, 0] = NAN
+    assert importance_weights(logps, SAMPLER, MASK, mode="mask")[0, 0].isnan()
+    for advantages in (torch.tensor([-1.0, 1.0]), torch.tensor([NAN, 1.0])):
+        kept = off_policy_sequence_mask(advantages, logps, SAMPLER, MASK, threshold=-9.0)
+        assert torch.equal(kept, torch.ones(2, 1))
+    tokens = [x.reshape(-1) for x in (LOGPS, SAMPLER, MASK)]
+    lengths = torch.tensor([3, 3])
+    kept = off_policy_sequence_mask(torch.full((6,), NAN), *tokens, threshold=-9.0, seq_lens=lengths)
+    assert kept.all()
+
+
 def test_nothing_but_masked_tokens() -> None:
     nothing = torch.zeros_like(MASK)
     assert torch.equal(importance_weights(LOGPS, SAMPLER, nothing), torch.ones(2, 3))
@@ -72,7 +140,11 @@ def test_nothing_but_masked_tokens() -> None:
         ({"mode": "clip"}, "mode must be one of"),
         ({"high": 0.0}, "high must be finite and > 0"),
         ({"low": 3.0}, "low must be at most high, got 3.0 and 2.0"),
-        ({"mask": torch.ones(2, 2)}, r"must all be \[B, T\], got \(2, 3\), \(2, 3\), \(2, 2\)"),
+        ({"low": -1.0}, "low must be finite and >= 0"),
+        ({"mask": torch.ones(2, 2)}, r"mask must have shape \(2, 3\), got \(2, 2\)"),
+        ({"sampler_logps": SAMPLER[:1]}, r"sampler_logps must have shape \(2, 3\), got \(1, 3\)"),
+        ({"logps": torch.ones(2, 3).long()}, "logps must be fp16, bf16, fp32 or fp64"),
+        ({"seq_lens": torch.tensor([3, 3])}, r"seq_lens belongs to packed logps \[N, ...\]"),
     ],
     ids=str,
 )
@@ -82,5 +154,5 @@ def test_refused(options: dict, message: str) -> None:
 
 
 def test_refused_advantages() -> None:
-    with pytest.raises(ValueError, match=r"advantages must be .*\(3, 1\)"):
+    with pytest.raises(ValueError, match=r"advantages must have shape .*, got \(3,\)"):
         off_policy_sequence_mask(torch.ones(3), LOGPS, SAMPLER, MASK, threshold=0.1)

@@ -119,7 +119,7 @@ def log_ratios(drawn: tuple[Tensor, Tensor, Tensor]) -> list[list[float]]:
 
 @given(
     samplers(),
-    st.sampled_from(["token", "sequence"]),
+    st.sampled_from(["token", "sequence", "geometric"]),
     st.sampled_from(["truncate", "mask"]),
     st.sampled_from([None, 0.3]),
     st.sampled_from([None, 2.0]),
@@ -130,9 +130,11 @@ def test_importance_weights(
     got = importance_weights(*drawn, level=level, mode=mode, low=low, high=high)
     assert got.dtype == drawn[0].dtype
     rows = log_ratios(drawn)
-    rows = rows if level == "token" else [[math.fsum(row)] for row in rows]
+    if level != "token":
+        counts = [int((m != 0).sum()) if level == "geometric" else 1 for m in drawn[2]]
+        rows = [[math.fsum(row) / max(1, count)] for row, count in zip(rows, counts, strict=True)]
     floor, ceiling = 0.0 if low is None else low, INF if high is None else high
-    assert list(got.shape) == [len(rows), 1 if level == "sequence" else drawn[0].shape[1]]
+    assert list(got.shape) == [len(rows), drawn[0].shape[1] if level == "token" else 1]
     for row, weights in zip(rows, got.tolist(), strict=True):
         for x, weight in zip(row, weights, strict=True):
             ratio = math.exp(x) if x < 700 else INF
@@ -155,8 +157,9 @@ def test_off_policy_sequence_mask(
     for row, kept, own, m in zip(log_ratios(drawn), got.tolist(), advantages.tolist(), mask, strict=True):
         drift = -math.fsum(row) / max(1, int((m != 0).sum()))
         if abs(drift - threshold) > 1e-4:
-            for A, keep in zip(own if per_token else [own], kept, strict=True):
-                assert keep == float(A >= 0 or drift <= threshold)
+            masked = m == 0 if per_token else [False]
+            for A, keep, hidden in zip(own if per_token else [own], kept, masked, strict=True):
+                assert keep == float(hidden or A >= 0 or drift <= threshold)
 
 
 # Log-ratios and advantages of taken tokens: ordinary ones, and those that overflow in fp32.

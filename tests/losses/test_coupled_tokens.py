@@ -48,7 +48,7 @@ class TestSequences:
         got = run(grpo_loss, case._replace(advantages=advantages).with_options(old_logps=old_logps), **path)
         assert not got.grad[0, 0].any() and got.grad[1].isfinite().all()
 
-    @pytest.mark.parametrize("name", ["CISPO", "DRO", "DPPO(tv)", "DPPO(kl)"])
+    @pytest.mark.parametrize("name", ["CISPO", "DRO", "DPPO(tv)", "DPPO(kl)", "DPPO(no cap)"])
     def test_impossible_token(self, path: Options, device: str, name: str) -> None:
         """A weight of 0 times a log-probability of -inf is not NaN."""
         case = random_case(LossSpec(SURROGATES[name]), 1, 2, 37, bare=True, device=device)

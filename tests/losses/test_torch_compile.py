@@ -8,7 +8,17 @@ import pytest
 import torch
 from parity import EVERYTHING, NEEDS_DYNAMO, Case, run, small, user_loss
 
-from grpo_kernels import KL, LossSpec, PPOClip, Reinforce, grpo_loss, selective_logps
+from grpo_kernels import (
+    KL,
+    LossSpec,
+    PPOClip,
+    Reinforce,
+    grpo_loss,
+    importance_weights,
+    mismatch_metrics,
+    rejection_mask,
+    selective_logps,
+)
 from grpo_kernels.testing import make_batch
 
 PROMPT_MEAN = LossSpec(PPOClip(), KL("exact"), aggregation="prompt-mean")
@@ -133,6 +143,35 @@ class TestCompile:
             (logps - 0.1 * entropy).sum().backward()
             results.append((logps.detach(), entropy.detach(), leaf.grad))
         torch.testing.assert_close(*results, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+    @pytest.mark.parametrize(
+        "helper, options",
+        [
+            (importance_weights, {"level": "token", "mode": "mask", "low": 0.5}),
+            (importance_weights, {"level": "sequence"}),
+            (importance_weights, {"level": "geometric", "high": 1.1, "normalize": True}),
+            (rejection_mask, {"statistic": "tv", "high": 0.2}),
+            (rejection_mask, {"statistic": "k1", "over": "sequence-mean", "low": -0.1, "high": 0.1}),
+            (rejection_mask, {"statistic": "k3", "over": "sequence-max", "high": 0.2}),
+            (mismatch_metrics, {"level": "sequence", "low": 0.5, "high": 2.0}),
+        ],
+        ids=lambda x: getattr(x, "__name__", None) or "-".join(map(str, x.values())),
+    )
+    def test_corrections_of_the_sampler(
+        self, helper: Any, options: dict[str, Any], packed: bool, device: str
+    ) -> None:
+        """They are one graph without a break, and give the values of eager execution."""
+        generator = torch.Generator().manual_seed(0)
+        logps = -3 * torch.rand(4, 5, generator=generator)
+        tokens = [logps, logps - 0.5 * torch.randn(4, 5, generator=generator), torch.ones(4, 5)]
+        tokens[1][1, 2], tokens[2][2], tokens[2][0, 3:] = torch.nan, 0, 0
+        if packed:
+            tokens = [x.reshape(-1) for x in tokens]
+            options = options | {"seq_lens": torch.tensor([5, 5, 5, 0, 5], device=device)}
+        args = [x.to(device) for x in tokens]
+        compiled = torch.compile(helper, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*args, **options), helper(*args, **options), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("call", [1, 2])

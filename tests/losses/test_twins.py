@@ -57,6 +57,8 @@ SURROGATES = [
     DPPO("tv", low=0.0, high=0.0),  # equals an unchanged probability
     DPPO("kl", low=0.002, high=0.005, ratio_cap=1.2),
     DPPO("kl", low=0.0, high=0.0),
+    DPPO("tv", low=0.01, high=0.02, ratio_cap=None),
+    DPPO("kl", low=0.002, high=0.005, ratio_cap=None),
 ]
 KLS = [
     KL(kind, 1.0, ratio_corrected, straight_through, clamp, output_clamp)

@@ -67,6 +67,7 @@ SURROGATES: dict[str, Any] = {
     "DRO(ref)": DRO(beta=0.3, anchor="ref"),
     "DPPO(tv)": DPPO("tv", low=0.1, high=0.15),
     "DPPO(kl)": DPPO("kl", low=0.05, high=0.02, ratio_cap=1.3),
+    "DPPO(no cap)": DPPO("tv", low=0.1, high=0.15, ratio_cap=None),
     "VESPO": VESPO(),
     "GMPO": GMPO(eps_low=0.3, eps_high=0.2),
     "None": None,

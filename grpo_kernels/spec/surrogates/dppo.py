@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...checks.choices import DPPO_KINDS, DPPOKind
 from ...checks.scalars import check_choice, number_field
-from ..formula import TokenLoss, clamped_ratio, weighted_logp
+from ..formula import TokenLoss, clamped_ratio, unbounded, weighted_logp
 from .base import Clip, Surrogate
 
 
@@ -23,13 +23,13 @@ class DPPO(Surrogate):
         kind: "tv", the change of the token's probability, or "kl", KL(old || new).
         low: bound on steps that lower the probability of a token with negative advantage.
         high: bound on steps that raise the probability of a token with positive advantage.
-        ratio_cap: bound on the ratio.
+        ratio_cap: bound on the ratio, or None.
     """
 
     kind: DPPOKind = "tv"
     low: float = 0.2
     high: float = 0.2
-    ratio_cap: float = 20.0
+    ratio_cap: float | None = 20.0
     anchor = "old"
     uses_ratio = True
 
@@ -37,7 +37,7 @@ class DPPO(Surrogate):
         check_choice("DPPO.kind", self.kind, DPPO_KINDS)
         number_field(self, "low")
         number_field(self, "high")
-        number_field(self, "ratio_cap", strict=True)
+        number_field(self, "ratio_cap", strict=True, optional=True)
 
     @property
     def kernel(self) -> str:  # type: ignore[override]
@@ -52,7 +52,8 @@ class DPPO(Surrogate):
         inside = region(logp, log_ratio, advantage)
         ratio, _ = clamped_ratio(log_ratio, clamp)
         # A NaN ratio stays NaN, although it is not inside.
-        weight = torch.where(inside | ratio.isnan(), -advantage * ratio.clamp(max=self.ratio_cap), 0.0)
+        capped = ratio.clamp(max=unbounded(self.ratio_cap))
+        weight = torch.where(inside | ratio.isnan(), -advantage * capped, 0.0)
         return weighted_logp(logp, weight)
 
     def inside_tv(self, logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ from grpo_kernels import (
     linear_grpo_loss,
     linear_logps,
     log_ratio_loss,
+    mismatch_metrics,
     policy_loss,
+    rejection_mask,
     selective_logps,
 )
 from grpo_kernels.checks.choices import PresetName
@@ -52,7 +54,14 @@ LossSpec(PPOClip(0.2, 0.28, delta=4.0, dual_clip=3.0), level="sequence", log_rat
 LossSpec(ImportanceRatio("ref", max_ratio=2.0), aggregation="seq-mean-token-sum-norm", max_tokens=1024)
 LossSpec(None, kl=KL("exact", beta=1))
 LossSpec(CISPO(5.0), KL("k1", straight_through=True, clamp=20.0, output_clamp=10.0, ratio_corrected=True))
-for surrogate in (SAPO(), Reinforce(), DRO(0.1, anchor="ref"), DPPO("kl", low=0.1), VESPO(), GMPO()):
+for surrogate in (
+    SAPO(),
+    Reinforce(),
+    DRO(0.1, anchor="ref"),
+    DPPO("kl", low=0.1, ratio_cap=None),
+    VESPO(),
+    GMPO(),
+):
     LossSpec(surrogate)
 
 
@@ -150,5 +159,9 @@ group_advantages(torch.ones(2, 3), group_size=2, estimator="gdpo", reward_weight
 global_normalizer([mask, mask], aggregation="prompt-mean", prompt_ids=[rewards.long(), rewards.long()])
 assert_type(global_normalizer([mask, mask], aggregation="seq-mean-token-mean", group=None), Tensor)
 assert_type(importance_weights(logps, logps, mask, level="sequence", mode="mask", high=None), Tensor)
+importance_weights(logps, logps, mask, level="geometric", low=0.5, seq_lens=ids[0], normalize=True)
+assert_type(rejection_mask(logps, logps, mask, statistic="k3", over="sequence-mean", high=1), Tensor)
+rejection_mask(logps, logps, mask, low=-0.5, high=None, seq_lens=None)
+assert_type(mismatch_metrics(logps, logps, mask, weights=mask, level="sequence", high=2.0), dict[str, Tensor])
 grpo_kernels.normalizers.global_normalizer(mask)
 grpo_kernels.weights.importance_weights(logps, logps, mask)

@@ -20,7 +20,9 @@ from grpo_kernels import (
     linear_grpo_loss,
     linear_logps,
     log_ratio_loss,
+    mismatch_metrics,
     policy_loss,
+    rejection_mask,
     selective_logps,
 )
 
@@ -55,6 +57,9 @@ group_advantages(rewards, estimator="gae")  # error: arg-type
 grpo_loss(z, ids, rewards, prompt_ids=[0, 0])  # error: arg-type
 importance_weights(logps, logps, logps, level="tokens")  # error: arg-type
 importance_weights(logps, logps, logps, mode="clip")  # error: arg-type
+rejection_mask(logps, logps, logps, statistic="k4")  # error: arg-type
+rejection_mask(logps, logps, logps, over="sequence")  # error: arg-type
+mismatch_metrics(logps, logps, logps, level="sequence-mean")  # error: arg-type
 grpo_loss(z, ids, rewards, backend="cuda")  # error: arg-type
 linear_grpo_loss(hidden, weight, ids, rewards, backend="cuda")  # error: arg-type
 policy_loss(logps, rewards, backend="cuda")  # error: arg-type
