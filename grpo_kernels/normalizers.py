@@ -59,6 +59,15 @@ def global_normalizer(
         ValueError: there is no mask; a mask is neither `[B, T]` nor `[N]`; `aggregation` is unknown; the
             number of `seq_lens` is not the number of packed masks.
         TypeError: a mask is not a tensor.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import global_normalizer
+        >>> masks = [torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1]])]  # two micro-batches
+        >>> global_normalizer(masks)  # tokens
+        tensor(6.)
+        >>> global_normalizer(masks, aggregation="seq-mean-token-mean")  # sequences
+        tensor(3.)
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     masks = _tensors("mask", mask)
