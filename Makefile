@@ -1,5 +1,5 @@
 # `make` alone lists the targets. Everything is installed into .venv, at the versions that setup.py pins; but verl,
-# whose pins contradict the others', into .venv-verl.
+# whose pins contradict the others', into .venv-verl; and the site's tools, which need no torch, into .venv-docs.
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
@@ -11,6 +11,7 @@ BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ig
 VENV := .venv
 PY := $(VENV)/bin/python
 VERL := .venv-verl
+DOCS := .venv-docs
 # Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.
 INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
@@ -29,7 +30,7 @@ NUMERIC := tests/linear tests/distillation $(addprefix tests/losses/test_, $(add
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-ptx test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs lint clean
+.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-ptx test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -90,13 +91,17 @@ bench-docs: $(VENV)/.bench  ## figures and tables of docs/benchmarks.md from ben
 	$(PY) -m benchmarks.plot
 	$(PY) -m benchmarks.report
 
+docs: $(DOCS)/.docs  ## build the documentation site into build/site; a broken link fails the build
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean -f docs/mkdocs.yml
+	@echo "The site: build/site/index.html"
+
 lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-clean:  ## remove .venv, .venv-verl and everything else that was made here
-	rm -rf $(VENV) $(VERL) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output
+clean:  ## remove .venv, .venv-verl, .venv-docs and everything else that was made here
+	rm -rf $(VENV) $(VERL) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -115,4 +120,12 @@ $(VERL)/.verl: setup.py pyproject.toml
 	@test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	@echo '*' > $(VERL)/.gitignore
 	@$(VERL)/bin/python -m pip install -q --disable-pip-version-check -e '.[verl]'
+	@touch $@
+
+# The extra `docs` without this package, which would install torch.
+$(DOCS)/.docs: setup.py
+	@echo "Installing the site's tools into $(DOCS)"
+	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -q --disable-pip-version-check \
+		$$(sed -n '/^DOCS = \[/,/^\]/s/^ *"\(.*\)",.*/\1/p' setup.py)
 	@touch $@

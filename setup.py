@@ -66,6 +66,18 @@ TRL = [
 # verl pins libraries of its own that contradict the `trl` extra (and has no release for Python 3.13): give it
 # an environment to itself. It asks for no torch and would take any.
 VERL = [*BASE, *BENCHMARK, "verl==0.9.1"]
+# One per line: `make docs` reads them from here.
+DOCS = [
+    "mkdocs==1.6.1",
+    "mkdocs-material==9.8.2",
+    "mkdocstrings==1.0.8",
+    "mkdocstrings-python==2.0.11",
+    "mkdocs-autorefs==1.4.5",
+    "griffelib==2.4.1",
+    "pymdown-extensions==13.1",
+    "latex2mathml==3.81.1",
+    "ruff==0.17.6",  # breaks the lines of signatures
+]
 DEV = [*TEST, *BENCH, *MYPY, "ruff==0.17.6"]
 
 setup(
@@ -83,7 +95,14 @@ setup(
     package_data={"grpo_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.8", f"triton>=3.4; {LINUX}", "typing-extensions>=4.10"],
-    extras_require={"test": TEST, "bench": BENCH, "trl": TRL, "verl": VERL, "dev": list(dict.fromkeys(DEV))},
+    extras_require={
+        "test": TEST,
+        "bench": BENCH,
+        "trl": TRL,
+        "verl": VERL,
+        "docs": DOCS,
+        "dev": list(dict.fromkeys(DEV)),
+    },
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

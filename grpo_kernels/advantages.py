@@ -83,6 +83,15 @@ def group_advantages(
 
     An infinite or NaN reward makes the advantages of its group infinite or NaN, unless all rewards of the
     group are equal. With "batch" or `whiten`, the other groups may get NaN too.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import group_advantages
+        >>> rewards = torch.tensor([1.0, 0.0, 1.0, 1.0])  # two prompts, two completions of each
+        >>> group_advantages(rewards, group_size=2)
+        tensor([ 0.7070, -0.7070,  0.0000,  0.0000])
+        >>> group_advantages(rewards, group_ids=torch.tensor([7, 3, 7, 3]), scale="none")
+        tensor([ 0.0000, -0.5000,  0.0000,  0.5000])
     """
     check_choice("estimator", estimator, ADVANTAGE_ESTIMATORS)
     check_rewards(rewards, estimator)

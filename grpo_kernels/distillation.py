@@ -84,26 +84,38 @@ def distillation_loss(
         rest: with `teacher_ids` only. "bucket": all other tokens are one more outcome, of probability
             1 - sum, but at least the rounding error of the sum (in TRL 1e-7). "drop": the tokens of both
             models are renormalised over the K ids.
-        aggregation, max_tokens: as in `LossSpec`.
+        aggregation: as in `LossSpec`.
+        max_tokens: as in `LossSpec`.
         temperature: of both models; with `teacher_ids` of the student.
-        ref_logit_scale, ref_logit_softcap: of the teacher's logits. None: those of the student.
+        ref_logit_scale: of the teacher's logits. None: that of the student.
+        ref_logit_softcap: of the teacher's logits. None: that of the student.
         sampling_mask: the tokens that both models are renormalised over.
         inplace: let the gradient overwrite `logits` in the backward.
 
     Returns:
         LossOutput with
-            loss: 0-dim fp32, fp64 for fp64 logits.
-            metrics: detached 0-dim tensors, means over the unmasked tokens: `kl`, the divergence; `kl_exact`,
-                the reverse KL, for "reverse_kl" over the whole vocabulary; `entropy` of the student, with
-                `return_entropy`.
-            logps, ref_logps: None.
-            entropy: with `return_entropy`, detached `[B, T]` or `[N]`, nats, 0 at masked positions.
+
+        * `loss`: 0-dim fp32, fp64 for fp64 logits.
+        * `metrics`: detached 0-dim tensors, means over the unmasked tokens: `kl`, the divergence; `kl_exact`,
+          the reverse KL, for "reverse_kl" over the whole vocabulary; `entropy` of the student, with
+          `return_entropy`.
+        * `logps`, `ref_logps`: None.
+        * `entropy`: with `return_entropy`, detached `[B, T]` or `[N]`, nats, 0 at masked positions.
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
 
     A divergence is infinite if a token is possible under its first distribution and impossible under its
     second: for example "reverse_kl" if a teacher's logit is -inf and the student's is not. The JSD is finite.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import distillation_loss
+        >>> student = torch.zeros(1, 1, 4, requires_grad=True)  # each of 4 tokens has the probability 0.25
+        >>> teacher = torch.tensor([[[0.7, 0.1, 0.1, 0.1]]]).log()
+        >>> out = distillation_loss(student, teacher_logits=teacher, divergence="forward_kl")
+        >>> round(out.loss.item(), 4)  # 0.7 log(0.7 / 0.25) + 0.3 log(0.1 / 0.25)
+        0.4458
     """
     given = logits
     if shard is not None:

@@ -65,18 +65,32 @@ def linear_distillation_loss(
     forward takes 2 N V H, and the backward computes the logits again, in 6 N V H. Masked rows cost nothing.
 
     Args:
-        hidden, lm_head_weight, lm_head_bias: as in `linear_grpo_loss`, as are `chunk_tokens`, `logits_dtype`,
+        hidden: `[B, T, H]` or `[N, H]`, as in `linear_grpo_loss`, as are `chunk_tokens`, `logits_dtype`,
             `compact` and `shard`. All other options are those of `distillation_loss`.
-        teacher_hidden, teacher_lm_head_weight, teacher_lm_head_bias: `[B, T, H']` or `[N, H']`, `[V, H']`
-            and `[V]` of the teacher, which get no gradient. Its hidden size `H'` may differ. With
-            `vocab_size` the numbers of rows of the weights may differ. Or give `teacher_ids` and
-            `teacher_logps`.
+        lm_head_weight: `[V, H]`.
+        lm_head_bias: `[V]`.
+        teacher_hidden: `[B, T, H']` or `[N, H']` of the teacher, which gets no gradient. Its hidden size `H'`
+            may differ. Or give `teacher_ids` and `teacher_logps`.
+        teacher_lm_head_weight: `[V, H']`. With `vocab_size` the numbers of rows of the weights may differ.
+        teacher_lm_head_bias: `[V]`.
 
     Returns:
         LossOutput as in `distillation_loss`.
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import linear_distillation_loss
+        >>> hidden, lm_head_weight = torch.zeros(1, 1, 8, requires_grad=True), torch.ones(4, 8)
+        >>> teacher = {
+        ...     "teacher_hidden": torch.ones(1, 1, 1),
+        ...     "teacher_lm_head_weight": torch.tensor([[0.7], [0.1], [0.1], [0.1]]).log(),
+        ... }
+        >>> out = linear_distillation_loss(hidden, lm_head_weight, divergence="forward_kl", **teacher)
+        >>> round(out.loss.item(), 4)
+        0.4458
     """
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
     spec = Divergence(divergence, jsd_weight)

@@ -85,10 +85,13 @@ def linear_grpo_loss(
             summed in fp32 over the chunks and rounded once. A frozen weight gets none, which saves
             2 N V H FLOPs. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as
             with FSDP2.
-        completion_ids, advantages: as in `grpo_loss`, as are all options that are not described here.
+        completion_ids: `[B, T]` or `[N]`, as in `grpo_loss`, as are all options that are not described here.
+        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
         lm_head_bias: `[V]`.
-        ref_hidden, ref_lm_head_weight, ref_lm_head_bias: `[B, T, H']`, `[V, H']` and `[V]` of the reference
-            model, which get no gradient. Or give `ref_logps`.
+        ref_hidden: `[B, T, H']` or `[N, H']` of the reference model, which gets no gradient. Or give
+            `ref_logps`.
+        ref_lm_head_weight: `[V, H']` of the reference model.
+        ref_lm_head_bias: `[V]` of the reference model.
         chunk_tokens: tokens per chunk. None: chosen by vocabulary and free memory, so that the chunks have
             nearly equal lengths. The logger "grpo_kernels" shows it at level DEBUG.
         logits_dtype: dtype of a chunk of logits. `torch.float32` keeps the precision of the products. With
@@ -110,6 +113,17 @@ def linear_grpo_loss(
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import grpo_loss, linear_grpo_loss
+        >>> _ = torch.manual_seed(0)
+        >>> hidden, lm_head_weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
+        >>> batch = torch.randint(11, (2, 3)), torch.tensor([1.0, -0.5])
+        >>> out = linear_grpo_loss(hidden, lm_head_weight, *batch, spec="dapo")
+        >>> from_logits = grpo_loss(hidden @ lm_head_weight.T, *batch, spec="dapo")
+        >>> torch.allclose(out.logps, from_logits.logps, atol=1e-4)
+        True
     """
     spec = resolve_spec(spec)
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
@@ -184,18 +198,23 @@ def linear_grpo_loss(
 class LinearGRPOLoss(LossModule):
     """`linear_grpo_loss` as a module, with a spec and default options.
 
-    ```python
-    loss_fn = LinearGRPOLoss("dapo", temperature=0.9)
-    out = loss_fn(hidden, model.lm_head.weight, completion_ids, advantages, completion_mask=mask)
-    ```
-
     Args:
         spec: as in `grpo_loss`. Options of the loss, such as `eps_high`, go into `LossSpec.preset`.
-        options: keyword arguments of `linear_grpo_loss`.
+        **options: keyword arguments of `linear_grpo_loss`.
 
     Raises:
         TypeError: an option that `linear_grpo_loss` does not have.
         ValueError: an unknown preset.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import LinearGRPOLoss
+        >>> loss_fn = LinearGRPOLoss("dapo", temperature=0.9)
+        >>> hidden, lm_head_weight = torch.zeros(1, 2, 8, requires_grad=True), torch.ones(5, 8)
+        >>> out = loss_fn(hidden, lm_head_weight, torch.tensor([[3, 4]]), torch.tensor([1.0]))
+        >>> out.loss.backward()
+        >>> hidden.grad.shape
+        torch.Size([1, 2, 8])
     """
 
     function = staticmethod(linear_grpo_loss)

@@ -69,6 +69,16 @@ def selective_logps(
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import selective_logps
+        >>> logits = torch.tensor([[[0.0, 1.0, 2.0]]])  # one token, a vocabulary of 3
+        >>> logps, entropy = selective_logps(logits, torch.tensor([[2]]), return_entropy=True)
+        >>> round(logps.item(), 4), round(entropy.item(), 4)
+        (-0.4076, 0.8324)
+        >>> selective_logps(logits, torch.tensor([[[2, 0]]]))  # two tokens of the same position
+        tensor([[[-0.4076, -2.4076]]])
     """
     if shard is not None:
         logits = local_part(logits)
@@ -160,6 +170,14 @@ def linear_logps(
 
     Raises:
         ValueError, TypeError: as in `grpo_loss`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import linear_logps
+        >>> hidden = torch.tensor([[[1.0, 2.0]]])  # [B, T, H]
+        >>> lm_head_weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # [V, H]
+        >>> linear_logps(hidden, lm_head_weight, torch.tensor([[2]]))  # the logits are 0, 1, 2
+        tensor([[-0.4076]])
     """
     found = linear_token_stats(
         hidden,

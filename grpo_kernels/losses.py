@@ -81,8 +81,10 @@ def grpo_loss(
         token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`. Constant factors of the surrogate,
             not of the KL term. In VESPO and GMPO they weight the sequence's ratio; see these classes.
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
-        logit_scale, logit_softcap: `z -> softcap * tanh(z * scale / softcap)`, then `/ temperature`.
-        ref_logit_scale, ref_logit_softcap: the same for the reference. None: those of the policy.
+        logit_scale: a factor of the logits, before the softcap.
+        logit_softcap: `z -> softcap * tanh(z / softcap)` after the scale, before `/ temperature`.
+        ref_logit_scale: the same for the reference. None: that of the policy.
+        ref_logit_softcap: the same for the reference. None: that of the policy.
         vocab_size: number of vocabulary entries. Later columns are ignored and get zero gradient. If it is
             given, policy and reference may have different numbers of columns.
         sampling_mask: `[B, T, W]` or `[N, W]` int32, `W = ceil(V / 32)`: the tokens that top-k, top-p or
@@ -117,11 +119,12 @@ def grpo_loss(
 
     Returns:
         LossOutput with
-            loss: 0-dim fp32, fp64 for fp64 logits.
-            metrics: detached 0-dim tensors, means over the unmasked tokens: `log_ratio`, `ratio`,
-                `clip_fraction`, `clip_fraction_low`, `clip_fraction_high`, `kl`, `kl_exact`, `entropy`,
-                `active_fraction`. Those that do not apply are absent.
-            logps, ref_logps, entropy: detached `[B, T]` or `[N]`, nats, 0 at masked positions.
+
+        * `loss`: 0-dim fp32, fp64 for fp64 logits.
+        * `metrics`: detached 0-dim tensors, means over the unmasked tokens: `log_ratio`, `ratio`,
+          `clip_fraction`, `clip_fraction_low`, `clip_fraction_high`, `kl`, `kl_exact`, `entropy`,
+          `active_fraction`. Those that do not apply are absent.
+        * `logps`, `ref_logps`, `entropy`: detached `[B, T]` or `[N]`, nats, 0 at masked positions.
 
     Raises:
         ValueError: a wrong shape, dtype, device or name, or a missing argument that another one needs.
@@ -132,6 +135,16 @@ def grpo_loss(
     token weights, hidden states and head weights, temperatures (as a tensor) that are not positive, and
     float masks with values other than 0 and 1. A batch without an unmasked token logs a warning. Each of
     these checks syncs with the device.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import grpo_loss
+        >>> logits = torch.zeros(2, 3, 5, requires_grad=True)  # 2 completions of 3 tokens, a vocabulary of 5
+        >>> ids, advantages = torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([1.0, -0.5])
+        >>> out = grpo_loss(logits, ids, advantages, spec="dapo")
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 4), round(out.logps[0, 0].exp().item(), 4)
+        (-0.25, 0.2)
     """
     spec, given = resolve_spec(spec), logits
     if shard is not None:
@@ -211,6 +224,29 @@ def log_ratio_loss(
     aggregation=aggregation), ref_logits=ref_logits, **options)`, which documents shapes, options, return
     value and errors. Its gradient is that of REINFORCE, because the reference is a constant. docs/math.md
     explains what keeps a policy near the reference.
+
+    Args:
+        logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`.
+        ref_logits: shaped as `logits`. They get no gradient.
+        completion_ids: `[B, T]` or `[N]`, int32 or int64.
+        rewards: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
+        aggregation: as in `LossSpec`.
+        **options: the other options of `grpo_loss`, except for `spec`.
+
+    Returns:
+        LossOutput as in `grpo_loss`.
+
+    Raises:
+        ValueError, TypeError: as in `grpo_loss`. Also TypeError for `spec`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import log_ratio_loss
+        >>> logits = torch.zeros(1, 1, 4)  # each of 4 tokens has the probability 0.25
+        >>> ref_logits = torch.tensor([[[0.7, 0.1, 0.1, 0.1]]]).log()
+        >>> out = log_ratio_loss(logits, ref_logits, torch.tensor([[0]]), torch.tensor([2.0]))
+        >>> round(out.loss.item(), 4)  # -2 log(0.25 / 0.7)
+        2.0592
     """
     if "spec" in options:
         raise TypeError("log_ratio_loss has a fixed spec; use grpo_loss for another")
@@ -256,18 +292,22 @@ class LossModule(nn.Module):
 class GRPOLoss(LossModule):
     """`grpo_loss` as a module, with a spec and default options.
 
-    ```python
-    loss_fn = GRPOLoss("dapo", temperature=0.9)
-    out = loss_fn(logits, completion_ids, advantages, completion_mask=mask, old_logps=old_logps)
-    ```
-
     Args:
         spec: as in `grpo_loss`. Options of the loss, such as `eps_high`, go into `LossSpec.preset`.
-        options: keyword arguments of `grpo_loss`.
+        **options: keyword arguments of `grpo_loss`.
 
     Raises:
         TypeError: an option that `grpo_loss` does not have.
         ValueError: an unknown preset.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import GRPOLoss
+        >>> loss_fn = GRPOLoss("dapo", temperature=0.9)
+        >>> batch = torch.zeros(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([1.0, -0.5])
+        >>> out = loss_fn(*batch, completion_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        >>> round(out.loss.item(), 4)  # -(3 * 1.0 - 2 * 0.5) / 5
+        -0.4
     """
 
     function = staticmethod(grpo_loss)

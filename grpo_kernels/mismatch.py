@@ -58,6 +58,15 @@ def mismatch_metrics(
         ValueError: a shape, dtype or device is wrong; `level` or a bound has a wrong value; a packed batch
             has no `seq_lens`, and `level` is not "token".
         TypeError: a bound is not a number, or a tensor is not a tensor.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import mismatch_metrics
+        >>> logps = torch.tensor([[0.9, 0.3]]).log()
+        >>> sampler_logps = torch.tensor([[0.9, 0.1]]).log()  # the ratios are 1 and 3
+        >>> metrics = mismatch_metrics(logps, sampler_logps, torch.ones(1, 2), high=2.0)
+        >>> {name: round(x.item(), 3) for name, x in metrics.items() if name in ("abs_max", "ess", "clip_fraction")}
+        {'abs_max': 1.099, 'ess': 0.8, 'clip_fraction': 0.5}
     """
     check_choice("level", level, WEIGHT_LEVELS)
     low = check_number("low", low, optional=True)

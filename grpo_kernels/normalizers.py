@@ -69,6 +69,15 @@ def global_normalizer(
             number of `seq_lens` is not the number of packed masks; the number of `prompt_ids` is not that of
             the masks, or they are no integers of shape `[B]`.
         TypeError: a mask is not a tensor.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import global_normalizer
+        >>> masks = [torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 1]])]  # two micro-batches
+        >>> global_normalizer(masks)  # tokens
+        tensor(6.)
+        >>> global_normalizer(masks, aggregation="seq-mean-token-mean")  # sequences
+        tensor(3.)
     """
     check_choice("aggregation", aggregation, AGGREGATIONS)
     masks = _tensors("mask", mask)

@@ -53,6 +53,17 @@ def policy_loss(
     Raises:
         ValueError, TypeError: as in `grpo_loss`. Also ValueError for an exact KL, which needs the
             vocabulary, and for an entropy bonus without `entropy`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log().requires_grad_()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec="dapo", old_logps=old_logps)
+        >>> round(out.loss.item(), 4)  # the ratios 1.4 and 0.6, of which dapo clips the first to 1.28
+        -0.94
+        >>> round(out.metrics["clip_fraction"].item(), 4)
+        0.5
     """
     spec = resolve_spec(spec)
     check_tensor("logps", logps)

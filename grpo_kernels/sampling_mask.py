@@ -31,6 +31,16 @@ def pack_sampling_mask(kept: Tensor, offsets: Tensor | None = None, vocab_size: 
         ValueError: a wrong shape, dtype or device, an id outside the vocabulary, or offsets that do not
             ascend from 0 to `nnz`. The check of ids and offsets syncs with the device.
         TypeError: a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import pack_sampling_mask
+        >>> pack_sampling_mask(torch.tensor([[True, False, False, True, False]]))  # tokens 0 and 3: 1 + 8
+        tensor([[9]], dtype=torch.int32)
+        >>> ids, offsets = torch.tensor([0, 3, 1]), torch.tensor([0, 2, 3])  # 0 and 3, then 1
+        >>> pack_sampling_mask(ids, offsets, vocab_size=5)
+        tensor([[9],
+                [2]], dtype=torch.int32)
     """
     check_tensor("kept", kept)
     if kept.dtype == torch.bool:

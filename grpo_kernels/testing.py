@@ -22,6 +22,12 @@ class RandomBatch(NamedTuple):
         completion_mask: `[B, T]` bool.
         ref_logits: `[B, T, V]`.
         old_logps: `[B, T]` fp32, nats.
+
+    Examples:
+        >>> from grpo_kernels.testing import make_batch
+        >>> rows, seq_lens = make_batch(2, 3, 11).packed()
+        >>> rows.logits.shape, seq_lens
+        (torch.Size([6, 11]), tensor([3, 3]))
     """
 
     logits: Tensor
@@ -62,6 +68,17 @@ def make_batch(
         inactive: fraction of sequences with an advantage of exactly 0.
         off_policy: standard deviation of `logp - old_logp` in nats.
         seed: of the random numbers. Equal seeds give equal batches on every device.
+
+    Returns:
+        The arguments of `grpo_loss`, by their names.
+
+    Examples:
+        >>> from grpo_kernels import grpo_loss
+        >>> from grpo_kernels.testing import make_batch
+        >>> batch = make_batch(2, 3, 11, seed=1)
+        >>> out = grpo_loss(*batch[:3], completion_mask=batch.completion_mask, old_logps=batch.old_logps)
+        >>> out.logps.shape
+        torch.Size([2, 3])
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -88,6 +105,12 @@ def relative_error(got: Tensor, truth: Tensor) -> Tensor:
     """Return the L2 norm of the error relative to the truth's, for each row of `[..., V]`.
 
     It is 0 for a row without an error, even if the truth is 0.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels.testing import relative_error
+        >>> relative_error(torch.tensor([[3.0, 4.1]]), torch.tensor([[3.0, 4.0]]))  # 0.1 / 5
+        tensor([0.0200], dtype=torch.float64)
     """
     error = (got.double() - truth.double()).norm(dim=-1)
     norm = truth.double().norm(dim=-1)
@@ -121,6 +144,16 @@ def assert_no_worse_than_eager(
 
     Raises:
         AssertionError: with the worst row, both errors and the allowed error.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels.testing import assert_no_worse_than_eager
+        >>> truth = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+        >>> eager = truth.float()
+        >>> assert_no_worse_than_eager(eager, eager, truth)
+        >>> assert_no_worse_than_eager(0 * eager, eager, truth, what="gradient")
+        Traceback (most recent call last):
+        AssertionError: gradient: the error of row 0 is 1, eager's is 0, allowed is 2e-06
     """
     if epsilon is None:
         epsilon = 1e-12 if got.dtype == torch.float64 else max(torch.finfo(got.dtype).eps, 2e-6)
@@ -141,6 +174,13 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
     On a GPU, PyTorch's allocator reports it. On other devices it is the growth of the process, sampled every
     millisecond from a second thread (needs psutil). Free memory that the process still holds would hide a
     part of the growth, so it is returned to the system first if the C library is glibc.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels.testing import peak_memory
+        >>> bytes_used = peak_memory(lambda: torch.ones(2**20).exp())
+        >>> isinstance(bytes_used, int)
+        True
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

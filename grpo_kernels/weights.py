@@ -70,6 +70,16 @@ def importance_weights(
         ValueError: a shape, dtype or device is wrong; `level`, `mode` or a bound has a wrong value; a packed
             batch has no `seq_lens` but needs them.
         TypeError: a bound is not a number, `normalize` is not a bool, or a tensor is not a tensor.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import importance_weights
+        >>> logps = torch.tensor([[0.9, 0.9, 0.3]]).log()
+        >>> sampler_logps = torch.tensor([[0.9, 0.3, 0.6]]).log()  # the ratios are 1, 3 and 0.5
+        >>> importance_weights(logps, sampler_logps, torch.ones(1, 3))
+        tensor([[1.0000, 2.0000, 0.5000]])
+        >>> importance_weights(logps, sampler_logps, torch.ones(1, 3), mode="mask")
+        tensor([[1.0000, 0.0000, 0.5000]])
     """
     check_choice("level", level, WEIGHT_LEVELS)
     check_choice("mode", mode, WEIGHT_MODES)
@@ -137,6 +147,18 @@ def rejection_mask(
         ValueError: a shape, dtype or device is wrong; `statistic`, `over` or a bound has a wrong value; a
             packed batch has no `seq_lens` but needs them.
         TypeError: a bound is not a number, or a tensor is not a tensor.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import rejection_mask
+        >>> logps = torch.tensor([[0.9, 0.9], [0.3, 0.3]]).log()
+        >>> sampler_logps = torch.tensor([[0.9, 0.1], [0.3, 0.2]]).log()  # the ratios are 1, 9, 1 and 1.5
+        >>> rejection_mask(logps, sampler_logps, torch.ones(2, 2), statistic="abs", high=1.0)
+        tensor([[1., 0.],
+                [1., 1.]])
+        >>> rejection_mask(logps, sampler_logps, torch.ones(2, 2), statistic="abs", over="sequence-max", high=1.0)
+        tensor([[0.],
+                [1.]])
     """
     check_choice("statistic", statistic, MISMATCH_STATISTICS)
     check_choice("over", over, STATISTIC_OVERS)
@@ -181,6 +203,16 @@ def off_policy_sequence_mask(
     Raises:
         ValueError: a shape is wrong, `threshold` is not finite, or a packed batch has no `seq_lens`.
         TypeError: `threshold` is not a number, or a tensor is not a tensor.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels.weights import off_policy_sequence_mask
+        >>> advantages = torch.tensor([-1.0, -1.0, 1.0])
+        >>> logps, sampler_logps = torch.tensor([[-2.0], [-5.0], [-5.0]]), torch.full((3, 1), -2.0)
+        >>> off_policy_sequence_mask(advantages, logps, sampler_logps, torch.ones(3, 1), threshold=1.0)
+        tensor([[1.],
+                [0.],
+                [1.]])
     """
     threshold = check_number("threshold", threshold, low=-math.inf, strict=True)
     mismatch = Mismatch.of(logps, sampler_logps, mask, seq_lens)

@@ -28,8 +28,22 @@ class KL:
         ratio_corrected: multiply the estimate by the ratio `exp(logp - old_logp)`, at sequence level by the
             sequence's ratio. The gradient flows through both factors.
         straight_through: keep the value of `kind`, but use the gradient of "k2".
-        clamp, output_clamp: bounds on the absolute value of `x` and of the estimate. Beyond a bound the
-            estimate has no gradient, unless `straight_through`.
+        clamp: bound on the absolute value of `x`. Beyond it the estimate has no gradient, unless
+            `straight_through`.
+        output_clamp: the same for the estimate.
+
+    Raises:
+        ValueError: a bad value, or an option of the sampled estimates with an exact kind.
+        TypeError: a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import KL, LossSpec, policy_loss
+        >>> logps, ref_logps = torch.tensor([[0.7, 0.3]]).log(), torch.tensor([[0.5, 0.5]]).log()
+        >>> penalty = LossSpec(None, kl=KL("k3", beta=0.5))  # without a surrogate
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=penalty, ref_logps=ref_logps)
+        >>> round(out.metrics["kl"].item(), 4), round(out.loss.item(), 4)
+        (0.1033, 0.0516)
     """
 
     kind: KLKind = "k3"

@@ -53,6 +53,12 @@ class LossSpec:
     Raises:
         ValueError: a bad value.
         TypeError: a wrong type.
+
+    Examples:
+        >>> from grpo_kernels import KL, LossSpec, PPOClip
+        >>> spec = LossSpec(PPOClip(0.2, 0.28), kl=KL("k3", beta=0.04), aggregation="seq-mean-token-mean")
+        >>> spec == LossSpec.preset("grpo", eps_high=0.28, kl=KL("k3", beta=0.04))
+        True
     """
 
     surrogate: Surrogate | Callable[..., Tensor] | None = PPOClip()  # noqa: RUF009 - it is frozen
@@ -105,16 +111,18 @@ class LossSpec:
     def preset(cls, name: PresetName, **options: Unpack[PresetOptions]) -> LossSpec:
         """Create a published loss by name. `options` override fields of the LossSpec or of its surrogate.
 
-        >>> LossSpec.preset("dapo", eps_high=0.3, kl=KL("k3", beta=0.04)).surrogate.eps_high
-        0.3
-
         Args:
             name: one of the presets. `dr_grpo` requires the option `max_tokens`.
-            options: the fields of LossSpec, and those of the preset's surrogate, such as `eps_low`.
+            **options: the fields of LossSpec, and those of the preset's surrogate, such as `eps_low`.
 
         Raises:
             ValueError: the name is unknown; the preset has no such option; a new `surrogate` would discard an
                 option; a value is bad; or `max_tokens` is missing and the aggregation divides by it.
+
+        Examples:
+            >>> from grpo_kernels import KL, LossSpec
+            >>> LossSpec.preset("dapo", eps_high=0.3, kl=KL("k3", beta=0.04)).surrogate.eps_high
+            0.3
         """
         check_choice("preset", name, PRESET_NAMES)
         preset = PRESETS[name]

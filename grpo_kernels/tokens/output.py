@@ -22,6 +22,17 @@ class LossOutput(NamedTuple):
         logps: `[B, T]`, nats, detached: log-probabilities of the taken tokens under the policy.
         ref_logps: the same under the reference, or None.
         entropy: `[B, T]`, nats, detached: entropies of the policy, or None.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import policy_loss
+        >>> out = policy_loss(torch.tensor([[-1.0, -2.0]]), torch.tensor([1.0]), spec="reinforce")
+        >>> out.loss
+        tensor(1.5000)
+        >>> out.logps
+        tensor([[-1., -2.]])
+        >>> out.ref_logps is None and out.entropy is None
+        True
     """
 
     loss: Tensor

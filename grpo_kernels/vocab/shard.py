@@ -25,7 +25,8 @@ class VocabShard:
     Together they must cover the vocabulary.
 
     Attributes:
-        start, stop: the columns of this rank.
+        start: the first column of this rank.
+        stop: one more than its last column.
         group: a `torch.distributed` process group. None: all ranks.
         sum_dhidden: sum the gradient of the hidden states over the ranks, so that it is the same on all.
             If False, each rank keeps its part of the sum, for callers that sum the parts themselves, such as
@@ -34,6 +35,16 @@ class VocabShard:
     Raises:
         ValueError: `start` or `stop` is out of range.
         TypeError: a wrong type.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import VocabShard, selective_logps
+        >>> one_rank = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        >>> torch.distributed.init_process_group("gloo", **one_rank)  # as torchrun does for several ranks
+        >>> shard = VocabShard(0, 5)  # with R ranks: (rank * 5 // R, (rank + 1) * 5 // R)
+        >>> selective_logps(torch.zeros(1, 2, 5), torch.tensor([[3, 4]]), shard=shard)
+        tensor([[-1.6094, -1.6094]])
+        >>> torch.distributed.destroy_process_group()
     """
 
     start: int

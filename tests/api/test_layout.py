@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,29 @@ def test_kernels_are_imported_inside_functions(module: str) -> None:
     """Without Triton the package works until a kernel is needed, so no module imports Triton at its top."""
     names = imports(module, at_import=True)
     assert not [name for name in names if name.startswith(("triton", "grpo_kernels.kernels"))]
+
+
+def test_map_of_contributing() -> None:
+    """CONTRIBUTING.md draws an arrow for each import between folders that no other arrows imply."""
+    folders: dict[str, set[str]] = {name: set() for name in FOLDERS}
+    for module in MODULES:
+        folders[folder(module)] |= {folder(name) for name in own_imports(module)} - {folder(module)}
+    reachable: dict[str, set[str]] = {}
+    for name in FOLDERS:  # each imports only those before it
+        reachable[name] = folders[name].union(*(reachable[x] for x in folders[name]))
+    wanted = {
+        (name, other)
+        for name in FOLDERS
+        for other in folders[name]
+        if not any(other in reachable[x] for x in folders[name])
+    }
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (drawing,) = re.findall(r"^```mermaid\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    drawn: set[tuple[str, str]] = set()
+    for line in drawing.splitlines()[1:]:
+        names = [re.sub(r"\[.*\]", "", name).strip() for name in line.split("-->")]
+        drawn |= set(pairwise(names))
+    assert drawn == wanted
 
 
 WITHOUT_TRITON = """

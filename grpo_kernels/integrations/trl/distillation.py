@@ -113,6 +113,12 @@ def fuse_trl_distillation() -> None:
 
     Raises:
         ImportError: this version of TRL has another distillation loss.
+
+    Examples:
+        >>> from trl import DistillationTrainer
+        >>> from grpo_kernels.integrations.trl import fuse_trl_distillation
+        >>> fuse_trl_distillation()  # once per process
+        >>> trainer = DistillationTrainer(model, teacher_model=teacher, args=args, train_dataset=prompts)
     """
     try:
         module: Any = importlib.import_module(MODULE)

@@ -163,6 +163,12 @@ def fuse_trl_logps() -> None:
     * It computes what DPO's `use_weighting` needs, in an additional pass.
     * It computes the mean logits (DPO, KTO) of models with `final_logit_softcapping`, in an additional pass.
     * It computes everything under DeepSpeed ZeRO-3.
+
+    Examples:
+        >>> from trl import GRPOTrainer
+        >>> from grpo_kernels.integrations.trl import fuse_trl_logps
+        >>> fuse_trl_logps()  # once per process
+        >>> trainer = GRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=prompts)
     """
     utils._ChunkedLogProbFunction = FusedUnlessSharded
     logger.info("fuse_trl_logps: the fused heads of TRL compute log-probabilities with linear_logps")

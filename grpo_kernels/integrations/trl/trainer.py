@@ -38,6 +38,14 @@ class FusedGRPOTrainer(GRPOTrainer):
     With `top_entropy_quantile` or `off_policy_mask_threshold`, the token weights depend on the policy's
     entropies or log-probabilities. TRL then computes its own loss from log-probabilities of `linear_logps`.
     The logger "grpo_kernels" names the choice at level INFO.
+
+    Examples:
+        `model`, `reward`, `args` (a `GRPOConfig`) and `prompts` are those of TRL's trainer.
+
+        >>> from grpo_kernels.integrations.trl import FusedGRPOTrainer  # instead of TRL's GRPOTrainer
+        >>> trainer = FusedGRPOTrainer(model, reward_funcs=reward, args=args, train_dataset=prompts)
+        >>> trainer.loss_spec().surrogate  # the loss that args ask for
+        PPOClip(eps_low=0.2, eps_high=0.2, delta=None, dual_clip=None)
     """
 
     loss_options: ClassVar[dict[str, Any]] = {}
@@ -99,8 +107,19 @@ class FusedGRPOTrainer(GRPOTrainer):
         * A "token-mean" counts the tokens of all micro-batches of the step if `loss_type` is "dapo", "cispo"
           or "vespo". Otherwise the loss is the mean of the micro-batches' losses.
 
+        Returns:
+            The loss of the next micro-batch.
+
         Raises:
             ValueError: no LossSpec describes `args`. The loss is then TRL's.
+
+        Examples:
+            >>> from grpo_kernels import LossSpec
+            >>> from grpo_kernels.integrations.trl import FusedGRPOTrainer
+            >>> class CispoTrainer(FusedGRPOTrainer):
+            ...     def loss_spec(self):
+            ...         return LossSpec.preset("cispo", ratio_max=4.0)
+            >>> trainer = CispoTrainer(model, reward_funcs=reward, args=args, train_dataset=prompts)
         """
         return spec_of_settings(self)
 

@@ -25,6 +25,13 @@ def fuse_verl_logps() -> None:
 
     verl calls them if `actor_rollout_ref.model.use_fused_kernels=True`. The backend "liger" stays Liger's.
     Models that verl patches after this call also get the bias, scale and softcap of their logits.
+
+    Examples:
+        >>> from grpo_kernels.integrations.verl import fuse_verl_logps  # the import alone calls it once
+        >>> fuse_verl_logps()
+        >>> from verl.utils.kernel import linear_cross_entropy
+        >>> linear_cross_entropy.linear_cross_entropy.__module__
+        'grpo_kernels.integrations.verl.logps'
     """
     replace_in_verl(monkey_patch, "patch_forward_with_backends", patch_forward_with_backends)
     replace_in_verl(torch_functional, "FusedLinearForPPOFunction", FusedLinearForPPOFunction)

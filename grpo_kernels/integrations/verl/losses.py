@@ -36,6 +36,14 @@ def register_loss(name: str, spec: LossSpec | PresetName | Callable[[Any], LossS
         ValueError: verl's registry has a loss of its own with this name; `spec` has an exact KL, which needs
             logits, or an entropy bonus, which is verl's `entropy_coeff`; `spec` names no preset.
         TypeError: `spec` is of another type.
+
+    Examples:
+        >>> from verl.trainer.ppo.core_algos import get_policy_loss_fn
+        >>> from grpo_kernels import LossSpec, PPOClip
+        >>> from grpo_kernels.integrations.verl import register_loss
+        >>> register_loss("two_sided", LossSpec(PPOClip(eps_high=0.28, delta=4.0)))
+        >>> callable(get_policy_loss_fn("two_sided"))  # what loss_mode=two_sided selects
+        True
     """
     if isinstance(spec, str):
         check_choice("spec", spec, PRESET_NAMES)

@@ -19,7 +19,19 @@ class CISPO(Surrogate):
     Clipped tokens keep their gradient.
 
     Attributes:
-        ratio_max, ratio_min: bounds on the ratio itself, not offsets from 1: 1.28, not 0.28.
+        ratio_max: upper bound on the ratio itself, not an offset from 1: 1.28, not 0.28.
+        ratio_min: lower bound on the ratio.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import CISPO, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log().requires_grad_()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(CISPO(ratio_max=1.2))
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> out.loss.backward()
+        >>> logps.grad  # the ratios, the first one bounded, divided by the number of tokens
+        tensor([[-0.6000, -0.3000]])
     """
 
     ratio_max: float

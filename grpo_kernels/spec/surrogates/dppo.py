@@ -24,6 +24,17 @@ class DPPO(Surrogate):
         low: bound on steps that lower the probability of a token with negative advantage.
         high: bound on steps that raise the probability of a token with positive advantage.
         ratio_cap: bound on the ratio, or None.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import DPPO, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log().requires_grad_()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(DPPO(high=0.1))
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> out.loss.backward()
+        >>> logps.grad  # the first probability rose by 0.2, more than allowed
+        tensor([[ 0.0000, -0.3000]])
     """
 
     kind: DPPOKind = "tv"

@@ -28,6 +28,16 @@ class DRO(Surrogate):
     Attributes:
         beta: weight of the square.
         anchor: "old" or "ref".
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import DRO, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()
+        >>> spec = LossSpec(DRO(beta=0.1))
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> round(out.loss.item(), 4)
+        0.7897
     """
 
     beta: float

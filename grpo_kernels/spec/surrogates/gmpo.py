@@ -29,6 +29,16 @@ class GMPO(Surrogate):
     Attributes:
         eps_high: upper bound on the log-ratio of a token with `A > 0`.
         eps_low: the lower bound is `-eps_low` for a token with `A < 0`.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import GMPO, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(GMPO(), aggregation="seq-mean-token-mean")
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> round(out.loss.item(), 4)  # -(1.4 * 0.6) ** 0.5
+        -0.9165
     """
 
     eps_low: float = 0.4

@@ -23,6 +23,16 @@ class ImportanceRatio(Surrogate):
         anchor: "old" if the samples came from the behaviour policy. "ref" if they came from the reference
             model, as in an off-policy estimate from a fixed data set.
         max_ratio: bound on the ratio, or None.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import ImportanceRatio, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(ImportanceRatio(max_ratio=1.2))
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> round(out.loss.item(), 4)  # -(1.2 + 0.6) / 2
+        -0.9
     """
 
     anchor: Anchor = "old"

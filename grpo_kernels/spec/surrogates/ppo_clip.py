@@ -18,10 +18,21 @@ class PPOClip(Surrogate):
     """`-min(min(ratio, delta) * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A)` (PPO, arXiv:1707.06347).
 
     Attributes:
-        eps_low, eps_high: offsets of the clip range from 1.
+        eps_low: offset of the lower end of the clip range from 1.
+        eps_high: offset of its upper end.
         delta: bound on the unclipped ratio, which matters for negative advantages (two-sided clipping,
             INTELLECT-2, arXiv:2505.07291).
         dual_clip: for negative advantages, bounds the loss at `-dual_clip * A` (arXiv:1912.09729).
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import LossSpec, PPOClip, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(PPOClip(0.2, 0.2))
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> round(out.loss.item(), 4)  # -(1.2 + 0.6) / 2
+        -0.9
     """
 
     eps_low: float = 0.2

@@ -12,7 +12,17 @@ from .base import Surrogate
 
 @dataclass(frozen=True)
 class Reinforce(Surrogate):
-    """`-A * logp`: the score-function estimator (Williams, 1992)."""
+    """`-A * logp`: the score-function estimator (Williams, 1992).
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import LossSpec, Reinforce, policy_loss
+        >>> logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=LossSpec(Reinforce()))
+        >>> out.loss.backward()
+        >>> round(out.loss.item(), 4), logps.grad
+        (1.5, tensor([[-0.5000, -0.5000]]))
+    """
 
     kernel = "reinforce"
 

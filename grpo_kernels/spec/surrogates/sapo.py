@@ -18,7 +18,18 @@ class SAPO(Surrogate):
     """`-A * sigmoid(tau * (ratio - 1)) * 4 / tau` (arXiv:2511.20347).
 
     Attributes:
-        tau_pos, tau_neg: `tau` for `A > 0`, and for all other advantages.
+        tau_pos: `tau` for `A > 0`.
+        tau_neg: `tau` for all other advantages.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import SAPO, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(SAPO())
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> round(out.loss.item(), 4)  # sigmoid(0.4) + sigmoid(-0.4) is 1
+        -2.0
     """
 
     tau_pos: float = 1.0

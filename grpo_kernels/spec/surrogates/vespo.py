@@ -30,8 +30,21 @@ class VESPO(Surrogate):
     zero advantage, not by zero weight.
 
     Attributes:
-        k_pos, lambda_pos: `k` and `lambda` if `A >= 0`.
-        k_neg, lambda_neg: `k` and `lambda` otherwise.
+        k_pos: `k` if `A >= 0`.
+        lambda_pos: `lambda` if `A >= 0`.
+        k_neg: `k` otherwise.
+        lambda_neg: `lambda` otherwise.
+
+    Examples:
+        >>> import torch
+        >>> from grpo_kernels import VESPO, LossSpec, policy_loss
+        >>> logps = torch.tensor([[0.7, 0.3]]).log().requires_grad_()
+        >>> old_logps = torch.tensor([[0.5, 0.5]]).log()  # the ratios are 1.4 and 0.6
+        >>> spec = LossSpec(VESPO())
+        >>> out = policy_loss(logps, torch.tensor([1.0]), spec=spec, old_logps=old_logps)
+        >>> out.loss.backward()
+        >>> logps.grad  # -phi / 2 with w = 1.4 * 0.6
+        tensor([[-0.5702, -0.5702]])
     """
 
     k_pos: float = 2.0
