@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import warnings
 
 
-def require(package: str, name: str, tested: str) -> str:
+def require(package: str, name: str, tested: str, distribution: str | None = None) -> str:
     """Return the installed version of a trainer. Warn if it is newer than the tested one.
 
     Args:
         package: the package that is imported, and the name of our module.
         name: the trainer's name in messages.
         tested: the version that the integration is tested with. "1.16" covers all versions 1.16.x.
+        distribution: the name for pip, if it is not that of the package.
 
     Raises:
         ImportError: the trainer is not installed, or older than `tested`.
     """
     integration = f"grpo_kernels.integrations.{package}"
+    distribution = distribution or package
     try:
-        installed = str(importlib.import_module(package).__version__)
+        module = importlib.import_module(package)
+        installed = str(getattr(module, "__version__", None) or importlib.metadata.version(distribution))
     except ImportError as error:
         raise ImportError(
-            f"{integration} needs {name} {tested} or later (pip install '{package}>={tested}'), and "
+            f"{integration} needs {name} {tested} or later (pip install '{distribution}>={tested}'), and "
             f"importing {package} failed: {error}"
         ) from error
     from packaging.version import Version  # a dependency of the trainers

@@ -29,6 +29,11 @@ PUBLIC = {
     *("distillation", "linear_distillation"),
 }
 TRAINERS = {
+    "integrations/nemo_rl": {"nemo_rl"},
+    "integrations/openrlhf": {"openrlhf"},
+    "integrations/skyrl": {"skyrl"},
+    "integrations/slime": {"slime"},
+    "integrations/swift": {"swift"},
     "integrations/trl/head": {"trl"},
     "integrations/verl/__init__": {"verl"},
     "integrations/verl/engine": {"verl"},
