@@ -153,10 +153,11 @@ def rejection_mask(
         >>> from grpo_kernels import rejection_mask
         >>> logps = torch.tensor([[0.9, 0.9], [0.3, 0.3]]).log()
         >>> sampler_logps = torch.tensor([[0.9, 0.1], [0.3, 0.2]]).log()  # the ratios are 1, 9, 1 and 1.5
-        >>> rejection_mask(logps, sampler_logps, torch.ones(2, 2), statistic="abs", high=1.0)
+        >>> bound = {"statistic": "abs", "high": 1.0}
+        >>> rejection_mask(logps, sampler_logps, torch.ones(2, 2), **bound)
         tensor([[1., 0.],
                 [1., 1.]])
-        >>> rejection_mask(logps, sampler_logps, torch.ones(2, 2), statistic="abs", over="sequence-max", high=1.0)
+        >>> rejection_mask(logps, sampler_logps, torch.ones(2, 2), **bound, over="sequence-max")
         tensor([[0.],
                 [1.]])
     """

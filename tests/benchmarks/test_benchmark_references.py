@@ -81,7 +81,7 @@ def test_figures_show_each_loss_with_a_reference() -> None:
     plot = pytest.importorskip("benchmarks.plot", exc_type=ImportError)
     works = [LOGITS, replace(LOGITS, loss="log_ratio"), replace(LOGITS, loss="log_ratio", given_ref=True)]
     works += [replace(LOGITS, loss="grpo"), replace(LOGITS, masked=0.5)]
-    found = [plot.Point("eager", asdict(work), 1.0, 1.0, 1.0) for work in works]
+    found = [plot.Point("eager", asdict(work), 1.0, 1.0, 1.0, 1.0, 1.0) for work in works]
     groups = plot.with_reference(found, found[3].work)
     assert {name: group for name, group in groups.items() if group} == {
         "grpo_kl": found[:1],
