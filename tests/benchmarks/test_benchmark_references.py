@@ -86,7 +86,7 @@ def test_figures_show_each_loss_with_a_reference() -> None:
     assert {name: group for name, group in groups.items() if group} == {
         "grpo_kl": found[:1],
         "log_ratio": found[1:2],
-        "log_ratio, given ref_logps": found[2:3],
+        "log_ratio,\ngiven ref_logps": found[2:3],
     }
     older = found[0]._replace(work={k: x for k, x in found[0].work.items() if k != "given_ref"})
     assert plot.with_reference([older], older.work)["grpo_kl"] == [older]
