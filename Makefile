@@ -1,9 +1,11 @@
-# `make` alone lists the targets. Everything is installed into .venv, at the versions that setup.py pins; but verl,
+# `make` alone lists the targets. Everything is installed into .venv, at the versions that requirements/ pins; but verl,
 # whose pins contradict the others', into .venv-verl; and the site's tools, which need no torch, into .venv-docs.
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 LIMIT ?= 480
+# Owner and name of the repository on the Hugging Face Hub.
+HUB_REPO ?= OWNER/grpo-kernels
 
 # -s: each row says its median and its memory when it is done.
 BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ignore
@@ -12,6 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 VERL := .venv-verl
 DOCS := .venv-docs
+NEWEST := .venv-newest
 # Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.
 INTERPRET := $(shell nvidia-smi -L >/dev/null 2>&1 || echo TRITON_INTERPRET=1)
 
@@ -27,10 +30,12 @@ NUMERIC := tests/linear tests/distillation $(addprefix tests/losses/test_, $(add
 	hard_invariants coupled_tokens sequence_hard_values sequence_hard_shapes sequence_invariants properties api_properties autograd \
 	torch_compile modules selective_logps several_tokens sampling_mask sampling_mask_logps custom_losses token_loss twins \
 	regressions))
+# Tests of what depends on Triton's interpreter and on transformers.
+NEW := tests/losses/test_parity.py tests/kernels/test_launches.py tests/kernels/test_variants.py tests/trainers
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-ptx test-verl study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
+.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-ptx test-verl test-newest dist hub study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -70,6 +75,22 @@ test-ptx: $(VENV)/.test  ## compile the kernels and run them in an emulator of P
 test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 to 3.12, as verl does
 	$(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
+# An environment on top of .venv: what is installed into it hides .venv's version. torch stays as pinned, because the
+# newest one may be a build of several gigabytes. Triton comes without dependencies: a torch for GPUs asks for one version.
+test-newest: $(VENV)/.test  ## run some of the tests with the newest Triton and transformers, and the pinned torch
+	$(PY) -m venv --clear --without-pip $(NEWEST)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(NEWEST)/lib/python*/site-packages)/venv.pth
+	$(PY) -m pip --python $(NEWEST)/bin/python install -q --upgrade --no-deps triton
+	$(PY) -m pip --python $(NEWEST)/bin/python install -q --upgrade transformers -c requirements/torch.txt
+	$(INTERPRET) PYTHONPATH=. $(NEWEST)/bin/python -m pytest -n $(JOBS) $(NEW) $(QUICK) $(ARGS)
+
+dist: $(VENV)/.test  ## build wheel and sdist into dist/, then install and test each in an environment of its own
+	$(PY) -m release.dist dist
+	$(PY) -m release.check dist
+
+hub: $(VENV)/.test  ## lay the package out for the Hugging Face Hub, in dist/hub (HUB_REPO=owner/name)
+	$(PY) -m release.hub dist/hub --repo-id $(HUB_REPO)
+
 study: $(VENV)/.trl  ## train the demo's task under five losses; figure and table into docs/ (ARGS="..." is handed on)
 	$(PY) examples/study.py $(ARGS)
 
@@ -101,31 +122,31 @@ lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/mypy
 
 clean:  ## remove .venv, .venv-verl, .venv-docs and everything else that was made here
-	rm -rf $(VENV) $(VERL) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output
+	rm -rf $(VENV) $(VERL) $(DOCS) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
 	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 
-# One stamp per extra: installed once, and again when setup.py changes.
-$(VENV)/.%: setup.py pyproject.toml | $(PY)
-	@echo "Installing grpo_kernels[$*] into $(VENV) (the first time takes a few minutes)"
-	@$(PY) -m pip install -q --disable-pip-version-check -e '.[$*]'
+# One stamp per file of requirements: installed once, and again when a version changes.
+REQUIREMENTS := $(wildcard requirements/*.txt) setup.py pyproject.toml
+
+$(VENV)/.%: $(REQUIREMENTS) | $(PY)
+	@echo "Installing requirements/$*.txt into $(VENV) (the first time takes a few minutes)"
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements/$*.txt -e .
 	@touch $@
 
 # Its .gitignore keeps git and ruff out of it.
-$(VERL)/.verl: setup.py pyproject.toml
-	@echo "Installing grpo_kernels[verl] into $(VERL) (the first time takes a few minutes)"
+$(VERL)/.verl: $(REQUIREMENTS)
+	@echo "Installing requirements/verl.txt into $(VERL) (the first time takes a few minutes)"
 	@test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	@echo '*' > $(VERL)/.gitignore
-	@$(VERL)/bin/python -m pip install -q --disable-pip-version-check -e '.[verl]'
+	@$(VERL)/bin/python -m pip install -q --disable-pip-version-check -r requirements/verl.txt -e .
 	@touch $@
 
-# The extra `docs` without this package, which would install torch.
-$(DOCS)/.docs: setup.py
+$(DOCS)/.docs: requirements/docs.txt
 	@echo "Installing the site's tools into $(DOCS)"
 	@test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	@$(DOCS)/bin/python -m pip install -q --disable-pip-version-check \
-		$$(sed -n '/^DOCS = \[/,/^\]/s/^ *"\(.*\)",.*/\1/p' setup.py)
+	@$(DOCS)/bin/python -m pip install -q --disable-pip-version-check -r requirements/docs.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""Metadata; and the versions that tests, demo and benchmarks install (pinned there, loose for users)."""
+"""Metadata. Ranges are for users; the versions that the project is tested with are in requirements/."""
 
 import re
 from pathlib import Path
@@ -23,63 +23,6 @@ def long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
-# The last versions that run on Python 3.10 stand beside the newest.
-BASE = [
-    "torch==2.13.0",
-    f"triton==3.7.1; {LINUX}",
-    'numpy==2.4.6; python_version >= "3.11"',
-    'numpy==2.2.6; python_version < "3.11"',
-]
-PYTEST = ["pytest==9.2.0"]
-MYPY = ["mypy==2.4.1"]
-PLOTS = [
-    'matplotlib==3.11.2; python_version >= "3.11"',
-    'matplotlib==3.10.9; python_version < "3.11"',
-]
-
-# TRL 1.16 and transformers 5.23 need Python 3.11.
-TRAINER = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]
-
-PEERS = [*TRAINER, "peft==0.21.2", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1"]
-
-TEST = [
-    *BASE,
-    *PYTEST,
-    *PLOTS,
-    *MYPY,
-    "pytest-xdist==3.8.0",
-    'hypothesis==6.170.15; python_version >= "3.11"',
-    'hypothesis==6.168.5; python_version < "3.11"',
-    # compared with
-    *(f'{peer}; python_version >= "3.11"' for peer in PEERS),
-]
-BENCHMARK = [*PYTEST, "pytest-benchmark==5.3.1", "psutil==7.2.2"]
-BENCH = [*BASE, *BENCHMARK, *PLOTS, *(f'{peer}; python_version >= "3.11"' for peer in PEERS)]
-TRL = [
-    *BASE,
-    *PLOTS,
-    *TRAINER,
-    "tqdm==4.70.1",
-    "rich==15.0.0",
-    "psutil==7.2.2",
-]
-# verl pins libraries of its own that contradict the `trl` extra (and has no release for Python 3.13): give it
-# an environment to itself. It asks for no torch and would take any.
-VERL = [*BASE, *BENCHMARK, "verl==0.9.1"]
-# One per line: `make docs` reads them from here.
-DOCS = [
-    "mkdocs==1.6.1",
-    "mkdocs-material==9.8.2",
-    "mkdocstrings==1.0.8",
-    "mkdocstrings-python==2.0.11",
-    "mkdocs-autorefs==1.4.5",
-    "griffelib==2.4.1",
-    "pymdown-extensions==13.1",
-    "latex2mathml==3.81.1",
-    "ruff==0.17.6",  # breaks the lines of signatures
-]
-DEV = [*TEST, *BENCH, *MYPY, "ruff==0.17.6"]
-
 setup(
     name="grpo_kernels",
     version=version(),
@@ -95,14 +38,8 @@ setup(
     package_data={"grpo_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.8", f"triton>=3.4; {LINUX}", "typing-extensions>=4.10"],
-    extras_require={
-        "test": TEST,
-        "bench": BENCH,
-        "trl": TRL,
-        "verl": VERL,
-        "docs": DOCS,
-        "dev": list(dict.fromkeys(DEV)),
-    },
+    # TRL needs Python 3.11. TRL and verl ask for different versions of transformers: use two environments.
+    extras_require={"trl": ["trl>=1.16,<2"], "verl": ["verl>=0.9.1,<1"]},
     zip_safe=False,
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -117,7 +117,7 @@ def group_advantages(
     if estimator == "gdpo":
         weights = check_weights(reward_weights, rewards)
         advantages = values.new_zeros(values.shape[0])
-        for column, weight in zip(values.unbind(1), weights, strict=True):
+        for column, weight in zip(values.unbind(1), weights):
             advantages = advantages + weight * compared(column, groups, how)
     else:
         advantages = compared(values, groups, how)

@@ -262,7 +262,7 @@ def divergence_output(
     known |= {} if entropy is None else {"entropy": entropy.detach()}
     count = batch.mask.sum(dtype=value.dtype).clamp(min=1)
     means = torch.stack([*known.values()]).sum(1) / count
-    metrics = dict(zip(known, means.unbind(), strict=True))
+    metrics = dict(zip(known, means.unbind()))
     shaped = None if entropy is None else batch.unflatten(entropy.detach())
     # There are no taken tokens, and so no log-probabilities of them.
     return LossOutput(loss, metrics, None, None, shaped)  # type: ignore[arg-type]

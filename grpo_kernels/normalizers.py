@@ -118,7 +118,7 @@ def _prompts(masks: list[Tensor], prompt_ids: Tensor | Iterable[Tensor] | None) 
     given = [] if prompt_ids is None else _tensors("prompt_ids", prompt_ids)
     if len(given) != len(masks):
         raise ValueError(f"prompt_ids must hold one tensor for each mask, got {len(given)} for {len(masks)}")
-    for ids, mask in zip(given, masks, strict=True):
+    for ids, mask in zip(given, masks):
         check_device("prompt_ids", ids, mask.device, "mask")
         check_integers("prompt_ids", ids, mask.shape[0] if mask.dim() == 2 else None)
     return torch.stack([number_groups(ids)[1] for ids in given]).sum()

@@ -4,7 +4,7 @@ PyTorch computes the same (tokens/loss.py, tokens/metrics.py) in up to a hundred
 each.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import triton
 import triton.language as tl
@@ -195,12 +195,12 @@ def token_metrics_kernel(
 class KernelLoss(NamedTuple):
     """Arguments of the kernels for a loss that does not couple tokens. A missing bound is infinity."""
 
-    surrogate: str | None  # a name in kernels/surrogates.py
-    anchor: str | None
+    surrogate: Optional[str]  # a name in kernels/surrogates.py
+    anchor: Optional[str]
     zero_without_advantage: bool
     params: tuple[float, ...]  # of the surrogate
     log_ratio_clamp: float
-    kl_kind: str | None
+    kl_kind: Optional[str]
     kl_beta: float
     kl_clamp: float
     kl_output_clamp: float
@@ -272,4 +272,4 @@ def token_metrics(
     known_count, unmasked_count = counts.clamp(min=1).unbind()
     # The last one, active_fraction, is a mean over all unmasked tokens.
     means = (*(total[:-1] / known_count).unbind(), total[-1] / unmasked_count)
-    return dict(zip(METRICS, means, strict=True))
+    return dict(zip(METRICS, means))

@@ -36,7 +36,7 @@ def linear_loss(
     Returns the value, 0-dim and differentiable, `dlogp` `[N]`, and detached statistics.
     """
     value, dlogp, *found = apply(LinearLossFunction, rows.head, rows.detach(), loss, plan, want)
-    return value, dlogp, RowStats(**dict(zip(want.outputs, found, strict=True)))
+    return value, dlogp, RowStats(**dict(zip(want.outputs, found)))
 
 
 def differentiable_stats(rows: LinearRows, want: Want) -> RowStats:
@@ -46,7 +46,7 @@ def differentiable_stats(rows: LinearRows, want: Want) -> RowStats:
     """
     call = apply if want.shard is None else outside_graphs(apply)
     found = call(LinearRowStatsFunction, rows.head, rows.detach(), want)
-    return without_padding(RowStats(**dict(zip(want.outputs, found, strict=True))), rows.ids)
+    return without_padding(RowStats(**dict(zip(want.outputs, found))), rows.ids)
 
 
 class LinearLossFunction(torch.autograd.Function):
@@ -100,8 +100,7 @@ class LinearLossFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         found = (
-            None if x is None else scaled(x, grad, dtype)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if x is None else scaled(x, grad, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
         return *found, *(None,) * 5
 
@@ -172,8 +171,5 @@ class LinearRowStatsFunction(torch.autograd.Function):
         passes.gradients(rows, stats, coefficients, out)
         if want.shard is not None:
             want.shard.sum_over_ranks(out.dhidden)
-        found = (
-            None if x is None or source is None else x.to(source.dtype)
-            for x, source in zip(out, head, strict=True)
-        )
+        found = (None if x is None or source is None else x.to(source.dtype) for x, source in zip(out, head))
         return *found, *(None,) * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .rows import LinearRows
 
 logger = logging.getLogger("grpo_kernels")
 
-Index: TypeAlias = Tensor | slice
+Index = Union[Tensor, slice]
 
 # Memory for the buffers of a chunk. On a CPU it is small compared to that of training, but large enough for
 # efficient products. On other devices it is a share of the free memory. Each chunk reads and writes the fp32

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks.tensors import traced
+from .._ops import add_op_namespace_prefix, ops
+from ..checks.tensors import OptionalInt, OptionalTensor, traced
 from ..spec.divergence import Divergence
 from ..tokens.differentiation import apply, first_order, outside_graphs
 from ..vocab.divergence import described, divergences, gradient, wanted
@@ -111,7 +112,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
         factor = grad * scale
         found = (
             None if x is None or dtype is None else scaled(x, factor, dtype)
-            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+            for x, dtype in zip(gradients, ctx.dtypes)
         )
         return *found, *(None,) * 7
 
@@ -126,9 +127,7 @@ def divergence_pass(
     given = {"value": out.value, "entropy": out.entropy, **out.gradients._asdict()}
     given = {name: x for name, x in given.items() if x is not None}
     settings = coefficient, spec.kind, spec.weight
-    torch.ops.grpo_kernels.linear_divergence(
-        [*given.values()], " ".join(given), *settings, *flatten_rows(rows)
-    )
+    ops.linear_divergence([*given.values()], " ".join(given), *settings, *flatten_rows(rows))
 
 
 def fill(
@@ -167,11 +166,11 @@ def divergence_operator(
     coefficient: Tensor,
     kind: str,
     weight: float,
-    heads: Sequence[Tensor | None],
+    heads: Sequence[OptionalTensor],
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -179,16 +178,18 @@ def divergence_operator(
     logits_dtype: torch.dtype,
     ref_dtype: torch.dtype,
     ref_logits_dtype: torch.dtype,
-    chunk_tokens: int | None,
+    chunk_tokens: OptionalInt,
     compact: bool,
 ) -> None:
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
     tensors = heads, targets, temperatures, sampling_mask, ids
     rows = unflatten(*tensors, vocab_size, numbers, backend, config)
-    given = dict(zip(names.split(), out, strict=True))
+    given = dict(zip(names.split(), out))
     head = HeadGradients(*(given.get(name) for name in HeadGradients._fields))
     found = LinearDivergences(given["value"], given.get("entropy"), head)
     fill(rows, coefficient, described(kind, weight), None, found)
 
 
-torch.library.custom_op("grpo_kernels::linear_divergence", divergence_operator, mutates_args=("out",))
+torch.library.custom_op(
+    add_op_namespace_prefix("linear_divergence"), divergence_operator, mutates_args=("out",)
+)

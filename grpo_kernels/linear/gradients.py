@@ -26,7 +26,7 @@ class HeadGradients(NamedTuple):
         return cls(
             *(
                 torch.empty(x.shape, dtype=dtype, device=x.device) if x is not None and need else None
-                for x, need in zip(head, needed, strict=True)
+                for x, need in zip(head, needed)
             )
         )
 

@@ -67,7 +67,7 @@ def check_head(
             raise ValueError(
                 f"{names[2]} must be [V] = {tuple(weight.shape[:1])}, as {names[1]}, got {tuple(bias.shape)}"
             )
-    for name, x in zip(names[1:], (weight, bias), strict=True):
+    for name, x in zip(names[1:], (weight, bias)):
         if x is not None:
             check_dtype(name, x)
             check_device(name, x, hidden.device, names[0])

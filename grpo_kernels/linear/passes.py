@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..checks.scalars import field_values
-from ..checks.tensors import traced
+from ..checks.tensors import OptionalInt, OptionalTensor, traced
 from ..spec import LogitTransform
 from ..tokens.statistics import Coefficients, RowStats
 from ..vocab import dispatch
@@ -30,7 +31,7 @@ def row_stats(rows: LinearRows, out: RowStats) -> None:
         fill_row_stats(rows, out)
         return
     names, tensors = dispatch.pack_fields(out)
-    torch.ops.grpo_kernels.linear_row_stats(tensors, names, *flatten_rows(rows))
+    ops.linear_row_stats(tensors, names, *flatten_rows(rows))
 
 
 def gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out: HeadGradients) -> None:
@@ -40,7 +41,7 @@ def gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out
         return
     out_names, tensors = dispatch.pack_fields(out)
     names, known = dispatch.pack_fields(stats, coefficients)
-    torch.ops.grpo_kernels.linear_gradients(tensors, out_names, known, names, *flatten_rows(rows))
+    ops.linear_gradients(tensors, out_names, known, names, *flatten_rows(rows))
 
 
 def fill_row_stats(rows: LinearRows, out: RowStats) -> None:
@@ -50,7 +51,7 @@ def fill_row_stats(rows: LinearRows, out: RowStats) -> None:
     found = RowStats(*(None if x is None else plan.empty_like(x) for x in out))  # type: ignore[arg-type]
     for chunk in Chunks(rows, plan)(0, plan.running):
         dispatch.row_stats(chunk.rows, found.rows(chunk.place))
-    for target, x in zip(out, found, strict=True):
+    for target, x in zip(out, found):
         if target is not None and x is not None:
             plan.restore(x, out=target)
 
@@ -106,11 +107,11 @@ def unflatten(
 def row_stats_operator(
     out: Sequence[Tensor],
     names: str,
-    heads: Sequence[Tensor | None],
+    heads: Sequence[OptionalTensor],
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -118,7 +119,7 @@ def row_stats_operator(
     logits_dtype: torch.dtype,
     ref_dtype: torch.dtype,
     ref_logits_dtype: torch.dtype,
-    chunk_tokens: int | None,
+    chunk_tokens: OptionalInt,
     compact: bool,
 ) -> None:
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
@@ -132,11 +133,11 @@ def gradients_operator(
     out_names: str,
     known: Sequence[Tensor],
     names: str,
-    heads: Sequence[Tensor | None],
+    heads: Sequence[OptionalTensor],
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -144,15 +145,19 @@ def gradients_operator(
     logits_dtype: torch.dtype,
     ref_dtype: torch.dtype,
     ref_logits_dtype: torch.dtype,
-    chunk_tokens: int | None,
+    chunk_tokens: OptionalInt,
     compact: bool,
 ) -> None:
     config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
     tensors = heads, targets, temperatures, sampling_mask, ids
     rows = unflatten(*tensors, vocab_size, numbers, backend, config)
-    head_gradients = HeadGradients(**dict(zip(out_names.split(), out, strict=True)))
+    head_gradients = HeadGradients(**dict(zip(out_names.split(), out)))
     fill_gradients(rows, *dispatch.unpack_fields(names, known), head_gradients)
 
 
-torch.library.custom_op("grpo_kernels::linear_row_stats", row_stats_operator, mutates_args=("out",))
-torch.library.custom_op("grpo_kernels::linear_gradients", gradients_operator, mutates_args=("out",))
+torch.library.custom_op(
+    add_op_namespace_prefix("linear_row_stats"), row_stats_operator, mutates_args=("out",)
+)
+torch.library.custom_op(
+    add_op_namespace_prefix("linear_gradients"), gradients_operator, mutates_args=("out",)
+)

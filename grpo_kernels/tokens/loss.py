@@ -46,7 +46,7 @@ class BatchLoss(NamedTuple):
             value, dlogp = value + kl, dlogp + dkl
         derivatives = self.coefficients(dlogp)
         statistics = stats.entropy, stats.kl, stats.kl_forward
-        for weights, statistic in zip(derivatives[1:], statistics, strict=True):
+        for weights, statistic in zip(derivatives[1:], statistics):
             if weights is not None and statistic is not None:
                 value = value + weights * statistic
         return value, derivatives

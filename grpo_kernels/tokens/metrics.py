@@ -68,7 +68,7 @@ def metrics(
     totals = values.masked_fill_(~weights, 0.0).sum(1), weights.sum(1, dtype=values.dtype)
     total, count = sequences.over_ranks(torch.stack(totals))
     means = total / count.clamp(min=1)
-    return dict(zip(names, means.unbind(), strict=True))
+    return dict(zip(names, means.unbind()))
 
 
 def clipped_tokens(

@@ -38,7 +38,7 @@ class RowStats(NamedTuple):
 
     def copy_(self, other: RowStats) -> None:
         """Copy the fields of `other` into those of `self`. A field that is None in either is skipped."""
-        for target, x in zip(self, other, strict=True):
+        for target, x in zip(self, other):
             if target is not None and x is not None:
                 target.copy_(x)
 

@@ -33,7 +33,7 @@ def differentiable_stats(rows: Rows, want: Want) -> RowStats:
     """
     call = apply if want.shard is None else outside_graphs(apply)
     found = call(RowStatsFunction, (rows.logits,), rows.detach(), want)
-    return without_padding(RowStats(**dict(zip(want.outputs, found, strict=True))), rows.ids)
+    return without_padding(RowStats(**dict(zip(want.outputs, found))), rows.ids)
 
 
 def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor, RowStats]:
@@ -42,7 +42,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, want: Want) -> tuple[Tensor, Tensor,
     Returns the value, 0-dim and differentiable, `dlogp` `[B * T]`, and detached statistics.
     """
     value, dlogp, *found = apply(FusedLossFunction, (rows.logits,), rows.detach(), loss, want)
-    return value, dlogp, RowStats(**dict(zip(want.outputs, found, strict=True)))
+    return value, dlogp, RowStats(**dict(zip(want.outputs, found)))
 
 
 def new_gradient(logits: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..checks.choices import BACKENDS, Backend
 from ..checks.scalars import check_choice
-from ..checks.tensors import traced
+from ..checks.tensors import OptionalTensor, traced
 from ..spec import LogitTransform
 from ..tokens.dispatch import kernel_loss
 from ..tokens.loss import BatchLoss
@@ -51,7 +52,7 @@ def row_stats(rows: Rows, out: RowStats) -> None:
         fill_row_stats(rows, out)
         return
     names, tensors = pack_fields(out)
-    torch.ops.grpo_kernels.row_stats(tensors, names, *flatten_rows(rows))
+    ops.row_stats(tensors, names, *flatten_rows(rows))
 
 
 def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor) -> None:
@@ -63,7 +64,7 @@ def dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: Tensor
         fill_dlogits(rows, stats, coefficients, out)
         return
     names, tensors = pack_fields(stats, coefficients)
-    torch.ops.grpo_kernels.dlogits(out, tensors, names, *flatten_rows(rows))
+    ops.dlogits(out, tensors, names, *flatten_rows(rows))
 
 
 def fused_loss(rows: Rows, loss: BatchLoss, out: FusedOutput) -> None:
@@ -96,7 +97,7 @@ def fill_row_stats(rows: Rows, out: RowStats) -> None:
     if rows.num_rows == 0:
         return
     if rows.transform.vocab_size == 0:  # an empty part of a vocabulary that is split over ranks
-        for name, x in zip(out._fields, out, strict=True):
+        for name, x in zip(out._fields, out):
             if x is not None:
                 x.fill_(torch.finfo(x.dtype).min if name.endswith("shift") else 0.0)
         return
@@ -145,7 +146,7 @@ def pack_fields(*tuples: Any) -> tuple[str, list[Tensor]]:
 
 def unpack_fields(names: str, tensors: Sequence[Tensor]) -> tuple[RowStats, Coefficients]:
     """Rebuild the tuples from the result of `pack_fields`."""
-    given = dict(zip(names.split(), tensors, strict=True))
+    given = dict(zip(names.split(), tensors))
     stats = RowStats(**{name: x for name, x in given.items() if name in RowStats._fields})
     return stats, Coefficients(**{name: given.get(name) for name in Coefficients._fields})
 
@@ -159,11 +160,11 @@ def row_stats_operator(
     out: Sequence[Tensor],
     names: str,
     logits: Tensor,
-    ref_logits: Tensor | None,
+    ref_logits: OptionalTensor,
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -178,11 +179,11 @@ def dlogits_operator(
     known: Sequence[Tensor],
     names: str,
     logits: Tensor,
-    ref_logits: Tensor | None,
+    ref_logits: OptionalTensor,
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -192,5 +193,5 @@ def dlogits_operator(
     fill_dlogits(rows, *unpack_fields(names, known), out)
 
 
-torch.library.custom_op("grpo_kernels::row_stats", row_stats_operator, mutates_args=("out",))
-torch.library.custom_op("grpo_kernels::dlogits", dlogits_operator, mutates_args=("out",))
+torch.library.custom_op(add_op_namespace_prefix("row_stats"), row_stats_operator, mutates_args=("out",))
+torch.library.custom_op(add_op_namespace_prefix("dlogits"), dlogits_operator, mutates_args=("out",))

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..checks.choices import DivergenceKind
-from ..checks.tensors import traced
+from ..checks.tensors import OptionalTensor, traced
 from ..spec import LogitTransform
 from ..spec.divergence import Divergence
 from ..tokens.differentiation import apply, first_order, outside_graphs
@@ -130,7 +131,7 @@ def terms(rows: Rows, sums: Sums, needed: Tensor, spec: Divergence, value: Tenso
         fill_terms(rows, sums, needed, spec, value, slope)
         return
     settings = needed, spec.kind, spec.weight
-    torch.ops.grpo_kernels.divergence(value, slope, list(sums), *settings, *dispatch.flatten_rows(rows))
+    ops.divergence(value, slope, list(sums), *settings, *dispatch.flatten_rows(rows))
 
 
 def gradient(
@@ -144,7 +145,7 @@ def gradient(
         fill_gradient(rows, sums, slope, coefficient, spec, out)
         return
     settings = slope, coefficient, spec.kind, spec.weight
-    torch.ops.grpo_kernels.divergence_gradient(out, list(sums), *settings, *dispatch.flatten_rows(rows))
+    ops.divergence_gradient(out, list(sums), *settings, *dispatch.flatten_rows(rows))
 
 
 def fill_terms(
@@ -188,11 +189,11 @@ def divergence_operator(
     kind: str,
     weight: float,
     logits: Tensor,
-    ref_logits: Tensor | None,
+    ref_logits: OptionalTensor,
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -210,11 +211,11 @@ def divergence_gradient_operator(
     kind: str,
     weight: float,
     logits: Tensor,
-    ref_logits: Tensor | None,
+    ref_logits: OptionalTensor,
     targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
+    temperatures: OptionalTensor,
+    sampling_mask: OptionalTensor,
+    ids: OptionalTensor,
     vocab_size: int,
     numbers: Sequence[float],
     backend: str,
@@ -230,7 +231,9 @@ def described(kind: str, weight: float) -> Divergence:
     return Divergence(known, weight)
 
 
-torch.library.custom_op("grpo_kernels::divergence", divergence_operator, mutates_args=("value", "slope"))
 torch.library.custom_op(
-    "grpo_kernels::divergence_gradient", divergence_gradient_operator, mutates_args=("out",)
+    add_op_namespace_prefix("divergence"), divergence_operator, mutates_args=("value", "slope")
+)
+torch.library.custom_op(
+    add_op_namespace_prefix("divergence_gradient"), divergence_gradient_operator, mutates_args=("out",)
 )

@@ -72,7 +72,7 @@ def check_writable(
             "must be the result of an operation"
         )
     extent = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+    for stride, size in sorted(zip(logits.stride(), logits.shape)):
         if size > 1 and stride < extent:
             raise ValueError(
                 f"inplace=True needs rows that do not overlap: logits {tuple(logits.shape)} have strides "

@@ -41,7 +41,7 @@ def merge(
     # There are few numbers per token, so fp64 costs nothing.
     wide = dtype if local.device.type == "mps" else torch.float64
     *values, holds = shard.gather(local).to(wide).unbind(1)
-    parts = RowStats(**dict(zip(given, values, strict=True)))
+    parts = RowStats(**dict(zip(given, values)))
     assert parts.shift is not None and parts.sum_exp is not None
     held = holds != 0
 

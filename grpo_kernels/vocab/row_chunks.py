@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 # larger chunks to amortise the launches.
 THREAD_ELEMENTS, CHUNK_ELEMENTS = 1 << 20, 1 << 25
 
-Index: TypeAlias = Tensor | slice
+Index = Union[Tensor, slice]
 
 
 class RowChunk(NamedTuple):

@@ -256,7 +256,7 @@ def fused_loss(rows: Rows, loss: BatchLoss, out: FusedOutput) -> None:
 
 def store(out: RowStats, values: RowStats, index: Index) -> None:
     """Write the values of some rows into the fields of `out` that are not None."""
-    for target, value in zip(out, values, strict=True):
+    for target, value in zip(out, values):
         if target is not None and value is not None:
             target[index] = value
 

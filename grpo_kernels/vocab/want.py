@@ -111,7 +111,7 @@ class Want:
 
     def coefficients(self, grads: tuple[Tensor | None, ...]) -> Coefficients | None:
         """Return the gradients with respect to `outputs` as coefficients, or None if there are none."""
-        by = {name: g.contiguous() for name, g in zip(self.outputs, grads, strict=True) if g is not None}
+        by = {name: g.contiguous() for name, g in zip(self.outputs, grads) if g is not None}
         found = Coefficients(by.get("id_logps" if self.ids else "logps"), by.get("entropy"))
         if self.kl_gradient:
             found = found._replace(dkl=by.get("kl"), dkl_forward=by.get("kl_forward"))

@@ -50,10 +50,10 @@ INSIDE_FUNCTIONS = {
 
 
 def folder(module: str) -> str:
-    """The folder of a module. `log`, on which most folders depend, counts as part of `checks`."""
+    """The folder of a module. `log` and `_ops`, on which most folders depend, count as part of `checks`."""
     if "/" in module:
         return module.split("/")[0]
-    return "checks" if module == "log" else "public"
+    return "checks" if module in ("log", "_ops") else "public"
 
 
 def tree(module: str) -> ast.Module:

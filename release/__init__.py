@@ -1,0 +1,1 @@
+"""Builds what users get: wheel and sdist (`make dist`), a layout for the Hugging Face Hub (`make hub`)."""
