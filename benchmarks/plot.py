@@ -36,6 +36,10 @@ COLOURS = {
     "liger": "#b3346c",
     "verl": "#3a8f5c",
     "cut-cross-entropy": "#7d5ba6",
+    "liger fused": "#e06aa0",
+    "quack": "#5fa8a8",
+    "unsloth": "#9a6b3f",
+    "grpo_kernels selective_logps": "#a9cdec",
     "torch linear_cross_entropy": "#a08a3c",
 }
 
@@ -113,7 +117,9 @@ def figure(rows: list[Row], form: str) -> plt.Figure:
 def with_reference(found: list[Point], base: Mapping[str, Any]) -> dict[str, list[Point]]:
     """The points of each loss with a reference, given by its logits (or hidden states) or by `ref_logps`."""
     return {
-        loss + (",\ngiven ref_logps" if given_ref else ""): select(found, base, loss=loss, given_ref=given_ref)
+        loss + (",\ngiven ref_logps" if given_ref else ""): select(
+            found, base, loss=loss, given_ref=given_ref
+        )
         for loss in WITH_REFERENCE
         for given_ref in (False, True)
     }

@@ -59,6 +59,7 @@ class LinearGRPOLossOptions(LossOptions, total=False):
     logits_dtype: torch.dtype
     compact: bool
     skip_inactive: bool
+    accumulate_into: Tensor | None
 
 
 class LogpsOptions(TypedDict, total=False):
@@ -81,3 +82,4 @@ class LinearLogpsOptions(LogpsOptions, total=False):
     chunk_tokens: int | None
     logits_dtype: torch.dtype
     compact: bool
+    accumulate_into: Tensor | None
