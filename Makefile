@@ -6,6 +6,7 @@ ARGS ?=
 LIMIT ?= 480
 # Owner and name of the repository on the Hugging Face Hub.
 HUB_REPO ?= OWNER/grpo-kernels
+OUT ?= gpu_output
 
 # -s: each row says its median and its memory when it is done.
 BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ignore
@@ -35,7 +36,7 @@ NEW := tests/losses/test_parity.py tests/kernels/test_launches.py tests/kernels/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu test-compile test-ptx test-verl test-newest dist hub study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
+.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu gpu test-compile test-ptx test-verl test-newest dist hub study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -101,6 +102,9 @@ bench: $(VENV)/.bench  ## run the benchmarks on the CPU (those of verl where `ma
 bench-gpu:  ## run them all on the GPU, with the Python at hand: nothing is installed (starts nothing new after LIMIT=480 seconds)
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks --device cuda --limit $(LIMIT) $(ARGS)
 
+gpu:  ## make the most of a GPU in LIMIT=540 seconds: tests, headline shapes, experiments, into OUT; again goes on (ARGS=--dry: here)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) --limit $(if $(filter file,$(origin LIMIT)),540,$(LIMIT)) $(ARGS)
+
 experiments-gpu:  ## run the experiments of docs/dev/tuning.md on the GPU, with the Python at hand
 	env -u TRITON_INTERPRET $(PYTHON) -m benchmarks.experiments --device cuda --limit $(LIMIT) $(ARGS)
 
@@ -122,7 +126,7 @@ lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/mypy
 
 clean:  ## remove .venv, .venv-verl, .venv-docs and everything else that was made here
-	rm -rf $(VENV) $(VERL) $(DOCS) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output
+	rm -rf $(VENV) $(VERL) $(DOCS) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

@@ -7,11 +7,13 @@ python -m benchmarks --form linear --shape T=8192,V=151936,H=4096 --provider grp
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .speed.plans import plan
+from .speed import measure
+from .speed.plans import headline, plan, turn
 from .speed.run import Run
 from .tables import record
 from .work.providers import PROVIDERS, Provider
@@ -45,6 +47,9 @@ def arguments() -> argparse.Namespace:
         "--dtype", choices=tuple(DTYPES), help="with --shape; default: bf16 on a GPU, fp32 on a CPU"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
+    parser.add_argument("--headline", action="store_true", help="the shapes that peers publish, best first")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes in fp32: a rehearsal on a CPU")
+    parser.add_argument("--resume", action="store_true", help="keep what the output has, measure the rest")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no measurement after this time")
     parser.add_argument(
         "--output",
@@ -68,6 +73,8 @@ def shape(text: str) -> dict[str, int]:
 
 def workloads(args: argparse.Namespace) -> list[Workload]:
     forms = args.form or list(PROVIDERS)
+    if args.headline:
+        return [work for work in headline() if work.form in forms]
     if not args.shape:
         return plan(forms, args.device, quick=args.quick)
     dtype = DTYPES[args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")]
@@ -83,23 +90,32 @@ def workloads(args: argparse.Namespace) -> list[Workload]:
 
 def output(args: argparse.Namespace) -> Path:
     """The default path. A part of the plan goes to another file and keeps the published results."""
-    part = args.form or args.provider or args.shape or args.quick
+    part = args.form or args.provider or args.shape or args.quick or args.headline or args.tiny
     return record.RESULTS / f"{record.short_name(args.device)}{'-partial' if part else ''}.csv"
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[Workload, Provider]]:
     """What to measure, in order."""
-    return [
+    works = workloads(args)
+    if args.tiny:
+        works = list(dict.fromkeys(replace(work.tiny(), dtype=torch.float32) for work in works))
+    found = [
         (work, provider)
-        for work in workloads(args)
+        for work in works
         for provider in PROVIDERS[work.form].values()
         if args.provider is None or provider.name in args.provider
     ]
+    if args.headline:
+        found.sort(key=lambda pair: turn(pair[1].name))  # stable: the workloads keep their order
+    return found
 
 
 def main() -> None:
     args = arguments()
-    Run(pairs(args), device=args.device, output=args.output or output(args), limit=args.limit)()
+    path = args.output or output(args)
+    if args.tiny:
+        measure.CPU_ROUNDS = 1
+    Run(pairs(args), device=args.device, output=path, limit=args.limit, resume=args.resume)()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ COLOURS = {
     "liger": "#b3346c",
     "verl": "#3a8f5c",
     "cut-cross-entropy": "#7d5ba6",
+    "liger fused": "#e06aa0",
+    "quack": "#5fa8a8",
+    "unsloth": "#9a6b3f",
+    "grpo_kernels selective_logps": "#a9cdec",
     "torch linear_cross_entropy": "#a08a3c",
 }
 

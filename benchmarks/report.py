@@ -2,9 +2,10 @@
 
     python -m benchmarks.report
 
-The tables of benchmarks/results/cpu.csv replace the text between `<!-- cpu.csv -->` and `<!-- end -->`, and
-the same for any other CSV. `<!-- cpu.csv summary -->` begins a short table of one loss,
-`<!-- predictions -->` the table of what the experiments should show.
+The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the tables of that CSV in
+benchmarks/results/, and the same for any other CSV. `<!-- cpu.csv summary -->` begins a short table of one
+loss, `<!-- predictions -->` the table of what the experiments should show, `<!-- headline -->` that of the
+headline shapes, and `<!-- memory -->` the peaks of a step from hidden states, by formula.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import re
 from pathlib import Path
 
+from . import memory
+from .experiments import headline
 from .experiments import tables as experiments
 from .machine_code import comparison
 from .tables import record
@@ -20,7 +23,8 @@ from .tables.run_table import run_table, summary
 from .traffic import tables as traffic
 
 DOCS = record.ROOT / "docs"
-SECTION = re.compile(r"(<!-- (\w[\w.-]*\.csv|predictions)( summary)? -->\n).*?(<!-- end -->)", re.DOTALL)
+NAMES = r"\w[\w.-]*\.csv|predictions|headline|memory"
+SECTION = re.compile(rf"(<!-- ({NAMES})( summary)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path, *, short: bool = False) -> str:
@@ -28,6 +32,10 @@ def table(path: Path, *, short: bool = False) -> str:
         return summary(path)
     if path.name == "predictions":
         return experiments.predictions()
+    if path.name == "headline":
+        return headline.table()
+    if path.name == "memory":
+        return memory.predicted()
     if path.stem.endswith("-experiments"):
         return experiments.table(path)
     if record.is_run(path):

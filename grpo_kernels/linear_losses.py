@@ -13,7 +13,7 @@ from .checks.choices import Backend, PresetName
 from .checks.tensors import traced
 from .linear.autograd import differentiable_stats, linear_loss
 from .linear.config import linear_config
-from .linear.head import check_head, check_ref_head
+from .linear.head import check_accumulate_into, check_head, check_ref_head
 from .linear.plan import RowPlan
 from .linear.products import product_dtype
 from .linear.rows import LinearRows
@@ -49,6 +49,7 @@ def linear_grpo_loss(
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
     skip_inactive: bool = False,
+    accumulate_into: Tensor | None = None,
     spec: LossSpec | PresetName = LossSpec(),
     completion_mask: Tensor | None = None,
     seq_lens: Tensor | None = None,
@@ -73,10 +74,10 @@ def linear_grpo_loss(
 
     Loss and gradient are computed in the forward, a chunk of tokens at a time, in 6 N V H FLOPs for `N`
     tokens, or 4 N V H with a frozen head. Losses that couple tokens (callables, sequence-level ratios),
-    fp16, fp64 and `torch.compile` take two passes, 8 N V H: statistics in the forward, and the logits again
-    in the backward. Masked rows cost nothing. Rows without a gradient cost 2 V H each. In most losses these
-    are the rows with zero advantage or zero token weight, unless there is a KL term or an entropy bonus.
-    docs/kernels.md has all counts.
+    fp16, fp64, `accumulate_into` and `torch.compile` take two passes, 8 N V H: statistics in the forward, and
+    the logits again in the backward. Masked rows cost nothing. Rows without a gradient cost 2 V H each. In
+    most losses these are the rows with zero advantage or zero token weight, unless there is a KL term or an
+    entropy bonus. docs/kernels.md has all counts.
 
     Args:
         hidden: `[B, T, H]` or packed `[N, H]`, fp16, bf16, fp32 or fp64: the input of the LM head.
@@ -101,6 +102,12 @@ def linear_grpo_loss(
             rows are run in their own order, without a sync.
         skip_inactive: leave rows without a gradient out of the forward, too. Their `logps`, `ref_logps` and
             `entropy` are 0, and the metrics except `active_fraction` are means over the other rows.
+        accumulate_into: `[V, H]`, fp32, bf16 or the dtype of `lm_head_weight` (fp64 for fp64), for example
+            `lm_head_weight.grad` or Megatron's `main_grad`. The backward adds the gradient of
+            `lm_head_weight` to it, a chunk at a time, and hands none to autograd, so nothing of the weight's
+            size is allocated. A 16-bit buffer is rounded once per chunk. This takes two passes, 8 N V H,
+            because the factor of the loss is known only in the backward. docs/kernels.md has the rules for
+            several ranks. `lm_head_weight` must require a gradient, and may be a DTensor only with a `shard`.
         shard: the heads have these rows of a vocabulary that is split over ranks. All ranks have the same
             hidden states, as in tensor parallelism after gathering the sequences. Loss, outputs and the
             gradient of `hidden`, summed over the ranks, are then the same on all of them, and each has the
@@ -127,6 +134,7 @@ def linear_grpo_loss(
     """
     spec = resolve_spec(spec)
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
+    total = check_accumulate_into(accumulate_into, lm_head_weight, head, shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, completion_mask, seq_lens, name="hidden", context_group=context_group)
     targets = vocab.targets(batch, completion_ids)
@@ -182,7 +190,7 @@ def linear_grpo_loss(
     active = loss.may_be_active()
     run = active if skip_inactive else batch.mask
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    one_pass = learns and fusible(spec, product_dtype(hidden))
+    one_pass = learns and total is None and fusible(spec, product_dtype(hidden))
     one_pass = one_pass and not traced(hidden)  # only the two passes have custom operators
     path = "one pass (loss and gradient in the forward)" if one_pass else pass_path(learns)
     log_path("linear_grpo_loss", path, rows.backend, operands=config.dtype, logits=config.logits_dtype)
@@ -191,7 +199,8 @@ def linear_grpo_loss(
         derivatives = loss.coefficients(dlogp)
     else:
         rows = rows._replace(targets=torch.where(run, targets, MASKED))
-        value, stats, derivatives = loss_of_statistics(differentiable_stats(rows, want), loss, rows.backend)
+        stats = differentiable_stats(rows, want, total)
+        value, stats, derivatives = loss_of_statistics(stats, loss, rows.backend)
     return loss_output(value, batch, loss, stats, derivatives, rows.backend, run)
 
 

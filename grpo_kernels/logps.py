@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from .checks.choices import Backend
 from .linear.autograd import differentiable_stats as differentiable_linear_stats
 from .linear.config import linear_config
-from .linear.head import check_head
+from .linear.head import check_accumulate_into, check_head
 from .linear.rows import LinearRows
 from .log import kernel_path, log_path, pass_path
 from .options import LinearLogpsOptions, LogpsOptions
@@ -149,6 +149,7 @@ def linear_logps(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
+    accumulate_into: Tensor | None = None,
     shard: VocabShard | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -162,6 +163,8 @@ def linear_logps(
             here.
         lm_head_weight: `[V, H]`.
         ids: `[B, T]` or `[N]`, or for `K` tokens per position `[B, T, K]` or `[N, K]`, int32 or int64.
+        accumulate_into: as in `linear_grpo_loss`, without a further cost, as the backward computes the logits
+            again anyway.
         mask: `[B, T]` or `[N]`. If 0, the row is not run, and log-probability, entropy and gradient are 0.
         shard: `lm_head_weight` and `lm_head_bias` have only these rows. See `linear_grpo_loss`.
 
@@ -194,6 +197,7 @@ def linear_logps(
         chunk_tokens=chunk_tokens,
         logits_dtype=logits_dtype,
         compact=compact,
+        accumulate_into=accumulate_into,
         shard=shard,
         backend=backend,
     )
@@ -241,6 +245,7 @@ def linear_token_stats(
     chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
     compact: bool = True,
+    accumulate_into: Tensor | None = None,
     shard: VocabShard | None = None,
     backend: Backend = "auto",
     function: str = "linear_logps",
@@ -250,6 +255,7 @@ def linear_token_stats(
     `function` is the name of the caller in the log.
     """
     head = check_head(hidden, lm_head_weight, lm_head_bias, shard=shard)
+    total = check_accumulate_into(accumulate_into, lm_head_weight, head, shard)
     vocab = Vocabulary.of(vocab_size, head.weight, 0, "rows of lm_head_weight", shard)
     batch = Batch.of(hidden, mask, None, name="hidden", mask_name="mask")
     targets, several = token_targets(vocab, batch, ids, every_row=entropy)
@@ -274,5 +280,6 @@ def linear_token_stats(
     dtypes = {"operands": config.dtype, "logits": config.logits_dtype}
     log_path(function, pass_path(learns), rows.backend, **dtypes)
     count = 0 if several is None else several.shape[1]
-    stats = differentiable_linear_stats(rows, Want(entropy=entropy, top1=top1, shard=shard, ids=count))
+    want = Want(entropy=entropy, top1=top1, shard=shard, ids=count)
+    stats = differentiable_linear_stats(rows, want, total)
     return TokenStats.of(stats, batch)

@@ -43,7 +43,10 @@ def mismatch_metrics(
     and `compute_is_metrics`.
 
     Args:
-        logps, sampler_logps, mask, seq_lens: as in `importance_weights`.
+        logps: as in `importance_weights`.
+        sampler_logps: as in `importance_weights`.
+        mask: as in `importance_weights`.
+        seq_lens: as in `importance_weights`.
         weights: `[B, T]`, `[B, 1]` or `[B]`; packed: `[N]` or `[S]`. Those that the loss uses: weights, a
             rejection mask, or their product.
         level: the level of the ratio that `low` and `high` bound, as in `importance_weights`.

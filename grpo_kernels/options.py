@@ -60,6 +60,7 @@ class LinearGRPOLossOptions(LossOptions, total=False):
     logits_dtype: torch.dtype
     compact: bool
     skip_inactive: bool
+    accumulate_into: Tensor | None
 
 
 class LogpsOptions(TypedDict, total=False):
@@ -82,3 +83,4 @@ class LinearLogpsOptions(LogpsOptions, total=False):
     chunk_tokens: int | None
     logits_dtype: torch.dtype
     compact: bool
+    accumulate_into: Tensor | None

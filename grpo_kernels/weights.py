@@ -128,8 +128,10 @@ def rejection_mask(
     over="sequence-max", high=-math.log(a)`.
 
     Args:
-        logps, sampler_logps, mask, seq_lens: as in `importance_weights`. A token with NaN in `sampler_logps`
-            has a statistic of 0.
+        logps: as in `importance_weights`.
+        sampler_logps: as in `importance_weights`. A token with NaN has a statistic of 0.
+        mask: as in `importance_weights`.
+        seq_lens: as in `importance_weights`.
         statistic: one of the names above.
         over: "token" to mask tokens one by one; "sequence-mean", "sequence-sum" or "sequence-max" to mask
             whole sequences by the mean, sum or maximum over their unmasked tokens.

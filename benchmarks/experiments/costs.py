@@ -61,6 +61,16 @@ def logits(bytes_per_element: float, launches: int = 29) -> Callable[[Workload],
     return lambda work: Cost(bytes_per_element, launches=launches)
 
 
+def two_kernels(work: Workload) -> Cost:
+    """The cost of two launches: reading policy and reference, then the policy, and writing the gradient."""
+    return Cost(work.dtype.itemsize * (3 + work.reference))
+
+
+def without_bytes(saved: float) -> Callable[[Workload], Cost]:
+    """The cost of two launches without a stage that moves `saved` bytes per element."""
+    return lambda work: Cost(two_kernels(work).bytes - saved)
+
+
 def read_twice(resident: int) -> Callable[[Workload], Cost]:
     """The cost of one kernel that reads rows twice, with `resident` blocks per multiprocessor.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from ..work.from_hidden import refused_but_in_bf16
 from ..work.providers import (
+    needs_gpu,
     ours,
     ours_in_bf16,
     ours_inplace,
@@ -14,9 +16,10 @@ from ..work.providers import (
     refused_without_idle_rows,
 )
 from ..work.workload import Workload
-from .costs import linear, logits, read_twice, where_they_stand
+from .costs import NOMINAL, linear, logits, read_twice, two_kernels, where_they_stand, without_bytes
 from .split_rows.launch import VARIANTS as SPLIT
 from .split_rows.launch import in_place_of_fused
+from .stages import FUSED_STAGES, LEFT_OUT, without
 from .variants import (
     Experiment,
     Variant,
@@ -88,6 +91,7 @@ EXPERIMENTS = {
                 Variant(
                     f"row {name}",
                     ours_inplace,
+                    refuses=needs_gpu,
                     overwrites=True,
                     cost=logits(6),
                     changes=partial(in_place_of_fused, **how),
@@ -122,7 +126,7 @@ EXPERIMENTS = {
         (LINEAR,),
         (
             Variant("fp32", ours_linear, cost=linear()),
-            Variant("bf16", ours_in_bf16, cost=linear(logits=2)),
+            Variant("bf16", ours_in_bf16, refuses=refused_but_in_bf16, cost=linear(logits=2)),
         ),
     ),
     "9": Experiment(
@@ -133,4 +137,40 @@ EXPERIMENTS = {
             Variant("in PyTorch", ours, cost=logits(8, launches=119), changes=tokens_in_torch),
         ),
     ),
+    # Bytes limit a kernel if only the variants that move less are faster.
+    "10": Experiment(
+        "10: a stage left out",
+        (LOGITS, replace(LOGITS, loss="grpo")),
+        (
+            Variant("all stages", ours, cost=two_kernels),
+            *(
+                Variant(
+                    f"{kernel} without {stage}",
+                    ours,
+                    cost=without_bytes(2 if stage in ("store", "load") else 0),
+                    changes=partial(without, stage, kernel),
+                    profile=True,
+                )
+                for kernel, stages in LEFT_OUT.items()
+                for stage in stages
+            ),
+            Variant("in place, all stages", ours_inplace, overwrites=True, cost=two_kernels),
+            *(
+                Variant(
+                    f"in place, without {stage}",
+                    ours_inplace,
+                    overwrites=True,
+                    cost=without_bytes(2 if stage == "store" else 0),
+                    changes=partial(without, stage, "fused"),
+                    profile=True,
+                )
+                for stage in FUSED_STAGES
+            ),
+        ),
+    ),
 }
+
+
+def by_gain() -> list[str]:
+    """The experiments, those with the largest predicted gain first."""
+    return sorted(EXPERIMENTS, key=lambda name: -EXPERIMENTS[name].gain(NOMINAL))

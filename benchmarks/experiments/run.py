@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..speed.run import Outcome, Run
+from ..speed.run import Outcome, Run, first_line
 from ..work.batch import Batch
 from ..work.providers import Provider
 from ..work.workload import Workload
@@ -22,4 +22,9 @@ class Experiments(Run):
     def attempt(self, provider: Provider, batch: Batch) -> Outcome:
         assert isinstance(provider, Variant)
         with provider.changes():
-            return super().attempt(provider, batch)
+            if not provider.profile:
+                return super().attempt(provider, batch)
+            try:
+                return self.timed(provider, batch, None)
+            except Exception as error:
+                return Outcome(f"failed: {type(error).__name__}: {first_line(error)}")

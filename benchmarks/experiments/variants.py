@@ -8,15 +8,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from grpo_kernels import linear_losses, selective_logps
 from grpo_kernels.tokens import dispatch
 
+from ..speed.measure import Floors
 from ..work.batch import Batch
 from ..work.providers import Provider, ours, ours_linear
 from ..work.workload import Workload
 from .costs import Cost
+
+GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Variant(Provider):
     experiment: str = ""
     cost: Callable[[Workload], Cost] = lambda work: Cost()
     changes: Callable[[], AbstractContextManager[object]] = nullcontext  # active while the variant runs
+    profile: bool = False  # leaves a stage out, so its result is wrong and not compared with fp64
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,19 @@ class Experiment:
     name: str
     works: tuple[Workload, ...]
     variants: tuple[Variant, ...]
+
+    def gain(self, floors: Floors) -> float:
+        """The largest predicted gain of a variant over another, as a fraction of the slower one's time.
+
+        0 if the variants only profile, because then none of them can become a default.
+        """
+        gains = [0.0]
+        for work in self.works:
+            able = [v for v in self.variants if not v.profile and v.refuses(work, GPU) is None]
+            times = [variant.cost(work).ms(work, floors) for variant in able]
+            if len(times) > 1 and not any(variant.profile for variant in self.variants):
+                gains.append(1 - min(times) / max(times))
+        return max(gains)
 
     def pairs(self) -> Iterator[tuple[Workload, Variant]]:
         for work in self.works:

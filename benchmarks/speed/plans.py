@@ -17,6 +17,33 @@ IDLE = ({"inactive": 0.5}, {"masked": 0.5})
 REFERENCE = ({"loss": "log_ratio"}, {"loss": "grpo_kl"}, {"loss": "log_ratio", "given_ref": True})
 
 
+# The providers that come first at every headline shape, and those that come last because they compile.
+FIRST = ("grpo_kernels", "grpo_kernels selective_logps", "liger fused", "liger", "trl", "quack", "verl")
+LAST = ("unsloth", "torch.compile", "torch.compile + exact KL")
+
+
+def headline() -> list[Workload]:
+    """The shapes of the best figures that peers have published, for a GPU."""
+    linear = Workload("linear", "grpo", 8192, 131072, 4096)
+    logits = Workload("logits", "cross_entropy", 8192, 151936, entropy=True)
+    return [
+        replace(linear, entropy=True),
+        replace(linear, V=151936),
+        replace(linear, V=151936, loss="grpo_kl"),
+        logits,
+        replace(logits, loss="grpo_kl", entropy=False),
+        replace(logits, loss="grpo", entropy=False),
+        replace(linear, T=4096, V=128256, entropy=True),
+        replace(linear, V=151936, loss="cross_entropy"),
+        replace(linear, loss="grpo_kl"),
+    ]
+
+
+def turn(provider: str) -> int:
+    """The turn of a provider at the headline shapes: 0, 1 or 2. Each shape's batch is drawn once per turn."""
+    return 0 if provider in FIRST else 2 if provider in LAST else 1
+
+
 def plan(forms: list[str], device: torch.device, *, quick: bool) -> list[Workload]:
     """The workloads of a run. The forms take turns."""
     if quick:

@@ -49,7 +49,9 @@ class Run:
         device: torch.device,
         output: Path,
         limit: float | None,  # seconds
+        resume: bool = False,
     ) -> None:
+        """With `resume`, pairs that `output` has already are not measured again, and its rates are used."""
         self.device = device
         self.todo = deque(todo)
         self.works = list(dict.fromkeys(work for work, _ in self.todo))
@@ -57,19 +59,32 @@ class Run:
         self.started = time.monotonic()
         self.broken: str | None = None  # why nothing can run any more
         self.output = output
-        self.table = record.Table(output)
-        products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
-        shapes = sorted(products) or [(4096, 1024, 4096)]
-        self.floors = measure.floors(self.device, shapes, self.works[0].dtype)
+        known = record.finished(output) if resume else []
+        self.table = record.Table(output, known)
+        rates = {row.kernel_provider: row.y_value_50 or 0.0 for row in known if row.kernel_name == "floor"}
+        self.rates_known = rates.keys() == {"copy", "matrix product"}
+        if self.rates_known:
+            self.floors = measure.Floors(1e9 * rates["copy"], 1e12 * rates["matrix product"])
+        else:
+            products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
+            shapes = sorted(products) or [(4096, 1024, 4096)]
+            self.floors = measure.floors(self.device, shapes, self.works[0].dtype)
+        done = {record.pair(row) for row in known}
+        self.todo = deque(pair for pair in self.todo if self.pair(*pair) not in done)
 
     def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
         """The name of a pair's rows, and its configuration."""
         return f"{work.form} {work.loss}", asdict(work) | {"dtype": str(work.dtype)[6:]}
 
+    def pair(self, work: Workload, provider: Provider) -> tuple[str, ...]:
+        name, config = self.describe(work, provider)
+        return record.pair_of(name, provider.name, config)
+
     def __call__(self) -> None:
         """Measures the machine's rates, then every pair."""
-        self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
-        self.write_rate("matrix product", self.floors.flop_per_s / 1e12, "TFLOP/s")
+        if not self.rates_known:
+            self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
+            self.write_rate("matrix product", self.floors.flop_per_s / 1e12, "TFLOP/s")
         watchdog = threading.Timer((self.limit or threading.TIMEOUT_MAX - GRACE) + GRACE, self.give_up)
         watchdog.daemon = True
         watchdog.start()
@@ -123,12 +138,16 @@ class Run:
             verdict = gate.check(provider, batch)
             if verdict.wrong is not None:
                 return Outcome(f"wrong: {verdict.wrong}", verdict.error)
-            subject = measure.Subject(provider, batch)
-            mib = measure.memory(subject, self.device)
-            return Outcome("ok", verdict.error, measure.timings(subject, self.device), mib)
+            return self.timed(provider, batch, verdict.error)
         # Any error of a provider is a result; the others continue.
         except Exception as error:
             return Outcome(f"failed: {type(error).__name__}: {first_line(error)}")
+
+    def timed(self, provider: Provider, batch: Batch, error: float | None) -> Outcome:
+        """The outcome of a provider whose result has this error."""
+        subject = measure.Subject(provider, batch)
+        mib = measure.memory(subject, self.device)
+        return Outcome("ok", error, measure.timings(subject, self.device), mib)
 
     def clean(self, provider: Provider) -> None:
         """Frees memory, and detects whether the provider broke the GPU's context."""
@@ -171,7 +190,8 @@ class Run:
             f"  {provider.name}: "
             + ", ".join(f"{mode} {timing.median:.4g}" for mode, timing in outcome.timings.items())
             + f" ms, {100 * floor_ms / outcome.timings['full'].median:.0f} % of the floor, "
-            + f"{outcome.memory_mib:.0f} MiB, error {outcome.error:.1e}",
+            + f"{outcome.memory_mib:.0f} MiB"
+            + (f", error {outcome.error:.1e}" if outcome.error is not None else ""),
             flush=True,
         )
 

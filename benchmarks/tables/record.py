@@ -61,11 +61,14 @@ def row(device: torch.device, **values: object) -> Row:
 class Table:
     """A CSV that is flushed after each row, so an aborted run keeps its results."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: Sequence[Row] = ()) -> None:
+        """Replaces the file by one that begins with `rows`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, [f.name for f in fields(Row)], lineterminator="\n")
         self._writer.writeheader()
+        for row in rows:
+            self.add(row)
 
     def add(self, row: Row) -> None:
         values = asdict(row)
@@ -77,6 +80,31 @@ def read(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as file:
         for line in csv.DictReader(file):
             yield Row(**{f.name: parse(line[f.name], str(f.type)) for f in fields(Row)})
+
+
+def pair(row: Row) -> tuple[str, ...]:
+    """Identifies the workload and the provider of a row."""
+    return pair_of(row.kernel_name, row.kernel_provider, config(row) if row.x_value else {})
+
+
+def pair_of(name: str, provider: str, work: Mapping[str, object]) -> tuple[str, ...]:
+    """As `pair`, from a configuration without its prediction, which depends on the machine's rates."""
+    rest = {key: value for key, value in work.items() if key != "predicted_ms"}
+    return name, provider, json.dumps(rest, sort_keys=True)
+
+
+def finished(path: Path) -> list[Row]:
+    """The rows of a run that a later call need not measure again: rates, and pairs that were completed.
+
+    A pair was completed if it has a row of memory, which is the last, or one that says why there is none.
+    """
+    rows = list(read(path)) if path.exists() else []
+    complete = {
+        pair(row)
+        for row in rows
+        if row.metric_name == "memory" or (row.status != "ok" and not row.status.startswith("not run"))
+    }
+    return [row for row in rows if row.kernel_name == "floor" or pair(row) in complete]
 
 
 def parse(text: str, kind: str) -> object:

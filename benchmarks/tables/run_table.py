@@ -91,7 +91,9 @@ def description(row: Row, *, with_sizes: bool) -> str:
     idle = [
         *(f"{share(work[name])} {what}" for name, what in IDLE.items() if work[name]),
         *(["frozen head"] if work["frozen_head"] else []),
-        *(["given ref_logps"] if work.get("given_ref") else []),  # older CSVs do not have it
+        # Older CSVs do not have these.
+        *(["given ref_logps"] if work.get("given_ref") else []),
+        *(["entropy"] if work.get("entropy") else []),
     ]
     return ", ".join([work["loss"], *([sizes_of(row)] if with_sizes else []), *idle])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class Workload:
     inactive: float = 0.0  # fraction of the sequences whose advantage is 0
     frozen_head: bool = False
     given_ref: bool = False  # the reference's log-probabilities are given, instead of its logits
+    entropy: bool = False  # the entropy of each unmasked token is computed too, without a gradient
 
     def __post_init__(self) -> None:
         if self.given_ref and self.loss not in WITH_REFERENCE:
@@ -71,8 +72,16 @@ class Workload:
     def __str__(self) -> str:
         sizes = f"T={self.T} V={self.V}" + (f" H={self.H}" if self.H else "")
         rest = [f"{n}={x:g}" for n, x in (("masked", self.masked), ("inactive", self.inactive)) if x]
-        flags = (("frozen head", self.frozen_head), ("given ref_logps", self.given_ref))
+        flags = (
+            ("frozen head", self.frozen_head),
+            ("given ref_logps", self.given_ref),
+            ("entropy", self.entropy),
+        )
         return " ".join([self.form, self.loss, sizes, *rest, *(name for name, flag in flags if flag)])
+
+    def tiny(self) -> Workload:
+        """The same work in sizes for a CPU and Triton's interpreter."""
+        return replace(self, T=16, V=333, H=64 if self.H else 0)
 
 
 class Floor(NamedTuple):

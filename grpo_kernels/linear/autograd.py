@@ -39,13 +39,15 @@ def linear_loss(
     return value, dlogp, RowStats(**dict(zip(want.outputs, found)))
 
 
-def differentiable_stats(rows: LinearRows, want: Want) -> RowStats:
+def differentiable_stats(rows: LinearRows, want: Want, accumulate_into: Tensor | None = None) -> RowStats:
     """Compute the statistics of every row.
 
-    Log-probabilities, entropy and exact KL are differentiable with respect to the head.
+    Log-probabilities, entropy and exact KL are differentiable with respect to the head. If
+    `accumulate_into` is given, the backward adds the weight's gradient to it, and autograd gets none.
     """
-    call = apply if want.shard is None else outside_graphs(apply)
-    found = call(LinearRowStatsFunction, rows.head, rows.detach(), want)
+    plain = want.shard is None and accumulate_into is None
+    call = apply if plain else outside_graphs(apply)
+    found = call(LinearRowStatsFunction, rows.head, rows.detach(), want, accumulate_into)
     return without_padding(RowStats(**dict(zip(want.outputs, found))), rows.ids)
 
 
@@ -140,6 +142,7 @@ class LinearRowStatsFunction(torch.autograd.Function):
         bias: Tensor | None,  # [V]
         rows: LinearRows,
         want: Want,
+        accumulate_into: Tensor | None,  # [V, H]
         origin: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         stats = want.empty_stats(rows.num_rows, rows.dtype, hidden.device, for_backward=True)
@@ -147,6 +150,8 @@ class LinearRowStatsFunction(torch.autograd.Function):
         if want.shard is not None:
             stats = want.merged(stats, rows)
         ctx.want, ctx.origin = want, origin
+        # Not a saved tensor, because another micro-batch may write it before this one's backward.
+        ctx.accumulate_into = accumulate_into
         ctx.settings = rows.transform, rows.backend, rows.config
         ref = rows.ref if rows.ref is not None and want.kl_gradient else (None, None, None)
         ctx.save_for_backward(hidden, weight, bias, *ref, *rows.token_tensors, *stats)
@@ -161,15 +166,21 @@ class LinearRowStatsFunction(torch.autograd.Function):
         want: Want = ctx.want
         coefficients = want.coefficients(grads)
         if coefficients is None:
-            return (None,) * 6
+            return (None,) * 7
         # Read once, because each read runs the hooks of checkpointing and offloading on all of them.
         hidden, weight, bias, *saved = ctx.saved_tensors
         head, ref = Head(hidden, weight, bias), None if saved[0] is None else Head(*saved[:3])
         stats = RowStats(*saved[-len(RowStats._fields) :])
         rows = LinearRows(head, ref, *saved[3 : -len(stats)], *ctx.settings)
-        out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
-        passes.gradients(rows, stats, coefficients, out)
+        total, needed = ctx.accumulate_into, ctx.needs_input_grad[:3]
+        if total is None:
+            out = HeadGradients.empty(head, needed)
+        else:
+            out = HeadGradients.empty(head, (needed[0], False, needed[2]))._replace(dweight=total)
+        passes.gradients(rows, stats, coefficients, out, add_weight=total is not None)
         if want.shard is not None:
             want.shard.sum_over_ranks(out.dhidden)
+        if total is not None:
+            out = out._replace(dweight=None)
         found = (None if x is None or source is None else x.to(source.dtype) for x, source in zip(out, head))
-        return *found, *(None,) * 3
+        return *found, *(None,) * 4

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks.tensors import arithmetic_dtype
 from .chunks import Chunk
 from .head import Head
-from .products import product
+from .products import add_product, product
 
 
 class HeadGradients(NamedTuple):
@@ -22,6 +22,7 @@ class HeadGradients(NamedTuple):
 
     @classmethod
     def empty(cls, head: Head, needed: tuple[bool, ...]) -> HeadGradients:
+        """Allocate those that are `needed`, of hidden states, weight and bias."""
         dtype = arithmetic_dtype(head.hidden)
         return cls(
             *(
@@ -34,9 +35,14 @@ class HeadGradients(NamedTuple):
 class GradientSums:
     """Accumulates the gradients of hidden states, weight and bias over chunks."""
 
-    def __init__(self, head: Head, out: HeadGradients, selected: Tensor | None) -> None:
-        """`out` is filled. `selected` `[N]` bool marks the rows with a gradient. None: all have one."""
-        self.head, self.out, self.selected = head, out, selected
+    def __init__(
+        self, head: Head, out: HeadGradients, selected: Tensor | None, *, add_weight: bool = False
+    ) -> None:
+        """`out` is filled. `selected` `[N]` bool marks the rows with a gradient. None: all have one.
+
+        With `add_weight`, the weight's gradient is added to what `out.dweight` holds.
+        """
+        self.head, self.out, self.selected, self.add_weight = head, out, selected, add_weight
         self.started = False
 
     def finish(self) -> None:
@@ -47,7 +53,8 @@ class GradientSums:
     def start(self, vocab: int) -> None:
         """Write zeros where the first chunk does not write. For the weight this is only the padding."""
         dhidden, dweight, dbias = self.out
-        for part in (dhidden, None if dweight is None else dweight[vocab:], dbias):
+        padding = None if dweight is None or self.add_weight else dweight[vocab:]
+        for part in (dhidden, padding, dbias):
             if part is not None:
                 part.zero_()
 
@@ -68,7 +75,10 @@ class GradientSums:
             if self.selected is not None:
                 # The hidden state of a row without a gradient may be NaN, and 0 * NaN is NaN.
                 hidden = torch.where(self.selected[indices].unsqueeze(-1), hidden, 0.0)
-            product(dlogits.t(), hidden, out=dweight[:vocab], add=self.started)
+            if self.started or self.add_weight:
+                add_product(dlogits.t(), hidden, dweight[:vocab])
+            else:
+                product(dlogits.t(), hidden, out=dweight[:vocab])
         if dbias is not None:
             dbias[:vocab] += dlogits.sum(0, dtype=dbias.dtype)
         self.started = True

@@ -125,6 +125,42 @@ def check_ref_head(
     return head
 
 
+def check_accumulate_into(
+    total: Tensor | None, weight: Tensor, head: Head, shard: VocabShard | None
+) -> Tensor | None:
+    """Check `accumulate_into`, and return it, or None if there is no backward.
+
+    `weight` is the argument `lm_head_weight`, and `head` the result of `check_head`.
+    """
+    if total is None:
+        return None
+    name, wide = "accumulate_into", torch.float64
+    check_tensor(name, total)
+    if is_dtensor(total):
+        raise ValueError(f"{name} is a DTensor: pass this rank's own part, by to_local()")
+    if shard is None and is_dtensor(weight):
+        raise ValueError(
+            f"{name} needs a lm_head_weight that is no DTensor, or a shard: the gradient of a gathered "
+            "weight goes to all ranks, through autograd"
+        )
+    if total.shape != head.weight.shape:
+        raise ValueError(
+            f"{name} must be [V, H] = {tuple(head.weight.shape)}, as lm_head_weight, got {tuple(total.shape)}"
+        )
+    dtypes = {wide} if weight.dtype == wide else {torch.float32, torch.bfloat16, weight.dtype}
+    if total.dtype not in dtypes:
+        wanted = " or ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"{name} must be {wanted} for a lm_head_weight of {weight.dtype}, got {total.dtype}")
+    check_device(name, total, head.hidden.device, "hidden")
+    if total.requires_grad:
+        raise ValueError(f"{name} requires a gradient: pass a buffer such as lm_head_weight.grad")
+    if not torch.is_grad_enabled():
+        return None
+    if not weight.requires_grad:
+        raise ValueError(f"{name} is given, but lm_head_weight requires no gradient")
+    return total
+
+
 def gathered(x: Tensor) -> Tensor:
     """Return the full tensor of a DTensor, and any other tensor unchanged.
 

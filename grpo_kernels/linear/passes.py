@@ -34,14 +34,25 @@ def row_stats(rows: LinearRows, out: RowStats) -> None:
     ops.linear_row_stats(tensors, names, *flatten_rows(rows))
 
 
-def gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out: HeadGradients) -> None:
-    """Fill `out` with the gradients. Rows whose coefficients are all zero are not run."""
+def gradients(
+    rows: LinearRows,
+    stats: RowStats,
+    coefficients: Coefficients,
+    out: HeadGradients,
+    *,
+    add_weight: bool = False,
+) -> None:
+    """Fill `out` with the gradients. Rows whose coefficients are all zero are not run.
+
+    With `add_weight`, the weight's gradient is added to what `out.dweight` holds.
+    """
     if not traced(rows.targets):
-        fill_gradients(rows, stats, coefficients, out)
+        fill_gradients(rows, stats, coefficients, out, add_weight=add_weight)
         return
     out_names, tensors = dispatch.pack_fields(out)
     names, known = dispatch.pack_fields(stats, coefficients)
-    ops.linear_gradients(tensors, out_names, known, names, *flatten_rows(rows))
+    flat = flatten_rows(rows)
+    ops.linear_gradients(tensors, out_names, add_weight, known, names, *flat)
 
 
 def fill_row_stats(rows: LinearRows, out: RowStats) -> None:
@@ -56,12 +67,19 @@ def fill_row_stats(rows: LinearRows, out: RowStats) -> None:
             plan.restore(x, out=target)
 
 
-def fill_gradients(rows: LinearRows, stats: RowStats, coefficients: Coefficients, out: HeadGradients) -> None:
+def fill_gradients(
+    rows: LinearRows,
+    stats: RowStats,
+    coefficients: Coefficients,
+    out: HeadGradients,
+    *,
+    add_weight: bool,
+) -> None:
     rows = rows.cast()
     active = coefficients.active() & (rows.targets != MASKED)
     plan = RowPlan.of(active, active, compact=rows.config.compact)
     stats, coefficients = plan.take(stats), plan.take(coefficients)
-    sums = GradientSums(rows.head, out, plan.selected)
+    sums = GradientSums(rows.head, out, plan.selected, add_weight=add_weight)
     for chunk in Chunks(rows, plan)(0, plan.active):
         place = chunk.place
         dispatch.dlogits(chunk.rows, stats.rows(place), coefficients.rows(place), chunk.dlogits)
@@ -131,6 +149,7 @@ def row_stats_operator(
 def gradients_operator(
     out: Sequence[Tensor],
     out_names: str,
+    add_weight: bool,
     known: Sequence[Tensor],
     names: str,
     heads: Sequence[OptionalTensor],
@@ -152,7 +171,7 @@ def gradients_operator(
     tensors = heads, targets, temperatures, sampling_mask, ids
     rows = unflatten(*tensors, vocab_size, numbers, backend, config)
     head_gradients = HeadGradients(**dict(zip(out_names.split(), out)))
-    fill_gradients(rows, *dispatch.unpack_fields(names, known), head_gradients)
+    fill_gradients(rows, *dispatch.unpack_fields(names, known), head_gradients, add_weight=add_weight)
 
 
 torch.library.custom_op(

@@ -13,6 +13,8 @@ from ..checks.tensors import has_data
 
 logger = logging.getLogger("grpo_kernels")
 
+BLOCK_ELEMENTS = 1 << 20  # of a product that is added to a narrower tensor
+
 
 def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     """Compute `out = a @ b`, or `out += a @ b`, with sums in the dtype of `out`, not of the operands."""
@@ -25,6 +27,22 @@ def product(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> Tensor:
     if add:
         return torch.addmm(out, a, b, out=out, **options)
     return torch.mm(a, b, out=out, **options)
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Compute `out += a @ b`, rounded to the dtype of `out` once.
+
+    If `out` is too narrow for the sum of a product, some rows at a time are multiplied into fp32 (fp64 for
+    fp64), so that nothing of the size of `out` is allocated.
+    """
+    if torch.promote_types(a.dtype, out.dtype) == out.dtype:
+        product(a, b, out=out, add=True)
+        return
+    step = max(1, BLOCK_ELEMENTS // max(1, b.shape[1]))
+    part = b.new_empty(min(step, len(a)), b.shape[1], dtype=torch.promote_types(a.dtype, torch.float32))
+    for start in range(0, len(a), step):
+        rows = a[start : start + step]
+        out[start : start + step].add_(product(rows, b, out=part[: len(rows)]))
 
 
 def multiplies_mixed(x: Tensor) -> bool:

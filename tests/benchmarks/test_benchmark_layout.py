@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "machine_code": {"tables", "work"},
     "traffic": {"tables", "work"},
     "experiments": {"tables", "work", "speed", "machine_code"},
+    "gpu": {"tables", "work", "speed", "experiments"},
     COMMANDS: {"tables", "work", "speed", "machine_code", "traffic", "experiments"},
 }
 

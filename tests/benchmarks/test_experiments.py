@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.experiments.__main__ import main
-from benchmarks.experiments.plan import EXPERIMENTS
+from benchmarks.experiments.costs import NOMINAL
+from benchmarks.experiments.plan import EXPERIMENTS, by_gain
 from benchmarks.experiments.tables import predictions, table
 from benchmarks.experiments.variants import Variant
 from benchmarks.machine_code.cases import mixed_products
@@ -30,16 +31,12 @@ PAIRS = [pair for experiment in EXPERIMENTS.values() for pair in experiment.pair
 INTERPRETED = "TRITON_INTERPRET" in os.environ
 
 
-def small(work: Workload) -> Workload:
-    return replace(work, T=32, V=333, H=64 if work.H else 0)
-
-
 SMALL = list(
     {
-        (variant.experiment, variant.name, small(work)): (small(work), variant)
+        (variant.experiment, variant.name, work.tiny()): (work.tiny(), variant)
         for work, variant in PAIRS
         # test_split_rows.py tests the split kernel, which needs a process for each block.
-        if not variant.name.startswith("row split")
+        if not variant.name.startswith("row split") and not variant.profile
     }.values()
 )
 
@@ -65,7 +62,7 @@ def test_a_variant_computes_the_loss(work: Workload, variant: Variant, device: s
 def test_a_run_reports_the_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 2**16})
     for name, experiment in EXPERIMENTS.items():
-        works = tuple(dict.fromkeys(replace(small(work), dtype=torch.float32) for work in experiment.works))
+        works = tuple(dict.fromkeys(replace(work.tiny(), dtype=torch.float32) for work in experiment.works))
         monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, works=works))
     path = tmp_path / "cpu-experiments.csv"
     argv = ["experiments", "--device", "cpu", "--output", str(path), "--only", "3", "--only", "7"]
@@ -78,6 +75,12 @@ def test_a_run_reports_the_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [row.status == "ok" for row in rows if row.kernel_operation_mode == "full"].count(False) == 1
     lines = table(path).splitlines()
     assert len(lines) == 2 + 6 + 2 and sum("every unmasked row has a gradient" in line for line in lines) == 1
+
+
+def test_the_largest_predicted_gain_comes_first() -> None:
+    gains = [EXPERIMENTS[name].gain(NOMINAL) for name in by_gain()]
+    assert gains == sorted(gains, reverse=True) and sorted(by_gain()) == sorted(EXPERIMENTS)
+    assert gains[0] > 0.2 and by_gain()[-1] == "10"  # it only profiles
 
 
 def test_every_variant_has_a_prediction() -> None:

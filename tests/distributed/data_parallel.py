@@ -103,6 +103,11 @@ def from_packed(hidden: Tensor, lm_head: nn.Linear, *, batch: Batch, **options: 
     )
 
 
+def from_accumulated(hidden: Tensor, lm_head: nn.Linear, **how: Any) -> LossOutput:
+    """Add the gradient of the head's weight to its `grad` in the backward, outside autograd."""
+    return from_hidden(hidden, lm_head, accumulate_into=lm_head.weight.grad, **how)
+
+
 FORMS = {"logits": from_logits, "hidden": from_hidden, "packed": from_packed}
 
 
@@ -189,7 +194,8 @@ def together(
     for batch in task.micro_batches:
         ids = batch.ids[:, :-1]
         loss = functools.partial(
-            FORMS[form], batch=batch, spec=task.spec, normalizer=normalizer, backend=backend
+            {**FORMS, "accumulated": from_accumulated}[form],
+            **{"batch": batch, "spec": task.spec, "normalizer": normalizer, "backend": backend},
         )
         with accumulating(model, last=batch is task.micro_batches[-1]):
             if route == "inside":
@@ -245,6 +251,34 @@ def as_one_process(
     )
     found = errors(together(task, wrapper, route, form, normalizer, **backend), want)
     assert max(found.values()) < TOLERANCE[dtype], found
+
+
+@cases.add(dtype=[torch.float64, torch.float32], lengths=["ragged", "idle"])
+def accumulated_into_the_gradient(dtype: torch.dtype, lengths: str) -> None:
+    """DDP averages `accumulate_into=weight.grad` over the ranks, as it does other gradients."""
+    task = make_task("token-mean", dtype, lengths)
+    want = alone(task)
+    normalizer = global_normalizer(x.mask for x in task.micro_batches)
+    weight = task.policy.lm_head.weight
+    weight.grad = torch.zeros_like(weight)
+    found = errors(together(task, "ddp", "inside", "accumulated", normalizer), want)
+    assert max(found.values()) < TOLERANCE[dtype], found
+
+
+@cases.add()
+def accumulated_from_a_sharded_head() -> None:
+    """FSDP2 has to scatter the gradient of a gathered head, which a buffer would miss."""
+    task = make_task("token-mean", torch.float32, "ragged")
+    model = wrap("fsdp2", task.policy)
+    batch = task.micro_batches[0]
+    loss = functools.partial(from_hidden, batch=batch, accumulate_into=torch.zeros(V, H))
+    hidden = model.backbone(batch.ids[:, :-1])
+    try:
+        loss(hidden, task.policy.lm_head)
+    except ValueError as error:
+        assert "lm_head_weight that is no DTensor" in str(error), error
+    else:
+        raise AssertionError("accepted")
 
 
 @cases.add(wrapper=["ddp", "fsdp2"], aggregation=["token-mean", "seq-mean-token-mean"])

@@ -65,6 +65,25 @@ def coupled_from_hidden_states(name: str) -> None:
     assert_gradients(grads, expected.eager, expected.truth, expected.terms, expected.lengths, name)
 
 
+@cases.add(spec=["token-local", "callable"])
+def accumulated_into_a_part(spec: str) -> None:
+    """With `accumulate_into`, a rank's buffer gets the gradient of its own rows of the weight."""
+    loss = {"token-local": FULL, "callable": LossSpec(user_loss)}[spec]
+    parts = linear_parts(from_logits(every_branch(loss, V, torch.float64)), "uneven")
+    case, want = parts.case, run_linear(parts.case, shard=parts.shard)
+    hidden, weight, bias = leaves(case)
+    into = torch.ones_like(weight)
+    out = linear_grpo_loss(
+        *(hidden, weight, case.completion_ids, case.advantages),
+        **{"spec": case.spec, "lm_head_bias": bias, "shard": parts.shard, **case.options},
+        accumulate_into=into.detach(),
+    )
+    out.loss.backward()
+    assert weight.grad is None
+    for got, wanted in zip((hidden.grad, into - 1, bias.grad), want.grads, strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
 @cases.add(frozen=[False, True])
 def dtensor_head(frozen: bool) -> None:
     """A DTensor head is gathered without `shard` and stays in parts with it.
