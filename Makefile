@@ -45,7 +45,7 @@ demo: $(VENV)/.trl  ## train a small model on addition and draw its curves (ARGS
 	$(PY) examples/addition.py $(ARGS)
 
 # pytest's status 5 is no error: ARGS may select no test of compiled kernels.
-test: $(VENV)/.test  ## run the tests with a choice of their cases: five to seven minutes on two cores, no GPU needed
+test: $(VENV)/.test  ## run the tests with a choice of their cases: six to ten minutes on two cores, no GPU needed
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(QUICK) $(ARGS)
 	env -u TRITON_INTERPRET $(PY) -m pytest tests/kernels/test_compile.py tests/ptx $(COMPILED) $(ARGS) || test $$? -eq 5
 

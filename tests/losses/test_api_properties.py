@@ -199,6 +199,9 @@ def extremes(draw: st.DrawFn, device: str) -> Problem:
     options = {"completion_mask": torch.tensor(mask).view(shape.rows), **transform}
     if shape.packed:
         options["seq_lens"] = torch.tensor(shape.seq_lens)
+    options["prompt_ids"] = torch.zeros(
+        len(shape.seq_lens) if shape.packed else shape.rows[0], dtype=torch.int64
+    )
     reinforce = LossSpec(Reinforce())
     logps = reference_loss(case.logits.double(), ids, case.advantages, spec=reinforce, **transform).logps
     # A taken token at -inf gets an ordinary old log-probability.
