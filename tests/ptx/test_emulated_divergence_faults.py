@@ -1,6 +1,7 @@
 """Deliberate faults in the kernels of the divergences: the emulator, or eager PyTorch, finds each of them.
 
-As in test_emulated_faults.py, the first half changes the PTX, and the second half the kernels' Python.
+As in test_emulated_faults.py, the first half changes the PTX, and the second half the kernels' Python. The
+stores of the gradient are changed in its Python only, because many of them do not run in a small case.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from grpo_kernels.kernels import device, divergence, dlogits  # noqa: E402
 BEYOND = "an access (to bytes|of)"  # of the tensor, or of the row of a padded tensor
 WRONG = " errs |the error of row|at masked positions"
 RACE = "race in global memory"
-V = 600  # a block of 512 columns and a part of one
+V = 1100  # a block of 1024 columns, or two of 512, and a part of one
 
 
 def trimmed(x: Tensor) -> Tensor:
@@ -75,9 +76,6 @@ def padding() -> None:
 # --- Changes of the PTX ---
 
 
-KERNELS = pytest.mark.parametrize("kernel", ["divergence_kernel", "divergence_gradient_kernel"])
-
-
 @pytest.mark.parametrize("check", [jsd, jsd_in_place])
 def test_there_is_no_other_fault(check: Check) -> None:
     assert [launch.kernel for launch in launches_of(check)] == [
@@ -102,22 +100,21 @@ def test_a_shared_store_dropped() -> None:
     assert unnoticed("divergence_kernel", jsd, r"\n[^\n]*\bst\.shared[^\n]*", "", match, step=1) == []
 
 
-@KERNELS
-def test_a_store_dropped(kernel: str) -> None:
-    assert unnoticed(kernel, jsd, r"\n[^\n]*\bst\.global[^\n]*", "", f"{WRONG}|never written") == []
+def test_a_store_dropped() -> None:
+    assert (
+        unnoticed("divergence_kernel", jsd, r"\n[^\n]*\bst\.global[^\n]*", "", f"{WRONG}|never written") == []
+    )
 
 
-@KERNELS
-def test_a_store_four_bytes_further(kernel: str) -> None:
+def test_a_store_four_bytes_further() -> None:
     match = f"{WRONG}|never written|{BEYOND}|{RACE}|multiple of 16 bytes"
-    assert unnoticed(kernel, jsd, r"(\bst\.global[^\n]*) \+ 0 \]", r"\1 + 4 ]", match) == []
+    assert unnoticed("divergence_kernel", jsd, r"(\bst\.global[^\n]*) \+ 0 \]", r"\1 + 4 ]", match) == []
 
 
-@KERNELS
-def test_a_predicate_of_an_access_removed(kernel: str) -> None:
+def test_a_predicate_of_an_access_removed() -> None:
     """Loads beyond a row, stores beyond it or by all threads instead of one, in global and shared memory."""
-    match = f"{BEYOND}|race in|never written|shared memory"
-    assert unnoticed(kernel, jsd, r"@!?%p\d+ ((ld|st)\.(global|shared))", r"\1", match) == []
+    match = f"{BEYOND}|race in|never written|shared memory|{WRONG}"
+    assert unnoticed("divergence_kernel", jsd, r"@!?%p\d+ ((ld|st)\.(global|shared))", r"\1", match) == []
 
 
 # --- Changes of the source ---
@@ -180,11 +177,6 @@ FAULTS: dict[str, tuple[Change, Check, str]] = {
         jsd,
         WRONG,
     ),
-    "a sampling mask's tail forgotten": (
-        Change(device.are_kept, "mask=index * WORD < V, other=0", ""),
-        dropping,
-        BEYOND,
-    ),
     "the next word of a sampling mask": (
         Change(device.are_kept, "index = start // WORD", "index = start // WORD + 1"),
         dropping,
@@ -204,24 +196,3 @@ def test_fault(name: str) -> None:
     with changed(change):
         found = message(check)
     assert re.search(match, found), found
-
-
-CONTRACTED = Change(
-    device.exponent, "tl.fma(y - shift, tl.zeros_like(y) + k, tl.zeros_like(y))", "k * y - k * shift"
-)
-
-
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
-def test_a_contracted_exponent(kind: str) -> None:
-    """The compiler makes an FMA of it, which is not 0 at the maximum: see test_emulated_faults.py."""
-    ordinary = batch(kind=kind, vocab=V).with_options(temperature=0.3)
-    hard = batch(kind=kind, vocab=V).with_options(temperature=0.3)
-    hard.logits[..., ::2], hard.teacher[..., ::2] = -1e10, -1e10
-
-    def check(case: Case) -> None:
-        assert_parity(case, backend="triton", what=kind)
-
-    assert message(lambda: check(hard)) == ""
-    with changed(CONTRACTED):
-        assert message(lambda: check(ordinary)) == ""
-        assert re.search(r" errs ", message(lambda: check(hard)))
