@@ -83,9 +83,9 @@ def rows_of(figures: Figures) -> Iterator[Row]:
 
 
 def provider_of(package: str) -> str:
-    """The name that the package has in all results."""
-    names = {p.package.replace("-", "_"): p.name for f in PROVIDERS.values() for p in f.values() if p.package}
-    return names.get(package, package)
+    """The name that the package has in all results: that of its first provider."""
+    known = (p for form in PROVIDERS.values() for p in form.values() if p.package)
+    return next((p.name for p in known if p.package.replace("-", "_") == package), package)
 
 
 def tables(path: Path) -> str:

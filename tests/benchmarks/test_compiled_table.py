@@ -70,3 +70,9 @@ def test_every_comparison_is_found() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [tuple(line[:2]) for line in cells] == wanted
     assert all(len(line) == titles.count("|") - 1 and "" not in line for line in cells)
+
+
+def test_names_of_packages() -> None:
+    """A package with several providers has one name in the table."""
+    names = {job_name for job in comparison.JOBS for job_name in job.kernels}
+    assert names == {comparison.provider_of(package) for package in (OURS, "liger_kernel", "trl")}
