@@ -49,6 +49,7 @@ CURVES = {
     "kl_exact": "Exact KL to the reference, nats per token",
 }
 COLOURS = ("#D55E00", "#CC79A7", "#000000", "#56B4E9", "#009E73")
+NEIGHBOURS = 4
 LAST = 20  # the table has means over this many steps
 
 
@@ -87,18 +88,22 @@ def run(job: tuple[str, int, int]) -> Result:
     return Result(loss, seed, before, accuracy(model, tokenizer, held_out), history)
 
 
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return the mean of each value and its neighbours, up to `NEIGHBOURS` on either side."""
+    return [mean(values[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1]) for i in range(len(values))]
+
+
 def draw(path: Path, results: Sequence[Result]) -> None:
-    """Draw one panel per curve, with the mean over the seeds and a thin line for each seed."""
+    """Draw one panel per curve, with the mean over the seeds and a band over their range."""
     figure, panels = plt.subplots(1, len(CURVES), figsize=(14, 4.4), layout="constrained")
     for axes, (key, title) in zip(panels, CURVES.items(), strict=True):
         for colour, loss in zip(COLOURS, LOSSES, strict=True):
             runs = [[logs.get(key) for logs in r.history] for r in results if r.loss == loss]
-            for values in runs:
-                points = [(step, y) for step, y in enumerate(values, start=1) if y is not None]
-                axes.plot(*zip(*points, strict=True), color=colour, lw=0.6, alpha=0.4)
             columns = enumerate(zip(*runs, strict=True), start=1)
-            means = [(step, mean(column)) for step, column in columns if None not in column]
-            axes.plot(*zip(*means, strict=True), color=colour, lw=1.8, label=loss)
+            steps, values = zip(*((step, y) for step, y in columns if None not in y), strict=True)
+            lowest, highest = (smooth([f(y) for y in values]) for f in (min, max))
+            axes.fill_between(steps, lowest, highest, color=colour, alpha=0.15, lw=0)
+            axes.plot(steps, smooth([mean(y) for y in values]), color=colour, lw=1.8, label=loss)
         axes.set(title=title, xlabel="optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -116,6 +121,7 @@ def table(results: Sequence[Result], steps: int) -> str:
         "Each cell is the mean over the seeds, with their range. Accuracy: greedy decoding of held-out sums.",
         f"Reward, entropy and exact KL: sampled, means of the last {LAST} steps.",
         f"torch {torch.__version__.split('+')[0]}, on a CPU.",
+        f"The figure: mean over the seeds as a line, their range as a band, over {2 * NEIGHBOURS + 1} steps.",
         "",
         "![Reward, entropy and exact KL to the reference over training](study.png)",
         "",

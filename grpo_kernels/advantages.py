@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks.choices import ADVANTAGE_ESTIMATORS, ADVANTAGE_SCALES, AdvantageEstimator, AdvantageScale
-from .checks.scalars import check_choice, check_integer, check_number
+from .checks.scalars import check_choice, check_flag, check_integer, check_number
 from .checks.tensors import check_device, check_tensor
 from .tokens.groups import group_extreme, group_sum, number_groups
 
@@ -96,6 +96,7 @@ def group_advantages(
     check_choice("estimator", estimator, ADVANTAGE_ESTIMATORS)
     check_rewards(rewards, estimator)
     check_choice("scale", scale, ADVANTAGE_SCALES)
+    check_flag("leave_one_out", leave_one_out)
     eps = check_number("eps", eps)
     given = {
         "scale": scale != "std",
@@ -110,7 +111,7 @@ def group_advantages(
         raise ValueError("estimator 'opo' needs lengths")
     groups = number_completions(rewards, group_size, group_ids)
     # In fp32, the mean of rewards far from 0 would be inaccurate, and squares could underflow or overflow.
-    values = rewards.to(torch.float32 if rewards.device.type == "mps" else torch.float64)
+    values = rewards.detach().to(torch.float32 if rewards.device.type == "mps" else torch.float64)
     if lengths is not None:
         lengths = check_lengths(lengths, rewards).to(values.dtype)
     how = How(estimator, scale, eps, leave_one_out, lengths)
@@ -158,7 +159,8 @@ def compared(rewards: Tensor, groups: Tensor, how: How) -> Tensor:
         # If several are the best, the second best is equal to it, and the advantage is 0.
         alone = (rewards == best) & (total((rewards == best).to(rewards.dtype)) == 1)
         second = group_extreme(rewards.masked_fill(alone, -torch.inf), groups, "amax")
-        advantages = torch.where(alone, best - second, 0.0)
+        # A NaN is not equal to the best, and an infinite one may be: the mean tells.
+        advantages = torch.where(alone, best - second, 0.0) + (mean - mean)
     else:
         advantages = centred * size / others if how.leave_one_out else centred
     if how.estimator in TAKES["scale"] and how.scale != "none":

@@ -87,7 +87,7 @@ def linear_grpo_loss(
             2 N V H FLOPs. A DTensor is gathered, and its shards get the mean of all ranks' gradients, as
             with FSDP2.
         completion_ids: `[B, T]` or `[N]`, as in `grpo_loss`, as are all options that are not described here.
-        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
+        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`; `[N]` if S = N.
         lm_head_bias: `[V]`.
         ref_hidden: `[B, T, H']` or `[N, H']` of the reference model, which gets no gradient. Or give
             `ref_logps`.

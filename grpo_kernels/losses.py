@@ -69,7 +69,7 @@ def grpo_loss(
         logits: `[B, T, V]` or `[N, V]`, fp16, bf16, fp32 or fp64. `logits[b, t]` predicts `completion_ids[b,
             t]`. The last stride must be 1, the others may be any. They are never copied.
         completion_ids: `[B, T]` or `[N]`, int32 or int64.
-        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
+        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`; `[N]` if S = N.
         spec: a `LossSpec`, or the name of a preset. The default is PPO-clip with "token-mean".
         completion_mask: `[B, T]` or `[N]`, bool, int or float. 0 means that the token is not part of the
             completion. The values of all other arguments at such a position are ignored.
@@ -78,7 +78,7 @@ def grpo_loss(
         ref_logps: `[B, T]` or `[N]`, nats: log-probabilities of the reference model instead of `ref_logits`.
         old_logps: `[B, T]` or `[N]`, nats: log-probabilities of the behaviour policy. None means on-policy:
             the ratio is exactly 1.
-        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`. Constant factors of the surrogate,
+        token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`; `[N]` if S = N. Constant factors of the surrogate,
             not of the KL term. In VESPO and GMPO they weight the sequence's ratio; see these classes.
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale: a factor of the logits, before the softcap.
@@ -229,7 +229,7 @@ def log_ratio_loss(
         logits: `[B, T, V]` or `[N, V]`, as in `grpo_loss`.
         ref_logits: shaped as `logits`. They get no gradient.
         completion_ids: `[B, T]` or `[N]`, int32 or int64.
-        rewards: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
+        rewards: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`; `[N]` if S = N.
         aggregation: as in `LossSpec`.
         **options: the other options of `grpo_loss`, except for `spec`.
 

@@ -190,7 +190,7 @@ def off_policy_sequence_mask(
     Source: DeepSeek-V3.2, arXiv:2512.02556.
 
     Args:
-        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`.
+        advantages: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`; `[N]` if S = N.
         logps: `[B, T]` or packed `[N]`, nats: log-probabilities of the current policy.
         sampler_logps: shaped as `logps`, nats. A token with NaN, for which the sampler returned none, counts
             as one without drift.

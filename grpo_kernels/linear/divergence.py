@@ -39,8 +39,9 @@ class LinearDivergences(NamedTuple):
 class TokenWeights(NamedTuple):
     """Weights of the tokens in the loss: `scale * coefficient`.
 
-    The largest coefficient is between 64 and 128. A smaller one could make the logits' gradient underflow in
-    fp16, because the factor of a GradScaler arrives only in the backward.
+    The largest coefficient is between 8 and 16. With a smaller one the logits' gradient could underflow in
+    fp16, because the factor of a GradScaler arrives only in the backward. With a larger one it could
+    overflow.
     """
 
     coefficient: Tensor  # [N]
@@ -51,7 +52,7 @@ class TokenWeights(NamedTuple):
         if weights.numel() == 0:
             return cls(weights, weights.new_ones(()))
         smallest = torch.finfo(weights.dtype).tiny
-        scale = weights.abs().amax().clamp(min=64 * smallest).log2().floor().exp2() / 64
+        scale = weights.abs().amax().clamp(min=8 * smallest).log2().floor().exp2() / 8
         return cls(weights / scale, scale)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks.tensors import check_device, check_dtype, check_tensor, is_dtensor, squeeze_hint
+from ..checks.tensors import check_device, check_dtype, check_tensor, has_data, is_dtensor, squeeze_hint
 from ..vocab.shard import VocabShard, local_part
 from .products import autocasts, product
 
@@ -154,6 +154,10 @@ def check_accumulate_into(
     check_device(name, total, head.hidden.device, "hidden")
     if total.requires_grad:
         raise ValueError(f"{name} requires a gradient: pass a buffer such as lm_head_weight.grad")
+    if 0 in total.stride() and total.numel() > 1:
+        raise ValueError(f"{name} has strides {total.stride()}: several of its entries share memory")
+    if has_data(total) and any(total.data_ptr() == x.data_ptr() for x in (head.weight, head.hidden)):
+        raise ValueError(f"{name} has the memory of lm_head_weight or hidden, which the backward reads")
     if not torch.is_grad_enabled():
         return None
     if not weight.requires_grad:

@@ -65,14 +65,16 @@ def power_series(spec: Divergence, eps: float) -> Series:
         slope = [-c for c in exponential[1:]]
     else:
         w = spec.weight
-        # s = w q / m, as a function of x, has the derivative s^2 - s.
-        s = [w]
+        # s = w q / m, as a function of x, has the derivative -s (1 - s). So that 1 - s keeps its digits, it
+        # has a series of its own, r.
+        s, r = [w], [1 - w]
         for n in powers[1:]:
-            s.append((sum(s[i] * s[n - 1 - i] for i in range(n)) - s[n - 1]) / n)
+            s.append(-sum(s[i] * r[n - 1 - i] for i in range(n)) / n)
+            r.append(-s[n])
         # log(m / p) has the derivative -s; the value has the derivative w exp(-x) log(m / q).
         slope = [(1 - w) * s[n] / (n + 1) for n in powers]
-        log_mixture = [1 - w, *(-s[n] / (n + 1) for n in powers[1:])]  # log(m / q) / x
-        value = [w * sum(exponential[n - i] * log_mixture[i] for i in range(n + 1)) / (n + 2) for n in powers]
+        logs = [1 - w, *(-s[n] / (n + 1) for n in powers[1:])]  # log(m / q) / x
+        value = [w * sum(exponential[n - i] * logs[i] for i in range(n + 1)) / (n + 2) for n in powers]
     return Series(truncated(value, eps), truncated(slope, eps))
 
 
@@ -126,9 +128,9 @@ def terms(
         torch.clamp_min(p, tiny, out=a)
         torch.clamp_min(q, tiny, out=b)
         difference = torch.sub(q, p, out=slope)
-        torch.div(difference, a, out=a).mul_(w).log1p_().mul_(p).mul_(w - 1)
+        log_mixture(torch.div(difference, a, out=a), q, p, w, 1 - w).mul_(p).mul_(w - 1)
         if value is not None:
-            torch.div(difference, b, out=b).mul_(w - 1).log1p_().mul_(q).mul_(w)
+            log_mixture(torch.div(difference, b, out=b).neg_(), p, q, 1 - w, w).mul_(q).mul_(w)
         polynomial(x, series.slope, out=slope).mul_(x).mul_(p)
         choose(bits, slope, a)
         if value is not None:
@@ -136,6 +138,15 @@ def terms(
     if value is not None:
         polynomial(x, series.value, out=value).mul_(x).mul_(x).mul_(p)
         choose(bits, value, a)
+
+
+def log_mixture(excess: Tensor, other: Tensor, own: Tensor, weight: float, rest: float) -> Tensor:
+    """Overwrite `excess`, other / own - 1, with log(m / own) of the mixture `m = weight other + rest own`."""
+    if rest > 1e-3:
+        return excess.mul_(weight).log1p_()
+    # A rest this small has few digits in `1 + weight excess`. It needs them where that is nearly 0.
+    small = (other / own).mul_(weight).add_(rest).log_()
+    return torch.where(excess < -0.5, small, excess.mul_(weight).log1p_(), out=excess)
 
 
 def multiply(own: Tensor, x: Tensor, out: Tensor) -> Tensor:

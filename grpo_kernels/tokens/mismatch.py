@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks.choices import MismatchStatistic, StatisticOver, WeightLevel
 from ..checks.tensors import check_dtype, check_tensor
 from .batch import Batch
-from .sequences import Sequences
+from .sequences import Sequences, widened
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,15 @@ class Mismatch:
         return self.sequences.sums(x) / self.counts.clamp(min=1)
 
     def ratio(self, level: WeightLevel) -> Tensor:
-        """The importance ratio of each token, `[N]`, or with another level than "token" of each sequence."""
+        """The importance ratio of each token, `[N]`, or with another level than "token" of each sequence.
+
+        In fp64, except on MPS, which lacks it: a ratio beyond the range of fp32 may be divided by a mean.
+        """
         if level == "token":
-            return torch.exp(self.log_ratio)
+            return torch.exp(widened(self.log_ratio))
         self.batch.require_sequences(f"level {level!r}")
-        sums = level == "sequence"
-        return torch.exp(self.sequences.sums(self.log_ratio) if sums else self.means(self.log_ratio))
+        log_ratio = self.sequences.sums(self.log_ratio) if level == "sequence" else self.means(self.log_ratio)
+        return torch.exp(widened(log_ratio))
 
     def statistic(self, kind: MismatchStatistic) -> Tensor:
         """The statistic of each token, `[N]`, 0 where `log_ratio` is."""

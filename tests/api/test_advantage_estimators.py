@@ -301,3 +301,11 @@ R, L = torch.zeros(4), torch.ones(4)
 def test_errors(rewards: Tensor, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + re.escape(message)):
         group_advantages(rewards, group_size=2, **options)
+
+
+@pytest.mark.parametrize("scale", ["std", "batch", "none"])
+@pytest.mark.parametrize("reward", [torch.nan, torch.inf])
+def test_pass_at_k_shows_a_reward_that_is_not_finite(scale: Any, reward: float) -> None:
+    rewards = torch.tensor([reward, 1.0, 2.0, 0.0, 1.0, 5.0])
+    found = group_advantages(rewards, group_size=3, estimator="grpo_passk", scale=scale)
+    assert not found[:3].isfinite().any()

@@ -72,7 +72,7 @@ def test_twins(kind: str, weight: float, dtype: torch.dtype, needs_triton: None,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weight", [0.01, 0.5, 0.8, 0.999])
+@pytest.mark.parametrize("weight", [1e-8, 1e-4, 0.01, 0.5, 0.8, 0.998, 0.9999, 1 - 1e-8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_exact_terms(kind: str, weight: float, dtype: torch.dtype) -> None:
     """In PyTorch both terms have all digits, for every log-ratio. The exact values have 50 digits."""

@@ -316,3 +316,13 @@ def test_refused_weights_and_types() -> None:
         loss_of(case, hidden, weight.detach(), started(case, torch.float64))
     with pytest.raises(TypeError, match="accumulate_into must be a tensor, got bool"):
         loss_of(case, hidden, weight, True)
+
+
+@pytest.mark.parametrize("case", ["the weight itself", "shared entries"])
+def test_a_buffer_that_cannot_be_added_to(case: str) -> None:
+    hidden, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    buffer = weight.data if case == "the weight itself" else torch.zeros(1, 4).expand(5, 4)
+    with pytest.raises(ValueError, match="accumulate_into has"):
+        linear_grpo_loss(
+            hidden, weight, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1), accumulate_into=buffer
+        )
