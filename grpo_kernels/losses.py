@@ -79,7 +79,8 @@ def grpo_loss(
         old_logps: `[B, T]` or `[N]`, nats: log-probabilities of the behaviour policy. None means on-policy:
             the ratio is exactly 1.
         token_weights: `[B]`, `[B, 1]` or `[B, T]`; packed: `[S]` or `[N]`; `[N]` if S = N.
-            Constant factors of the surrogate, not of the KL term. In VESPO and GMPO they weight the sequence's ratio; see these classes.
+            Constant factors of the surrogate, not of the KL term. In VESPO and GMPO they weight the
+            sequence's ratio; see these classes.
         temperature: a float, or `[B]`, `[B, 1]`, `[B, T]`, packed `[S]`, `[N]`.
         logit_scale: a factor of the logits, before the softcap.
         logit_softcap: `z -> softcap * tanh(z / softcap)` after the scale, before `/ temperature`.
