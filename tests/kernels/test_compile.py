@@ -181,7 +181,8 @@ def test_no_exponent_is_the_rounding_error_of_a_product(name: str) -> None:
     """
     with launches_for(TARGETS[BUDGETED]) as kernels:
         CASES[name]()
-    over_rows = [k for k in kernels if k.name.removesuffix("_kernel") in PASSES]
+    passes = PASSES.keys() - {"scale_rows"}  # which has no exponentials
+    over_rows = [k for k in kernels if k.name.removesuffix("_kernel") in passes]
     assert over_rows
     for kernel in over_rows:
         assert kernel.metadata.enable_fp_fusion  # set explicitly, because Triton's default changes
