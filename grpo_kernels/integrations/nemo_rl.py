@@ -56,4 +56,5 @@ class PolicyLossFn(ClippedPGLossFn):
         weights = token_weights_of(lambda x: -self.plain(same, {**data, "advantages": x}, **counts)[0], every)
         options = {"completion_mask": mask, "old_logps": old, "ref_logps": ref}
         out = weighted_loss(self.spec, next_token_logprobs, every[:, 1:], weights[:, 1:], **options)
+        # NeMo-RL's own loss syncs here too: its metrics are floats.
         return rest + out.loss, {**metrics, "loss": (rest + out.loss).item()}
