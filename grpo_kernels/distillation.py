@@ -83,13 +83,13 @@ def distillation_loss(
         jsd_weight: w of the JSD, the teacher's weight in the mixture, 0 < w < 1.
         rest: with `teacher_ids` only. "bucket": all other tokens are one more outcome, of probability
             1 - sum, but at least the rounding error of the sum (in TRL 1e-7). "drop": the tokens of both
-            models are renormalised over the K ids.
+            models are renormalized over the K ids.
         aggregation: as in `LossSpec`.
         max_tokens: as in `LossSpec`.
         temperature: of both models; with `teacher_ids` of the student.
         ref_logit_scale: of the teacher's logits. None: that of the student.
         ref_logit_softcap: of the teacher's logits. None: that of the student.
-        sampling_mask: the tokens that both models are renormalised over.
+        sampling_mask: the tokens that both models are renormalized over.
         inplace: let the gradient overwrite `logits` in the backward.
 
     Returns:

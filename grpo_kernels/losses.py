@@ -91,7 +91,7 @@ def grpo_loss(
         sampling_mask: `[B, T, W]` or `[N, W]` int32, `W = ceil(V / 32)`: the tokens that top-k, top-p or
             min-p sampling kept. Bit `v % 32` of word `v // 32` is 1 if token `v` was kept. `V` is
             `vocab_size`, or the number of columns; with a shard, that of its columns. Policy and reference
-            are normalised over the kept tokens alone, as if the other logits were -inf, after the softcap. A
+            are normalized over the kept tokens alone, as if the other logits were -inf, after the softcap. A
             taken token that was not kept has the log-probability -inf. `pack_sampling_mask` makes it.
         normalizer: a number or a 0-dim tensor that replaces the denominator of the aggregation: the number of
             tokens (or sequences) of all micro-batches and ranks. If gradients are averaged over ranks, as in

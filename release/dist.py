@@ -28,7 +28,7 @@ def build(out: Path) -> tuple[Path, Path]:
         project = Path(folder, "project")
         copy_project(project)
         sdist = run_hook("build_sdist", project, out.resolve(), date)
-        normalise(sdist, date)
+        normalize(sdist, date)
         return run_hook("build_wheel", project, out.resolve(), date), sdist
 
 
@@ -56,7 +56,7 @@ def run_hook(hook: str, project: Path, out: Path, date: int) -> Path:
     return out / done.stdout.splitlines()[-1]
 
 
-def normalise(sdist: Path, date: int) -> None:
+def normalize(sdist: Path, date: int) -> None:
     """Rewrite an sdist: sorted files, one date, no owner. setuptools does this for wheels only."""
     files = {}
     with tarfile.open(sdist) as archive:

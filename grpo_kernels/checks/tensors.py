@@ -59,7 +59,7 @@ def has_data(x: Tensor) -> bool:
 
     Without data, code must not read values or addresses, probe the device, or launch a kernel.
     """
-    # A plain tensor is recognised by its type, because `is_fake` takes some microseconds.
+    # A plain tensor is recognized by its type, because `is_fake` takes some microseconds.
     return not (x.is_meta if type(x) in (Tensor, nn.Parameter) else x.is_meta or is_fake(x))
 
 

@@ -17,7 +17,7 @@ def row_pointer(ptr, batch_stride, time_stride, row, T, GROUP: tl.constexpr):
     """Return the pointer to row b * T + t. `row` is int64, because offsets in a batch can exceed 2^31."""
     ptr += (row // T) * batch_stride + (row % T) * time_stride
     if GROUP > 1:
-        # The launcher checked that every row is aligned. This hint replaces a specialisation on the strides,
+        # The launcher checked that every row is aligned. This hint replaces a specialization on the strides,
         # so all lengths share one variant.
         ptr = tl.multiple_of(ptr, 16)
     return ptr

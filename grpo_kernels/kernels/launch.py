@@ -28,7 +28,7 @@ PER_ROW = (
 )
 """Pointers to one element per row, and to the words of a sampling mask, which are loaded one by one.
 
-Without specialisation on their alignment, every slice of a batch uses the same variant.
+Without specialization on their alignment, every slice of a batch uses the same variant.
 """
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}

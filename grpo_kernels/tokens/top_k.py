@@ -27,7 +27,7 @@ def top_k_divergence(
     """Return the divergence of each row, `[N]`. A row without a valid entry gets 0.
 
     The outcomes are the valid tokens and, with rest="bucket", all other tokens together. With rest="drop" the
-    tokens of both models are renormalised.
+    tokens of both models are renormalized.
     """
     dtype = logps.dtype
     # There are few numbers per row, so fp64 costs nothing. In fp64 neither 1 - sum nor the KL cancels digits.
@@ -35,7 +35,7 @@ def top_k_divergence(
         logps, teacher_logps = logps.double(), teacher_logps.double()
     p, q = (outcomes(x, valid, rest) for x in (logps, teacher_logps))
     terms = divergence_of_outcomes(p, q, spec)
-    # Without a valid entry, the renormalised terms are NaN. Their gradients reach no log-probability.
+    # Without a valid entry, the renormalized terms are NaN. Their gradients reach no log-probability.
     return torch.where(valid.any(-1, keepdim=True), terms, 0.0).sum(-1).to(dtype)
 
 
@@ -47,7 +47,7 @@ def outcomes(logps: Tensor, valid: Tensor, rest: Rest) -> Tensor:
     total = torch.where(possible, logps, 0.0).logsumexp(-1, keepdim=True)
     total = torch.where(possible, total, -torch.inf)
     if rest == "drop":
-        # If no token of the row is possible, neither model's renormalised distribution exists.
+        # If no token of the row is possible, neither model's renormalized distribution exists.
         return logps - total
     # The probability of the others is 1 - sum, or the error of the sum if that is larger. The error is small
     # if one token has nearly all the probability, because its log-probability is then exact. The derivative

@@ -130,11 +130,11 @@ class Scratch:
         self.has_infinities = has_infinities
 
     def like(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """An uninitialised buffer of the shape `[n, V]` of `x`."""
+        """An uninitialized buffer of the shape `[n, V]` of `x`."""
         return self.empty(name, x.shape[0], x.shape[1], dtype, x.device)
 
     def empty(self, name: str, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised buffer `[rows, width]`. The same name always has the same width and dtype."""
+        """An uninitialized buffer `[rows, width]`. The same name always has the same width and dtype."""
         found = self.buffers.get(name)
         if found is None or found.shape[0] < rows:
             found = self.buffers[name] = torch.empty(rows, width, dtype=dtype, device=device)

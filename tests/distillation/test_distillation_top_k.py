@@ -197,7 +197,7 @@ def test_an_id_outside_the_vocabulary_is_nan(backend: str, device: str) -> None:
 
 
 def test_sampling_mask(backend: str, device: str) -> None:
-    """The student is renormalised over the kept tokens, the teacher is not."""
+    """The student is renormalized over the kept tokens, the teacher is not."""
     logits = torch.randn(4, 70, generator=torch.Generator().manual_seed(0)).to(device)
     keep = (torch.arange(70) % 3 != 1).expand(4, 70).to(device)
     ids = torch.tensor([[0, 2]] * 4, device=device)

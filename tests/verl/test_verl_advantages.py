@@ -115,7 +115,7 @@ def test_gdpo(weights: list[float] | None) -> None:
 
 @pytest.mark.parametrize("name", ["grpo", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline"])
 def test_a_group_of_one_is_different(name: str) -> None:
-    """verl subtracts no baseline from the reward of a group of one. Ours is 0 before it is normalised."""
+    """verl subtracts no baseline from the reward of a group of one. Ours is 0 before it is normalized."""
     ids, rewards = torch.tensor([0, 0, 1]), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
     options = dict(OURS[name])
     if "lengths" in options:

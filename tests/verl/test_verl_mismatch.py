@@ -107,7 +107,7 @@ def test_rejection(options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("threshold", [2.0, 1.1, "0.3_3.0", "0.5_2.0"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_weights(level: str, threshold: float | str, normalize: bool) -> None:
-    """Truncation (one threshold), IcePop (two), and batch normalisation of each."""
+    """Truncation (one threshold), IcePop (two), and batch normalization of each."""
     batch = tokens()
     want, metrics = verl_corr.compute_rollout_correction_weights(
         batch.log_ratio, batch.mask, level, threshold, rollout_is_batch_normalize=normalize
