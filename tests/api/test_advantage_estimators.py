@@ -138,7 +138,7 @@ def test_reinforce_plus_plus(rewards: Tensor, lengths: Tensor, weighted: bool) -
     assert_equals(got, whitened(REWARDS, weighted))
 
 
-def test_normalised_leave_one_out(rewards: Tensor) -> None:
+def test_normalized_leave_one_out(rewards: Tensor) -> None:
     """TRL's RLOO with `normalize_advantages`."""
 
     def formula(r: list[float], _: list[int]) -> list[float]:

@@ -158,7 +158,7 @@ def test_refused_advantages() -> None:
         off_policy_sequence_mask(torch.ones(3), LOGPS, SAMPLER, MASK, threshold=0.1)
 
 
-def test_normalised_weights_that_fp32_cannot_represent() -> None:
+def test_normalized_weights_that_fp32_cannot_represent() -> None:
     """The ratio is exp(199). Divided by the mean of both, it is 2."""
     logps, sampler_logps = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -200.0]])
     found = importance_weights(logps, sampler_logps, torch.ones(1, 2), high=None, normalize=True)

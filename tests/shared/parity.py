@@ -29,7 +29,7 @@ from grpo_kernels.reference import ReferenceOutput, reference_loss
 from grpo_kernels.testing import assert_no_worse_than_eager
 
 NEEDS_DYNAMO = pytest.mark.skipif(
-    torch.__version__.startswith("2.8."), reason="the Dynamo of torch 2.8 cannot trace zip(strict=True)"
+    torch.__version__.startswith("2.8."), reason="the Dynamo of torch 2.8 cannot trace NamedTuple._replace"
 )
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
