@@ -128,7 +128,7 @@ def reference_loss(
         elif spec.level == "sequence-token":
             log_ratio = lp - lp.detach() + (sum_of_sequence(log_ratio) / n).detach()
         if spec.log_ratio_clamp is not None:
-            log_ratio = log_ratio.clamp(-spec.log_ratio_clamp, spec.log_ratio_clamp)
+            log_ratio = _bounded(log_ratio, -spec.log_ratio_clamp, spec.log_ratio_clamp)
         return log_ratio.exp()
 
     def spread(x: Tensor | None) -> Tensor | None:
@@ -244,10 +244,10 @@ def _surrogate(surrogate: Any, lp: Tensor, anchor: Any, A: Tensor, ratio_to: Any
         return -A * lp
     ratio = ratio_to(anchor)
     if name == "ImportanceRatio":
-        return -A * (ratio if surrogate.max_ratio is None else ratio.clamp(max=surrogate.max_ratio))
+        return -A * (ratio if surrogate.max_ratio is None else _bounded(ratio, high=surrogate.max_ratio))
     if name == "PPOClip":
-        bounded = ratio if surrogate.delta is None else ratio.clamp(max=surrogate.delta)
-        clipped = ratio.clamp(1 - surrogate.eps_low, 1 + surrogate.eps_high)
+        bounded = ratio if surrogate.delta is None else _bounded(ratio, high=surrogate.delta)
+        clipped = _bounded(ratio, 1 - surrogate.eps_low, 1 + surrogate.eps_high)
         loss = -torch.minimum(bounded * A, clipped * A)
         if surrogate.dual_clip is not None:
             loss = torch.where(A < 0, torch.minimum(loss, -surrogate.dual_clip * A), loss)
@@ -278,6 +278,11 @@ def _inside_region(surrogate: Any, lp: Tensor, old_lp: Tensor, A: Tensor) -> Ten
     return torch.where(A > 0, raised, lowered)
 
 
+def _bounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """Clamp `x`. A value on its bound keeps its gradient: `Tensor.clamp`'s is 0 there from torch 2.14 on."""
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 def _either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(condition, torch.full_like(like, yes), torch.full_like(like, no))
 
@@ -306,10 +311,10 @@ def _coupled(
         return -(rate + k * log_w - rate * log_w.exp()).exp() * A * lp
     bounded = torch.where(
         A > 0,
-        log_ratio.clamp(max=surrogate.eps_high),
-        torch.where(A < 0, log_ratio.clamp(min=-surrogate.eps_low), 0 * log_ratio),
+        _bounded(log_ratio, high=surrogate.eps_high),
+        torch.where(A < 0, _bounded(log_ratio, low=-surrogate.eps_low), 0 * log_ratio),
     )
-    loss = -sum_of_sequence(A) / n * (sum_of_sequence(bounded) / n).clamp(-clamp, clamp).exp()
+    loss = -sum_of_sequence(A) / n * _bounded(sum_of_sequence(bounded) / n, -clamp, clamp).exp()
     return loss if w is None else loss * (sum_of_sequence((w + 1e-10).log()) / n).exp()
 
 
@@ -337,10 +342,10 @@ def _clip_fractions(
 
 def _sampled_kl(kl: Any, lp: Tensor, rp: Tensor, ratio: Tensor) -> Tensor:
     free = rp - lp
-    x = free if kl.clamp is None else free.clamp(-kl.clamp, kl.clamp)
+    x = free if kl.clamp is None else _bounded(free, -kl.clamp, kl.clamp)
     value = {"k1": -x, "abs": x.abs(), "k2": x**2 / 2, "k3": torch.expm1(x) - x}[kl.kind]
     if kl.output_clamp is not None:
-        value = value.clamp(-kl.output_clamp, kl.output_clamp)
+        value = _bounded(value, -kl.output_clamp, kl.output_clamp)
     if kl.straight_through:
         value = value.detach() + free**2 / 2 - (free**2 / 2).detach()
     return value * ratio if kl.ratio_corrected else value

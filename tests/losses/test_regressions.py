@@ -14,6 +14,7 @@ from grpo_kernels import (
     GMPO,
     KL,
     VESPO,
+    ImportanceRatio,
     LossSpec,
     PPOClip,
     group_advantages,
@@ -127,17 +128,32 @@ class TestOracle:
     def test_knows_the_clamp_of_log_ratios(self, surrogate: object) -> None:
         self.compare(LossSpec(surrogate, log_ratio_clamp=0.05))  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize(
+        "spec",
+        [
+            LossSpec(PPOClip(0.0, 0.0)),
+            LossSpec(PPOClip(0.0, 0.0, delta=1.0)),
+            LossSpec(PPOClip(0.0, 0.0), level="sequence"),
+            LossSpec(ImportanceRatio(max_ratio=1.0)),
+            LossSpec(GMPO(0.0, 0.0)),
+        ],
+        ids=["clip", "clip, delta", "clip, sequence", "importance ratio", "GMPO"],
+    )
+    def test_a_ratio_on_its_bound_keeps_its_gradient(self, spec: LossSpec) -> None:
+        """By `Tensor.clamp` it had none from torch 2.14 on."""
+        self.compare(spec, old_logps=None)
+
     def test_counts_the_weight_of_a_sequence_once(self) -> None:
         """The weight scales VESPO's ratio once. It was counted once per token."""
         self.compare(LossSpec(VESPO()), token_weights=torch.tensor([[0.5], [0.8]]))
 
     @staticmethod
-    def compare(spec: LossSpec, **options: Tensor) -> None:
+    def compare(spec: LossSpec, **options: Tensor | None) -> None:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
         ids, advantages = torch.randint(7, (2, 3), generator=generator), torch.tensor([1.0, -1.0])
         logps = torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
-        options["old_logps"] = logps - torch.tensor([[0.1, 0.2, -0.05], [-0.1, 0.2, -0.3]])
+        options.setdefault("old_logps", logps - torch.tensor([[0.1, 0.2, -0.05], [-0.1, 0.2, -0.3]]))
         found = []
         for loss in (grpo_loss, reference_loss):
             leaf = logits.clone().requires_grad_()

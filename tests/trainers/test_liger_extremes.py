@@ -143,9 +143,10 @@ def test_delta_within_the_clip_range(backend: str, device: str) -> None:
 
 
 def test_first_block_at_minus_infinity(backend: str, device: str) -> None:
-    """A first block of -inf makes Liger's loss NaN, and ours is right.
+    """A first block of -inf makes Liger's gradient NaN, and ours is right.
 
-    Liger's running maximum starts at -inf. After such a block it computes -inf - -inf.
+    Liger's running maximum starts at -inf. After such a block it computes -inf - -inf. Its loss is a minimum,
+    which passes a NaN on in Triton's interpreter up to 3.7, but not in later ones and not on a GPU.
     """
     batch = random_batch(4, device, vocab=2100)
     logits, ids = batch.logits.clone(), batch.ids % 52
@@ -153,7 +154,7 @@ def test_first_block_at_minus_infinity(backend: str, device: str) -> None:
     theirs = liger(batch._replace(logits=logits, ids=ids + 2048), "grpo")
     found = ours(batch._replace(logits=logits, ids=ids + 2048), spec_of("grpo"), backend)
     expected = liger(batch._replace(logits=logits[..., 2048:].contiguous(), ids=ids), "grpo")
-    assert bool(theirs.loss.isnan())
+    assert bool(theirs.grad.isnan().any())
     assert bool((found.grad[..., :2048] == 0).all())
     assert_same(found._replace(grad=found.grad[..., 2048:]), expected)
 
@@ -163,7 +164,7 @@ def test_taken_token_at_minus_infinity(backend: str, device: str) -> None:
     batch = lone_token(device, old_logps=None)
     batch.logits[..., 3] = -math.inf
     theirs, found = liger(batch, "grpo"), ours(batch, spec_of("grpo"), backend)
-    assert bool(theirs.loss.isnan())
+    assert bool(theirs.grad.isnan().any())
     assert float(found.loss) == -1
     assert bool(found.grad.isfinite().all())
 
