@@ -21,7 +21,7 @@ from meta_forms import (
     bf16,
     from_hidden,
     from_logits,
-    needs_cuda_build,
+    needs_gpu,
     places,
 )
 from parity import user_loss
@@ -103,7 +103,7 @@ def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "place", [META, pytest.param(FAKE_CUDA, marks=needs_cuda_build)], ids=lambda p: p.name
+    "place", [META, pytest.param(FAKE_CUDA, marks=needs_gpu)], ids=lambda p: p.name
 )
 def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device of a fake tensor may be absent, so nothing asks for its free memory or its products."""

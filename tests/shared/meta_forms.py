@@ -67,12 +67,12 @@ class Place(NamedTuple):
 REAL = Place("real", "cpu")
 META, FAKE_CPU = Place("meta", "meta"), Place("fake CPU", "cpu", fake=True)
 FAKE_CUDA = Place("fake CUDA", "cuda", fake=True)
-needs_cuda_build = pytest.mark.skipif(
-    not torch.backends.cuda.is_built(), reason="PyTorch without CUDA cannot even slice a fake CUDA tensor"
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="a backward of fake CUDA tensors asks for the device"
 )
 places = pytest.mark.parametrize(
     "place",
-    [META, FAKE_CPU, pytest.param(FAKE_CUDA, marks=needs_cuda_build)],
+    [META, FAKE_CPU, pytest.param(FAKE_CUDA, marks=needs_gpu)],
     ids=lambda place: place.name,
 )
 
