@@ -102,9 +102,7 @@ def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert want is None or described(found) == want
 
 
-@pytest.mark.parametrize(
-    "place", [META, pytest.param(FAKE_CUDA, marks=needs_gpu)], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("place", [META, pytest.param(FAKE_CUDA, marks=needs_gpu)], ids=lambda p: p.name)
 def test_no_device_is_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device of a fake tensor may be absent, so nothing asks for its free memory or its products."""
 
