@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory      # T=16384, H=4096, V=151936 on a GPU; a smaller head in fp32 on a CPU
 
-Without `accumulate_into` the fp32 gradient of the weight is held from the forward to the backward, which
-returns it in the weight's dtype. With it, the backward adds to a buffer that exists anyway, and computes the
-logits again.
+Without `accumulate_into` the gradient of the weight is held from the forward to the backward: in fp32 if it
+is a sum over chunks, and then returned in the weight's dtype. With it, the backward adds to a buffer that
+exists anyway, and computes the logits again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Head(NamedTuple):
         sums = 4 * self.T * self.H  # the hidden states' gradient in fp32
         returned = 0 if self.dtype == torch.float32 else 2
         if way == "returned":
-            held = sums + 4 * self.V * self.H
-            return held + with_gradient, held + returned * (self.T + self.V) * self.H
+            single = chunk >= self.T  # then the weight's gradient is held as it is returned
+            held = sums + (self.dtype.itemsize if single else 4) * self.V * self.H
+            copied = self.T if single else self.T + self.V
+            return held + with_gradient, held + returned * copied * self.H
         narrow = way == "into bf16" and self.dtype == torch.float32
         # A block of the product, of the buffer and of their sum, in fp32.
         part = 3 * 4 * min(BLOCK_ELEMENTS, self.V * self.H) if narrow else 0

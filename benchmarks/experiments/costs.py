@@ -33,19 +33,21 @@ class Cost(NamedTuple):
 
 
 def linear(
-    *, products: float | None = None, chunk: int = 8192, logits: int = 4
+    *, products: float | None = None, chunk: int = 8192, logits: int = 4, one_pass: bool = True
 ) -> Callable[[Workload], Cost]:
     """The cost of the linear form with `logits` bytes per logit.
 
     Logits of all rows are read once. For rows with a gradient, they are read again and the gradient is
-    written. The weight's gradient is accumulated in fp32 over chunks, and rounded at the end.
+    written. The weight's gradient is written in bf16 by a single chunk in one pass. Else it is summed in fp32
+    over chunks, and rounded at the end.
     """
 
     def cost(work: Workload) -> Cost:
         read = (1 - work.masked) * (1 + work.reference)
         needed = 2 * read + 4 * work.learning if products is None else products
-        sums = 8 * (math.ceil(work.T * work.learning / chunk) - 1) + 4
-        return Cost(logits * (read + work.learning) + 2 * work.learning, needed, sums + 6, launches=60)
+        chunks = math.ceil(work.T * work.learning / chunk)
+        head_bytes = 2 if one_pass and chunks == 1 else 8 * (chunks - 1) + 4 + 6
+        return Cost(logits * (read + work.learning) + 2 * work.learning, needed, head_bytes, launches=60)
 
     return cost
 

@@ -58,7 +58,9 @@ COSTS: dict[str, dict[str, Callable[[Workload], Cost]]] = {
     "linear": {
         "grpo_kernels": linear(),
         "grpo_kernels bf16 logits": linear(logits=2),
-        "grpo_kernels linear_logps": lambda work: linear(products=8 + 2 * work.reference)(work),
+        "grpo_kernels linear_logps": lambda work: linear(products=8 + 2 * work.reference, one_pass=False)(
+            work
+        ),
         "liger fused": products(),
         "trl": products(logits=36),
         "verl": products(share=212 / 700),

@@ -72,9 +72,12 @@ class LinearLossFunction(torch.autograd.Function):
         stats = want.empty_stats(plan.running, rows.dtype, hidden.device, for_backward=shard is not None)
         # Rows without a gradient have no loss either.
         value, dlogp = torch.zeros_like(stats.logps), torch.zeros_like(stats.logps)
-        out = HeadGradients.empty(head, ctx.needs_input_grad[:3])
+        needed = ctx.needs_input_grad[:3]
+        chunks = Chunks(rows, plan, shard, reserved=4 * weight.numel() if needed[1] else 0)
+        # A single chunk's gradient is no sum over chunks: it is computed in the dtype that is returned.
+        single = plan.active <= chunks.size and rows.config.dtype == weight.dtype
+        out = HeadGradients.empty(head, needed, weight.dtype if single else None)
         sums = GradientSums(rows.head, out, plan.selected)
-        chunks = Chunks(rows, plan, shard)
         for chunk in chunks(0, plan.active):
             place = chunk.place
             chunk_out = FusedOutput(chunk.dlogits, value[place], dlogp[place], stats.rows(place))
@@ -88,7 +91,7 @@ class LinearLossFunction(torch.autograd.Function):
                 chunk_stats.copy_(want.merged(chunk_stats, chunk.rows))
         if shard is not None:
             shard.sum_over_ranks(out.dhidden)
-        ctx.origin = origin
+        ctx.origin, ctx.backend = origin, rows.backend
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*out)
         constants = [plan.restore(x) for x in (dlogp, *(getattr(stats, name) for name in want.outputs))]
@@ -102,17 +105,18 @@ class LinearLossFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         found = (
-            None if x is None else scaled(x, grad, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+            None if x is None else scaled(x, grad, dtype, ctx.backend)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         )
         return *found, *(None,) * 5
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """Return `factor * x` in `dtype`, if possible in the memory of `x`, which was saved for the backward."""
     if x.dtype != dtype or graph_is_kept():
         return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
-    # Only a number on the CPU is compared, which does not sync.
-    return x if factor.device.type == "cpu" and factor == 1 else x.mul_(factor)
+    dispatch.scale_rows(torch.atleast_2d(x).unsqueeze(0), factor, backend)
+    return x
 
 
 def chunk_loss(rows: Rows, loss: BatchLoss, out: FusedOutput, want: Want) -> None:

@@ -41,10 +41,12 @@ class Chunks:
     """Iterates over the rows of a plan, one chunk at a time.
 
     Create it after the other allocations of a call, because it takes a share of the memory that is still
-    free.
+    free. What is allocated later is `reserved`, in bytes.
     """
 
-    def __init__(self, rows: LinearRows, plan: RowPlan, shard: VocabShard | None = None) -> None:
+    def __init__(
+        self, rows: LinearRows, plan: RowPlan, shard: VocabShard | None = None, *, reserved: int = 0
+    ) -> None:
         """`rows` are the result of `LinearRows.cast`. With a `shard`, all ranks use the same chunk length."""
         self.rows, self.plan = rows, plan
         self.targets, *self.others = (plan.take(x) for x in rows.token_tensors)
@@ -54,7 +56,9 @@ class Chunks:
         dtypes = [config.logits_dtype, *([] if in_place else [config.dtype])]
         dtypes += [] if rows.ref is None else [config.ref_logits_dtype]
         bytes_per_token = padded(weight.shape[0]) * sum(dtype.itemsize for dtype in dtypes)
-        self.size = config.chunk_tokens or choose_chunk_tokens(plan.running, bytes_per_token, weight.device)
+        self.size = config.chunk_tokens or choose_chunk_tokens(
+            plan.running, bytes_per_token, weight.device, reserved
+        )
         if shard is not None and config.chunk_tokens is None:
             self.size = shard.min_over_ranks(self.size, weight.device)
         self.size = max(1, min(self.size, plan.running))
@@ -104,13 +108,14 @@ def padded(vocab: int) -> int:
     return math.ceil(vocab / 8) * 8
 
 
-def choose_chunk_tokens(count: int, bytes_per_token: int, device: torch.device) -> int:
+def choose_chunk_tokens(count: int, bytes_per_token: int, device: torch.device, reserved: int = 0) -> int:
     """Return the number of tokens per chunk: `count` divided evenly into as few chunks as possible."""
     bytes_per_token = max(1, bytes_per_token)  # 0 in an empty part of a vocabulary that is split over ranks
     if device.type == "cpu":
         longest, multiple = CPU_CHUNK_BYTES // bytes_per_token, 1
     else:
-        longest, multiple = int(MEMORY_SHARE * free_memory(device)) // bytes_per_token, 128
+        free = max(0, free_memory(device) - reserved)
+        longest, multiple = int(MEMORY_SHARE * free) // bytes_per_token, 128
     # Rounded down to a power of two, so that a small change of free memory does not change the order of sums.
     longest = 1 << max(multiple, min(longest, CHUNK_TOKENS)).bit_length() - 1
     chunks = max(1, math.ceil(count / longest))

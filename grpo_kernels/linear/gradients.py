@@ -1,4 +1,4 @@
-"""The gradients of hidden states, weight and bias, accumulated over chunks in fp32 (fp64 for fp64)."""
+"""The gradients of hidden states, weight and bias, summed over chunks in fp32 (fp64 for fp64)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ class HeadGradients(NamedTuple):
     """The gradients of a head, in fp32 (fp64 for fp64). None if they are not needed."""
 
     dhidden: Tensor | None = None  # [N, H]
-    dweight: Tensor | None = None  # [V, H]
+    dweight: Tensor | None = None  # [V, H]; of a single chunk in the weight's dtype
     dbias: Tensor | None = None  # [V]
 
     @classmethod
-    def empty(cls, head: Head, needed: tuple[bool, ...]) -> HeadGradients:
+    def empty(
+        cls, head: Head, needed: tuple[bool, ...], dweight_dtype: torch.dtype | None = None
+    ) -> HeadGradients:
         """Allocate those that are `needed`, of hidden states, weight and bias."""
         dtype = arithmetic_dtype(head.hidden)
+        dtypes = (dtype, dweight_dtype or dtype, dtype)
         return cls(
             *(
                 torch.empty(x.shape, dtype=dtype, device=x.device) if x is not None and need else None
-                for x, need in zip(head, needed)
+                for x, need, dtype in zip(head, needed, dtypes)
             )
         )
 

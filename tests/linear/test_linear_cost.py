@@ -113,6 +113,7 @@ class TestChunks:
         assert chunks.choose_chunk_tokens(9000, 6 * 151936, gpu) == 4608
         monkeypatch.setattr(chunks, "free_memory", lambda device: 4 << 30)
         assert chunks.choose_chunk_tokens(16384, 6 * 151936, gpu) == 1024
+        assert chunks.choose_chunk_tokens(16384, 6 * 151936, gpu, reserved=2 << 30) == 512
         monkeypatch.setattr(chunks, "free_memory", lambda device: 0)
         assert chunks.choose_chunk_tokens(16384, 6 * 151936, gpu) == 128
 

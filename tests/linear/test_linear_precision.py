@@ -20,6 +20,7 @@ from parity import every_branch, user_loss
 
 from grpo_kernels import KL, LossSpec, PPOClip
 from grpo_kernels.linear import config
+from grpo_kernels.linear.gradients import GradientSums
 from grpo_kernels.testing import relative_error
 
 
@@ -52,6 +53,31 @@ class TestPrecision:
             assert_gradients(
                 got.grads, expected.eager, expected.truth, expected.terms, expected.lengths, f"{compact = }"
             )
+
+    @pytest.mark.parametrize("upstream", [1.0, 1 / 3])
+    def test_the_weights_gradient_of_a_single_chunk(
+        self, upstream: float, backend: str, device: str, mixed: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is never held in fp32, and rounded once, or once more if the backward multiplies it."""
+        dtypes: list[torch.dtype] = []
+        start = GradientSums.start
+
+        def spy(self: GradientSums, vocab: int) -> None:
+            assert self.out.dhidden is not None and self.out.dweight is not None
+            dtypes.extend((self.out.dhidden.dtype, self.out.dweight.dtype))
+            start(self, vocab)
+
+        monkeypatch.setattr(GradientSums, "start", spy)
+        case = random_case(dtype=torch.bfloat16, shape=(4, 50), device=device)
+        options = {"upstream": upstream, "backend": backend, "vocab_size": 120}
+        case.completion_ids.clamp_(max=119)
+        truth = run_linear(case.to(torch.float64), upstream=upstream, vocab_size=120).grads[1]
+        several, single = (run_linear(case, chunk_tokens=n, **options).grads[1] for n in (150, 200))
+        wide, narrow = torch.float32, torch.bfloat16
+        assert dtypes[-4:] == [wide, wide, wide, narrow]
+        assert single.dtype == narrow and not single[120:].any()
+        errors = [float(relative_error(x[:120], truth[:120]).mean()) for x in (several, single)]
+        assert errors[1] < (1.1 if upstream == 1 else 2) * errors[0]
 
     def test_accuracy_tables(self, mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """The accuracy tables of docs/kernels.md hold on fewer tokens."""
