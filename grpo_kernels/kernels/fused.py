@@ -181,11 +181,14 @@ def scale_rows_kernel(
     for start in range(0, WIDTH, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + columns, mask=columns < WIDTH)
-        tl.store(x_ptr + columns, (x.to(tl.float32) * factor).to(x.dtype), mask=columns < WIDTH)
+        tl.store(x_ptr + columns, (x.to(factor.dtype) * factor).to(x.dtype), mask=columns < WIDTH)
 
 
 def scale_rows(x: Tensor, factor: Tensor) -> None:
-    """Compute `x *= factor`: `x` is `[B, T, V]`, `factor` 0-dim fp32. If it is 1, `x` is not touched."""
+    """Compute `x *= factor`: `x` is `[B, T, V]`, `factor` 0-dim, fp32 (fp64 for fp64).
+
+    If it is 1, `x` is not touched.
+    """
     shape = blocking(x.shape[2], x)
     with on_device_of(x):
         scale_rows_kernel[(x.shape[0] * x.shape[1],)](

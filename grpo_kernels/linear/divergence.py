@@ -96,7 +96,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
         divergence_pass(rows, tokens.coefficient, spec, shard, out)
         if shard is not None:
             shard.sum_over_ranks(out.gradients.dhidden)
-        ctx.origin = origin
+        ctx.origin, ctx.backend = origin, rows.backend
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(tokens.scale, *out.gradients)
         constants = [x for x in (out.value, out.entropy) if x is not None]
@@ -112,7 +112,7 @@ class LinearDivergenceFunction(torch.autograd.Function):
         scale, *gradients = ctx.saved_tensors
         factor = grad * scale
         found = (
-            None if x is None or dtype is None else scaled(x, factor, dtype)
+            None if x is None or dtype is None else scaled(x, factor, dtype, ctx.backend)
             for x, dtype in zip(gradients, ctx.dtypes)
         )
         return *found, *(None,) * 7

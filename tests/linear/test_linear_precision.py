@@ -19,9 +19,11 @@ from linear_cases import (
 from parity import every_branch, user_loss
 
 from grpo_kernels import KL, LossSpec, PPOClip
+from grpo_kernels.checks.tensors import arithmetic_dtype
 from grpo_kernels.linear import config
 from grpo_kernels.linear.gradients import GradientSums
 from grpo_kernels.testing import relative_error
+from grpo_kernels.vocab.dispatch import scale_rows
 
 
 @pytest.fixture
@@ -78,6 +80,15 @@ class TestPrecision:
         assert single.dtype == narrow and not single[120:].any()
         errors = [float(relative_error(x[:120], truth[:120]).mean()) for x in (several, single)]
         assert errors[1] < (1.1 if upstream == 1 else 2) * errors[0]
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_scaling(self, dtype: torch.dtype, backend: str, device: str) -> None:
+        """A gradient times its upstream factor errs by a rounding in its own dtype."""
+        x = torch.rand(1, 5, 70, dtype=dtype, device=device)
+        factor = torch.tensor(1 / 3, dtype=arithmetic_dtype(x), device=device)
+        want = (x.double() / 3).to(dtype)
+        scale_rows(x, factor, backend)
+        torch.testing.assert_close(x, want, rtol=torch.finfo(dtype).eps, atol=0)
 
     def test_accuracy_tables(self, mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
         """The accuracy tables of docs/kernels.md hold on fewer tokens."""
