@@ -45,8 +45,6 @@ def test_loops_of_the_readme() -> None:
         "old_logps": None,
         "ref_logits": torch.zeros(docs_loops.B, docs_loops.T, docs_loops.V),
         "ref_hidden": torch.zeros(docs_loops.B, docs_loops.T, 16),
-        "tokens_of_all_ranks": batch.mask.sum(),
-        "world_size": 1,
         "log": lambda metrics: None,
     }
     for code in blocks:
