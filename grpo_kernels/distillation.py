@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .checks.choices import AGGREGATIONS, RESTS, Aggregation, Backend, DivergenceKind, Rest
-from .checks.scalars import check_choice
+from .checks.scalars import check_choice, check_integer
 from .checks.tensors import check_device, check_tensor, traced
 from .log import kernel_path, log_path
-from .spec import KL, LogitTransform, LossSpec
+from .spec import LogitTransform
 from .spec.divergence import Divergence
 from .tokens.batch import Batch
 from .tokens.differentiation import refuse_transforms
@@ -232,9 +232,8 @@ def divergence_weights(
     check_choice("aggregation", aggregation, AGGREGATIONS)
     if aggregation == "seq-mean-token-sum-norm" and max_tokens is None:
         raise ValueError(f"aggregation {aggregation!r} divides by max_tokens: give max_tokens")
-    # A KL term alone. Only its aggregation is used.
-    spec = LossSpec(None, KL("exact"), aggregation=aggregation, max_tokens=max_tokens)
-    return check_row_weights(spec, batch, check_normalizer(batch, normalizer), prompt_ids)
+    max_tokens = check_integer("max_tokens", max_tokens, optional=True)
+    return check_row_weights(aggregation, max_tokens, batch, check_normalizer(batch, normalizer), prompt_ids)
 
 
 def exact_kl(spec: Divergence, teacher_ids: Tensor | None) -> bool:

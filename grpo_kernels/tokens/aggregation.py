@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import LossSpec
+from ..checks.choices import Aggregation
 from .groups import group_sum, number_groups
 from .sequences import Sequences
 
@@ -18,7 +18,8 @@ def safe_divide(numerator: Tensor, denominator: Tensor | float) -> Tensor:
 
 
 def aggregation_weights(
-    spec: LossSpec,
+    aggregation: Aggregation,
+    max_tokens: int | None,
     sequences: Sequences,
     num_sequences: int | None,
     normalizer: Tensor | float | None,
@@ -26,14 +27,14 @@ def aggregation_weights(
 ) -> Tensor:
     """Return weights `[N]` such that the aggregated loss is `sum(weights * token losses)`.
 
-    `prompt_ids` are integers, `[B]` or `[S]`, for "prompt-mean".
+    `max_tokens` is for "seq-mean-token-sum-norm", `prompt_ids`, integers `[B]` or `[S]`, for "prompt-mean".
     """
     weights = sequences.mask.to(sequences.dtype)
-    if spec.aggregation == "token-mean":
+    if aggregation == "token-mean":
         denominator = sequences.over_ranks(weights.sum()) if normalizer is None else normalizer
-    elif spec.aggregation == "token-sum":
+    elif aggregation == "token-sum":
         denominator = 1.0 if normalizer is None else normalizer
-    elif spec.aggregation == "prompt-mean":
+    elif aggregation == "prompt-mean":
         assert prompt_ids is not None  # check_row_weights requires it
         prompts, count = number_groups(prompt_ids)
         # The counts are whole numbers, whose sum is exact in any order.
@@ -42,9 +43,9 @@ def aggregation_weights(
         denominator = count.to(weights.dtype) if normalizer is None else normalizer
     else:
         denominator = normalizer if normalizer is not None else float(num_sequences or 0)
-    if spec.aggregation == "seq-mean-token-mean":
+    if aggregation == "seq-mean-token-mean":
         weights = weights / sequences.lengths
-    elif spec.aggregation == "seq-mean-token-sum-norm":
-        assert spec.max_tokens is not None  # LossSpec requires it
-        denominator = denominator * spec.max_tokens
+    elif aggregation == "seq-mean-token-sum-norm":
+        assert max_tokens is not None  # LossSpec and divergence_weights require it
+        denominator = denominator * max_tokens
     return safe_divide(weights, denominator)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checks import debug
+from ..checks.choices import Aggregation
 from ..checks.scalars import check_number
 from ..checks.tensors import check_device, check_integers, check_tensor, scalar_on
 from ..spec import LossSpec
@@ -67,7 +68,7 @@ def token_inputs(
             "surrogate of the package"
         )
     normalizer = check_normalizer(batch, normalizer)
-    row_weights = check_row_weights(spec, batch, normalizer, prompt_ids)
+    row_weights = check_row_weights(spec.aggregation, spec.max_tokens, batch, normalizer, prompt_ids)
     if spec.couples_tokens and not spec.uses_callable:
         name = "a KL" if spec.surrogate is None else type(spec.surrogate).__name__
         batch.require_sequences(f"{name} at level {spec.level!r}")
@@ -98,13 +99,16 @@ def check_normalizer(batch: Batch, normalizer: float | Tensor | None) -> float |
 
 
 def check_row_weights(
-    spec: LossSpec, batch: Batch, normalizer: float | Tensor | None, prompt_ids: Tensor | None
+    aggregation: Aggregation,
+    max_tokens: int | None,
+    batch: Batch,
+    normalizer: float | Tensor | None,
+    prompt_ids: Tensor | None,
 ) -> Tensor:
     """Return the aggregation as a weight per token. Raise ValueError if it lacks an argument.
 
     Only "prompt-mean" reads `prompt_ids`. Others ignore them, so that a trainer may always pass them.
     """
-    aggregation = spec.aggregation
     if aggregation in ("seq-mean-token-mean", "prompt-mean") or (
         aggregation.startswith("seq-") and normalizer is None
     ):
@@ -115,7 +119,8 @@ def check_row_weights(
         check_tensor("prompt_ids", prompt_ids)
         check_device("prompt_ids", prompt_ids, batch.device, batch.source)
         check_integers("prompt_ids", prompt_ids, batch.num_sequences)
-    return aggregation_weights(spec, batch.sequences, batch.num_sequences, normalizer, prompt_ids)
+    sequences, count = batch.sequences, batch.num_sequences
+    return aggregation_weights(aggregation, max_tokens, sequences, count, normalizer, prompt_ids)
 
 
 def entropy_weights(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import NEEDS_SPECS_IN_GRAPHS
 
 import grpo_kernels
 from grpo_kernels import GRPOLoss, LinearGRPOLoss, LossSpec, PPOClip, grpo_loss
@@ -74,6 +75,7 @@ def test_max_tokens_and_not_the_padded_width(tokens: int) -> None:
     assert float(out.loss) == -2 / 8
 
 
+@NEEDS_SPECS_IN_GRAPHS
 def test_a_preset_made_inside_a_compiled_step() -> None:
     torch.manual_seed(0)
     logits, ids, advantages = torch.randn(2, 3, 7), torch.randint(7, (2, 3)), torch.tensor([1.0, -2.0])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import LinearCase, linear_oracle, local_and_not, random_case
-from parity import NEEDS_DYNAMO
+from parity import NEEDS_SPECS_IN_GRAPHS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -251,7 +251,7 @@ def test_nothing_of_the_weights_size_is_allocated(
     assert peak(None) == size  # without a buffer, the gradient is held
 
 
-@NEEDS_DYNAMO
+@NEEDS_SPECS_IN_GRAPHS
 @local_and_not
 def test_compiled(spec: LossSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph breaks at the pass, and the backward still adds once."""

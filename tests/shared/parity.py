@@ -28,8 +28,13 @@ from grpo_kernels import (
 from grpo_kernels.reference import ReferenceOutput, reference_loss
 from grpo_kernels.testing import assert_no_worse_than_eager
 
+TORCH = tuple(int(x) for x in torch.__version__.split(".")[:2])
+NEEDS_SPECS_IN_GRAPHS = pytest.mark.skipif(
+    TORCH < (2, 13),
+    reason="the Dynamo of torch 2.11 cannot make a LossSpec in a graph, nor rebuild rows after a break",
+)
 NEEDS_DYNAMO = pytest.mark.skipif(
-    torch.__version__.startswith("2.8."), reason="the Dynamo of torch 2.8 cannot trace NamedTuple._replace"
+    TORCH == (2, 8), reason="the Dynamo of torch 2.8 cannot trace NamedTuple._replace"
 )
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
