@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity import NEEDS_DYNAMO
 
 from grpo_kernels import LossSpec, grpo_loss, linear_grpo_loss, linear_logps, selective_logps
 from grpo_kernels.log import OnceLogger, log_once, warn_once, would_output
@@ -127,6 +128,7 @@ def test_the_kernels(informed: pytest.LogCaptureFixture, needs_triton: None) -> 
     assert informed.messages == ["policy_loss: one kernel over tokens, triton backend, logps torch.float32"]
 
 
+@NEEDS_DYNAMO
 @pytest.mark.parametrize(
     "call",
     [

@@ -89,7 +89,7 @@ def test_triton_launches_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> 
     def launched(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a kernel was launched")
 
-    monkeypatch.setattr(triton.runtime.interpreter.InterpretedFunction, "run", launched)
+    monkeypatch.setattr(triton.runtime.interpreter.InterpretedFunction, "__getitem__", launched)
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", launched)
     call = {
         "default": from_logits(backend="triton"),

@@ -174,6 +174,7 @@ class TestCompile:
         torch.testing.assert_close(compiled(*args, **options), helper(*args, **options), rtol=1e-6, atol=1e-7)
 
 
+@NEEDS_DYNAMO
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_process_group_makes_no_other_test_fail(call: int) -> None:
     """Dynamo looks up its functions again in a test of a process group. The next test still compiles."""
