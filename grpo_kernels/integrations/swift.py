@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor
 
 from ..log import logger
@@ -10,7 +12,11 @@ from .versions import require
 
 require("swift", "ms-swift", tested="4.6", distribution="ms-swift")
 
-from swift.rlhf_trainers import grpo_trainer, rlhf_mixin  # noqa: E402
+from swift.rlhf_trainers import cpo_trainer, grpo_trainer, orpo_trainer, rlhf_mixin  # noqa: E402
+
+# The modules that compute log-probabilities. For CPO and ORPO these are TRL's.
+FROM_TRL = (cpo_trainer.HFCPOTrainer, orpo_trainer.HFORPOTrainer)
+MODULES = (grpo_trainer, rlhf_mixin, *(sys.modules[trainer.__module__] for trainer in FROM_TRL))
 
 
 def swift_logps(logits: Tensor, index: Tensor) -> Tensor:
@@ -31,6 +37,6 @@ def fuse_swift_logps() -> None:
 
     Their losses stay. Call it in a file of `--external_plugins`. A second call changes nothing.
     """
-    for module in (grpo_trainer, rlhf_mixin):
+    for module in MODULES:
         module.selective_log_softmax = swift_logps
     logger.info("fuse_swift_logps: ms-swift computes log-probabilities with selective_logps")

@@ -19,7 +19,7 @@ from release.files import PROJECT_FILES, ROOT, package_files
 
 NAME = f"grpo_kernels-{grpo_kernels.__version__}"
 REQUIREMENTS = sorted((ROOT / "requirements").glob("*.txt"))
-ENVIRONMENTS = ("bench", "dev", "test", "trl", "verl")
+ENVIRONMENTS = ("bench", "dev", "swift", "test", "trl", "verl")
 
 
 @pytest.fixture(scope="module")

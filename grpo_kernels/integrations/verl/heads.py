@@ -18,55 +18,12 @@ from verl.models.transformers.monkey_patch import patch_forward_with_backends as
 from verl.utils.experimental import torch_functional
 
 from ...log import warn_once
+from ..logit_rule import LogitRule, is_linear, wrapped_layer
 from .engine import find_engines
 
 FIX = "Set actor_rollout_ref.model.use_fused_kernels=False."
-# The model multiplies its logits by the first of these that its config has (Cohere, Muse, Falcon-H1).
-MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-# The names of the softcap (Gemma, RecurrentGemma).
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 # Logits that differ by less count as equal, because a model may round them to bf16 more than once.
 TOLERANCE = 2**-6
-
-
-class LogitRule(NamedTuple):
-    """Computes logits from the output `z` of a linear head: `softcap * tanh(z * scale / softcap)`.
-
-    Attributes:
-        scale: the factor.
-        softcap: the bound of the logits; None for `z * scale`.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> LogitRule:
-        """Return the rule that a config of transformers describes. Its models use several names."""
-        config = config.get_text_config()
-
-        def first(names: tuple[str, ...]) -> Any:
-            return next((x for name in names if (x := getattr(config, name, None)) is not None), None)
-
-        scale = first(MULTIPLIERS)
-        divisor = getattr(config, "logits_scaling", None)
-        if scale is None and divisor is not None:
-            # Granite and MiniCPM3 divide by this, HyperCLOVA X multiplies by it.
-            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-        if scale is None and getattr(config, "dim_model_base", None) is not None:
-            # MiniCPM multiplies its hidden states by this before the head.
-            scale = config.dim_model_base / config.hidden_size
-        return cls(1.0 if scale is None else scale, first(SOFTCAPS))
-
-    def __call__(self, z: Tensor) -> Tensor:
-        z = z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-    def __str__(self) -> str:
-        parts = [] if self.scale == 1 else [f"a factor of {self.scale:g}"]
-        if self.softcap is not None:
-            parts.append(f"a softcap of {self.softcap:g}")
-        return " and ".join(parts) or "nothing"
 
 
 class LogitHead(NamedTuple):
@@ -83,11 +40,8 @@ class LogitHead(NamedTuple):
     @classmethod
     def of(cls, model: Any) -> LogitHead:
         """Return the head of a causal language model. Raise ValueError if it is more than a linear layer."""
-        head = model.lm_head
-        # Attributes under which FSDP, and PEFT's `modules_to_save`, hold the layer that they wrap.
-        for name in ("_fsdp_wrapped_module", "original_module"):
-            head = getattr(head, name, head)
-        if type(head).forward is not torch.nn.Linear.forward:
+        head = wrapped_layer(model.lm_head)
+        if not is_linear(head):
             raise ValueError(
                 f"the lm_head of {type(model).__name__} is of {type(head)}, whose forward is not that of a "
                 f"linear layer (LoRA on the head, for example), and verl's fused forward passes on only its "
