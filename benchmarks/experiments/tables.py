@@ -48,7 +48,9 @@ def table(path: Path) -> str:
                 f"**{full.y_value_50:.2f}** ({full.y_value_20:.2f} to {full.y_value_80:.2f})",
                 f"{full.pct_of_floor:.0f}",
                 f"{part['memory'].y_value_50:.0f}",
-                f"{full.max_rel_err:.0e}",
+                ""
+                if full.max_rel_err is None
+                else f"{full.max_rel_err:.0e}",  # not checked: a stage is left out
             )
         else:
             found = (full.status, "", "", "")

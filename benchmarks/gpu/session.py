@@ -19,8 +19,9 @@ from typing import NamedTuple
 from ..tables import record
 
 STATE, LOG = "gpu.jsonl", "gpu.log"
-STOP_SECONDS = 10  # for a part to end by itself after an interrupt
+STOP_SECONDS = 15  # for a part to end after an interrupt; pytest-xdist waits 10 for its workers
 LEAST_SECONDS = 15  # nothing useful starts and ends in less
+BUDGET = "its budget"  # why a part was stopped
 DRY_BUDGETS = 30  # times a budget is what a part may take in a rehearsal, on a slow machine
 
 
@@ -53,7 +54,7 @@ class Result:
     status: str  # ok, failed, or stopped
     seconds: float
     code: int | None = None
-    note: str = ""  # the last line of output, or why the part was stopped
+    note: str = ""  # the last line of output, after why the part was stopped
 
 
 class State:
@@ -75,7 +76,7 @@ class State:
         if not mine:
             return False
         last = mine[-1]
-        return last.status != "stopped" or (not part.csv and last.note == "its budget")
+        return last.status != "stopped" or (not part.csv and last.note.startswith(BUDGET))
 
 
 def unfinished(csv: Path) -> bool:
@@ -101,7 +102,7 @@ def execute(command: Sequence[str], variables: Mapping[str, str], seconds: float
                 env=dict(variables),
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its own processes are stopped with it
+                preexec_fn=os.setpgrp,  # so that its own processes are stopped with it, and not this one
             )
         except OSError as error:
             return Execution(127, str(error))
@@ -131,9 +132,13 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def environment(part: Part, setting: Setting) -> dict[str, str]:
-    """The environment of a part: kernels are compiled, but in a rehearsal interpreted."""
+    """The environment of a part: kernels are compiled, but in a rehearsal interpreted.
+
+    PYTHONPATH keeps its folders. Packages that were carried to the machine are there.
+    """
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found |= {"PYTHONPATH": str(record.ROOT), "PYTHONUNBUFFERED": "1", **(part.variables or {})}
+    path = os.pathsep.join(filter(None, (str(record.ROOT), found.get("PYTHONPATH"))))
+    found |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(part.variables or {})}
     return found | {"TRITON_INTERPRET": "1"} if setting.dry else found
 
 
@@ -148,6 +153,7 @@ def run(
 ) -> list[Result]:
     """Run the parts that are left, in order, and return the results of this call.
 
+    A run that a pair has ended, by a crash or a hang, goes on with the other pairs while its budget lasts.
     `started` is the time by `clock` from which the limit counts.
     """
     started = clock() if started is None else started
@@ -157,26 +163,34 @@ def run(
         if state.finished(part):
             say(part, "done in an earlier call")
             continue
-        left = limit - (clock() - started)
         budget = part.budget * (DRY_BUDGETS if setting.dry else 1)
-        allowed = min(budget, left)
-        if allowed < min(LEAST_SECONDS, budget):
-            say(part, f"not started: {max(0, left):.0f} s are left")
-            continue
-        say(part, f"about {part.seconds:.0f} s, at most {allowed:.0f} s")
-        begun = clock()
-        how = setting._replace(seconds=allowed)
-        code, note = execute(part.command(how), environment(part, how), allowed, setting.out / LOG)
-        status = "stopped" if code is None else "ok" if code == 0 else "failed"
-        if code is None:
-            note = "its budget" if allowed == budget else "the limit"
-        elif part.csv and unfinished(setting.out / part.csv):
-            status, note = "stopped", f"some pairs were not run (exit status {code})"
-        result = Result(part.name, status, round(clock() - begun, 1), code, note)
-        state.add(result)
-        found.append(result)
-        print(f"   {result.status} after {result.seconds:.0f} s: {result.note}", flush=True)
+        first, again = clock(), True
+        while again:
+            begun = clock()
+            mine, left = budget - (begun - first), limit - (begun - started)
+            allowed = min(mine, left)
+            if allowed < min(LEAST_SECONDS, budget):
+                say(part, f"not started: {max(0, allowed):.0f} s are left")
+                break
+            say(part, f"about {part.seconds:.0f} s, at most {allowed:.0f} s")
+            how, csv = setting._replace(seconds=allowed), setting.out / part.csv
+            before = contents(csv)
+            code, note = execute(part.command(how), environment(part, how), allowed, setting.out / LOG)
+            status = "stopped" if code is None else "ok" if code == 0 else "failed"
+            if code is None:
+                note = f"{BUDGET if mine <= left else 'the limit'}: {note}"
+            elif part.csv and (code or unfinished(csv)):
+                status, note = "stopped", f"some pairs were not run (exit status {code}): {note}"
+            again = bool(part.csv and code) and contents(csv) != before
+            result = Result(part.name, status, round(clock() - begun, 1), code, note)
+            state.add(result)
+            found.append(result)
+            print(f"   {result.status} after {result.seconds:.0f} s: {result.note}", flush=True)
     return found
+
+
+def contents(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 def say(part: Part, what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ GPU = torch.device("cuda")
 BATCH, PAIR, COMPILE = 2.5, 3.0, 20.0
 VARIANT = 2.5
 START = 12  # imports torch, and creates a context
-END = 12  # seconds that a run may need after its limit, to end its last pair
+END = 24  # seconds that a run may need besides its limit, to start and to end its last pair
 
 # Tests that only a compiled kernel can fail: parity of the kernels with fp64, finite masks (case 23), sure
 # tokens (case 24), more than 2^31 elements, graphs, the compiler, a trainer.
@@ -43,6 +44,7 @@ DRY_CHECKS = (
     "tests/linear/test_linear_sure_tokens.py::test_linear_logps",
     "tests/losses/test_hard_shapes.py::TestCase12Large",
 )
+SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 SANITIZED = ("tests/kernels/test_launches.py", "tests/kernels/test_token_statistics.py")
 # Folders of tests, those first that a GPU tells most about, with estimated seconds.
 SUITE = {
@@ -53,10 +55,20 @@ NO_COMPILE = ("-m", "not compile and not ptx")
 
 
 def pytest(*arguments: str, jobs: bool = True) -> list[str]:
-    """A call of pytest, in several processes if pytest-xdist is there."""
+    """A call of pytest, in several processes if pytest-xdist is there.
+
+    Tests are handed out one by one, because the first ones take longest. A file that cannot be imported stops
+    no other.
+    """
     several = jobs and importlib.util.find_spec("xdist") is not None
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if several else []
-    return [PYTHON, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *workers, *arguments]
+    workers = ["-n", str(min(14, os.cpu_count() or 1)), "--maxschedchunk=1"] if several else []
+    how = ("-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    return [PYTHON, "-m", "pytest", *how, *workers, *arguments]
+
+
+def device(setting: Setting) -> list[str]:
+    """The arguments that choose device and sizes. Without its GPU a run ends at once."""
+    return ["--tiny", "--device", "cpu"] if setting.dry else ["--device", "cuda"]
 
 
 def module(name: str, *arguments: str, setting: Setting, csv: str = "", resume: bool = True) -> list[str]:
@@ -64,12 +76,12 @@ def module(name: str, *arguments: str, setting: Setting, csv: str = "", resume: 
     limit = max(1, round(setting.seconds - END))
     command = [PYTHON, "-m", name, *arguments, "--limit", str(limit), "--output", str(setting.out / csv)]
     command += ["--resume"] if resume else []
-    return [*command, *(["--tiny", "--device", "cpu"] if setting.dry else [])]
+    return [*command, *device(setting)]
 
 
 def machine(setting: Setting) -> list[str]:
     command = [PYTHON, "-m", "benchmarks.gpu.machine", "--output", str(setting.out / "machine.json")]
-    return [*command, *(["--tiny", "--device", "cpu"] if setting.dry else [])]
+    return [*command, *device(setting)]
 
 
 def checks(setting: Setting) -> list[str]:
@@ -80,10 +92,10 @@ def checks(setting: Setting) -> list[str]:
 
 
 def sanitize(setting: Setting) -> list[str]:
-    tests = pytest(*SANITIZED, jobs=False)
+    tests = pytest(*SANITIZED, "-k", "not torch", jobs=False)
     if setting.dry:
         return tests
-    return ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *tests]
+    return [SANITIZER, "--tool", "memcheck", "--error-exitcode", "1", *tests]
 
 
 def rest(setting: Setting) -> list[str]:
@@ -98,13 +110,13 @@ def training_step(setting: Setting) -> list[str]:
 
 
 def memory(setting: Setting) -> list[str]:
-    return [PYTHON, "-m", "benchmarks.memory", *(["--device", "cpu", "--tiny"] if setting.dry else [])]
+    return [PYTHON, "-m", "benchmarks.memory", *device(setting)]
 
 
 def accuracy(setting: Setting) -> list[str]:
     sizes = ("--H", "64", "--V", "500") if setting.dry else ("--H", "4096", "--V", "151936")
-    device = "cpu" if setting.dry else "cuda"
-    return [PYTHON, "docs/figures/linear_accuracy.py", "--device", device, *sizes]
+    where = "cpu" if setting.dry else "cuda"
+    return [PYTHON, "docs/figures/linear_accuracy.py", "--device", where, *sizes]
 
 
 def tests_of(folder: str) -> Part:
@@ -145,7 +157,7 @@ def parts() -> list[Part]:
     full = plan(list(PROVIDERS), GPU, quick=False)
     no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that the sanitizer knows the ends of every tensor
     return [
-        Part(1, "machine", START + 5, 30, machine),
+        Part(1, "machine", START + 5, 45, machine),
         Part(2, "tests of compiled kernels", 80, 90, checks),
         Part(
             3,
@@ -163,7 +175,7 @@ def parts() -> list[Part]:
             lambda how: module("benchmarks.experiments", setting=how, csv="experiments.csv"),
             csv="experiments.csv",
         ),
-        Part(5, "memory checker", 45, 45, sanitize, variables=no_cache),
+        Part(5, "memory checker", 45, 60, sanitize, variables=no_cache),
         Part(6, "memory", START + 15, 40, memory),
         Part(6, "training step", 150, 60, training_step),
         Part(6, "accuracy", START + 15, 40, accuracy),

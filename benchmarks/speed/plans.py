@@ -18,7 +18,10 @@ REFERENCE = ({"loss": "log_ratio"}, {"loss": "grpo_kl"}, {"loss": "log_ratio", "
 
 
 # The providers that come first at every headline shape, and those that come last because they compile.
-FIRST = ("grpo_kernels", "grpo_kernels selective_logps", "liger fused", "liger", "trl", "quack", "verl")
+FIRST = (
+    *("grpo_kernels", "grpo_kernels selective_logps", "liger fused", "liger", "trl", "quack", "verl"),
+    "cut-cross-entropy",
+)
 LAST = ("unsloth", "torch.compile", "torch.compile + exact KL")
 
 

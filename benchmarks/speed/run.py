@@ -22,7 +22,8 @@ from ..work.providers import Provider
 from ..work.workload import Workload
 from . import gate, measure
 
-GRACE = 40  # seconds from the time limit until a run counts as hung
+PATIENCE = {"cuda": 75, "cpu": 3600}  # seconds until a pair counts as hung
+CUT = "not run: the process ended while it ran"  # a pair with this row is tried once more, after all others
 QUANTILES = ("y_value_50", "y_value_20", "y_value_80")
 
 
@@ -51,7 +52,10 @@ class Run:
         limit: float | None,  # seconds
         resume: bool = False,
     ) -> None:
-        """With `resume`, pairs that `output` has already are not measured again, and its rates are used."""
+        """With `resume`, pairs that `output` has already are not measured again, and its rates are used.
+
+        A pair that ended the process is tried once more, after the others.
+        """
         self.device = device
         self.todo = deque(todo)
         self.works = list(dict.fromkeys(work for work, _ in self.todo))
@@ -59,7 +63,9 @@ class Run:
         self.started = time.monotonic()
         self.broken: str | None = None  # why nothing can run any more
         self.output = output
-        known = record.finished(output) if resume else []
+        earlier = list(record.read(output)) if resume and output.exists() else []
+        known = record.finished(earlier)
+        self.cut = {record.pair(row) for row in earlier if row.status == CUT}
         self.table = record.Table(output, known)
         rates = {row.kernel_provider: row.y_value_50 or 0.0 for row in known if row.kernel_name == "floor"}
         self.rates_known = rates.keys() == {"copy", "matrix product"}
@@ -70,7 +76,8 @@ class Run:
             shapes = sorted(products) or [(4096, 1024, 4096)]
             self.floors = measure.floors(self.device, shapes, self.works[0].dtype)
         done = {record.pair(row) for row in known}
-        self.todo = deque(pair for pair in self.todo if self.pair(*pair) not in done)
+        left = [pair for pair in self.todo if self.pair(*pair) not in done]
+        self.todo = deque(sorted(left, key=lambda pair: self.pair(*pair) in self.cut))
 
     def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
         """The name of a pair's rows, and its configuration."""
@@ -81,13 +88,13 @@ class Run:
         return record.pair_of(name, provider.name, config)
 
     def __call__(self) -> None:
-        """Measures the machine's rates, then every pair."""
+        """Measures the machine's rates, then every pair.
+
+        Ends the process with an error if another one has to measure the rest.
+        """
         if not self.rates_known:
             self.write_rate("copy", self.floors.bytes_per_s / 1e9, "GB/s")
             self.write_rate("matrix product", self.floors.flop_per_s / 1e12, "TFLOP/s")
-        watchdog = threading.Timer((self.limit or threading.TIMEOUT_MAX - GRACE) + GRACE, self.give_up)
-        watchdog.daemon = True
-        watchdog.start()
         batch: Batch | Outcome | None = None
         last: Workload | None = None
         while self.todo:
@@ -101,18 +108,34 @@ class Run:
             if status is not None:
                 outcome = Outcome(status)
             else:
-                batch = batch or self.make_batch(work)
-                outcome = self.attempt(provider, batch) if isinstance(batch, Batch) else batch
-                self.clean(provider)
+                watchdog = threading.Timer(PATIENCE[self.device.type], self.give_up)
+                watchdog.daemon = True
+                watchdog.start()
+                try:
+                    self.begin(work, provider)
+                    batch = batch or self.make_batch(work)
+                    outcome = self.attempt(provider, batch) if isinstance(batch, Batch) else batch
+                    self.clean(provider)
+                except KeyboardInterrupt:
+                    self.write(work, provider, Outcome("not run: it was interrupted"))
+                    raise
+                watchdog.cancel()
             self.write(work, provider, outcome)
             self.todo.popleft()
-        watchdog.cancel()
         print(f"\n{self.output}")
+        if self.broken is not None:
+            raise SystemExit(self.broken)
+
+    def begin(self, work: Workload, provider: Provider) -> None:
+        """Writes the row that stays if the pair ends the process."""
+        twice = self.pair(work, provider) in self.cut
+        status = "failed: the process ended twice while it ran" if twice else CUT
+        self.write(work, provider, Outcome(status), draft=True)
 
     def give_up(self) -> None:
         """Ends a run that hangs, after a row for each pair that is left."""
         (work, provider), *rest = self.todo
-        self.write(work, provider, Outcome(f"failed: it had not ended {GRACE} s after the limit"))
+        self.write(work, provider, Outcome(f"failed: it had not ended after {PATIENCE[self.device.type]} s"))
         for work, provider in rest:
             self.write(work, provider, Outcome("not run: another provider hung"))
         os._exit(1)
@@ -159,8 +182,13 @@ class Run:
             except RuntimeError as error:
                 self.broken = f"{provider.name} has broken the GPU's context ({first_line(error)})"
 
-    def write(self, work: Workload, provider: Provider, outcome: Outcome) -> None:
-        """Writes a row for each timed part and one for memory, or one row with the status."""
+    def write(self, work: Workload, provider: Provider, outcome: Outcome, *, draft: bool = False) -> None:
+        """Writes a row for each timed part and one for memory, or one row with the status.
+
+        A draft is one row that the next one replaces.
+        """
+        if outcome.status.startswith("not run") and self.pair(work, provider) in self.cut:
+            outcome = Outcome(CUT)  # it still has one try
         floor_ms = self.floors.ms(work.floor)
         name, config = self.describe(work, provider)
         common = {
@@ -174,8 +202,10 @@ class Run:
             "provider_version": provider.version,
         }
         if outcome.status != "ok":
-            self.add(**common, kernel_operation_mode="full", metric_name="speed", metric_unit="ms")
-            print(f"  {provider.name}: {outcome.status}", flush=True)
+            empty = {"kernel_operation_mode": "full", "metric_name": "speed", "metric_unit": "ms"}
+            self.table.add(record.row(self.device, **common, **empty), draft=draft)
+            if not draft:
+                print(f"  {provider.name}: {outcome.status}", flush=True)
             return
         for mode, timing in outcome.timings.items():
             values = dict(zip(QUANTILES, timing, strict=True))

@@ -67,13 +67,19 @@ class Table:
         self._file = path.open("w", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, [f.name for f in fields(Row)], lineterminator="\n")
         self._writer.writeheader()
+        self._end = self._file.tell()
         for row in rows:
             self.add(row)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Row, *, draft: bool = False) -> None:
+        """A draft is replaced by the next row. It stays if the process ends before that."""
+        self._file.seek(self._end)
+        self._file.truncate()
         values = asdict(row)
         self._writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()})
         self._file.flush()
+        if not draft:
+            self._end = self._file.tell()
 
 
 def read(path: Path) -> Iterator[Row]:
@@ -93,12 +99,11 @@ def pair_of(name: str, provider: str, work: Mapping[str, object]) -> tuple[str, 
     return name, provider, json.dumps(rest, sort_keys=True)
 
 
-def finished(path: Path) -> list[Row]:
+def finished(rows: Sequence[Row]) -> list[Row]:
     """The rows of a run that a later call need not measure again: rates, and pairs that were completed.
 
     A pair was completed if it has a row of memory, which is the last, or one that says why there is none.
     """
-    rows = list(read(path)) if path.exists() else []
     complete = {
         pair(row)
         for row in rows

@@ -69,7 +69,9 @@ def form_table(form: str, rows: Sequence[Row]) -> str:
         else:
             reasons.append((f"{row.kernel_provider}: {row.status}", work))
     lines, before = [], ""
-    for (work, provider), part in steps.items():
+    order = list(works)
+    # Stable. A run that is made in turns comes back to a workload.
+    for (work, provider), part in sorted(steps.items(), key=lambda step: order.index(step[0][0])):
         full = part["full"]
         lines.append((
             "" if work == before else f"{work}, floor {full.floor}",

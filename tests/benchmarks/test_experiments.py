@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,25 @@ def test_a_run_reports_the_predictions(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [row.status == "ok" for row in rows if row.kernel_operation_mode == "full"].count(False) == 1
     lines = table(path).splitlines()
     assert len(lines) == 2 + 6 + 2 and sum("every unmasked row has a gradient" in line for line in lines) == 1
+
+
+def test_a_table_of_a_variant_that_is_not_checked(tmp_path: Path) -> None:
+    """A variant without a stage has times but no error."""
+    work = {"T": 8192, "V": 151936, "H": 0, "inactive": 0.0, "loss": "grpo", "predicted_ms": 2.0}
+    rows = record.Table(tmp_path / "gpu-experiments.csv")
+    names = {
+        "kernel_name": "experiment 10",
+        "kernel_provider": "without store",
+        "status": "ok",
+        "x_value": 8192,
+    }
+    values = {"y_value_50": 1.5, "y_value_20": 1.25, "y_value_80": 1.75, "pct_of_floor": 50.0}
+    for metric in ("speed", "memory"):
+        mode = {"metric_name": metric, "kernel_operation_mode": "full"}
+        config = {"extra_benchmark_config_str": json.dumps(work)}
+        rows.add(record.row(torch.device("cpu"), **names, **values, **mode, **config))
+    line = table(tmp_path / "gpu-experiments.csv").splitlines()[2]
+    assert line.split(" | ")[2:] == ["2.00", "**1.50** (1.25 to 1.75)", "50", "2", " |"]
 
 
 def test_the_largest_predicted_gain_comes_first() -> None:

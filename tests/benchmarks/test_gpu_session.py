@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.__main__ import arguments as of_benchmark
 from benchmarks.__main__ import main as benchmark
-from benchmarks.gpu import session, steps
+from benchmarks.gpu import machine, session, steps
 from benchmarks.gpu.__main__ import table
 from benchmarks.gpu.session import Execution, Part, Setting, State, run
 from benchmarks.speed import measure
+from benchmarks.speed.run import CUT, PATIENCE, Run
 from benchmarks.tables import record
+from benchmarks.work.providers import PROVIDERS, Provider
 
 TESTS = Path(__file__).parents[1]
 
@@ -76,7 +82,7 @@ def test_a_failure_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
 def test_a_part_over_its_budget_is_stopped_for_good(tmp_path: Path) -> None:
     machine = Machine({"a": 1000, "b": 20})
     first, second = machine.run([part("a"), part("b")], tmp_path, 540)
-    assert (first.status, first.note, first.seconds) == ("stopped", "its budget", 100)
+    assert (first.status, first.note, first.seconds) == ("stopped", "its budget: the last line", 100)
     assert second.status == "ok"
     assert machine.run([part("a"), part("b")], tmp_path, 540) == []
 
@@ -85,7 +91,12 @@ def test_the_limit_stops_a_part_and_the_next_call_goes_on(tmp_path: Path) -> Non
     machine = Machine({"a": 80, "b": 80, "c": 5})
     parts = [part("a"), part("b"), part("c")]
     first, second = machine.run(parts, tmp_path, 120)
-    assert (first.status, second.status, second.note, second.seconds) == ("ok", "stopped", "the limit", 40)
+    assert (first.status, second.status, second.note, second.seconds) == (
+        "ok",
+        "stopped",
+        "the limit: the last line",
+        40,
+    )
     assert machine.calls == [("a", 100), ("b", 40)]  # c is not started without time for it
     assert [(r.part, r.status) for r in machine.run(parts, tmp_path, 540)] == [("b", "ok"), ("c", "ok")]
 
@@ -121,6 +132,39 @@ def test_a_run_that_left_pairs_out_goes_on(tmp_path: Path) -> None:
     assert machine.run([part("a", csv="a.csv")], tmp_path, 540) == []
 
 
+def test_a_run_that_a_pair_ended_goes_on_at_once(tmp_path: Path) -> None:
+    """It goes on while its budget lasts, but not if it has come no further."""
+    machine = Machine({"a": 30}, {"a": 1})
+    statuses = iter([
+        ("failed: it hung", "not run: another hung", "not run: another hung"),
+        ("failed: it hung", "failed: it broke", "not run: another broke"),
+        ("failed: it hung", "failed: it broke", "ok"),
+    ])  # fmt: skip
+
+    def writes(name: str) -> None:
+        write_csv(tmp_path / "a.csv", *next(statuses))
+        machine.codes["a"] = 0 if next(reversed(list(record.read(tmp_path / "a.csv")))).status == "ok" else 1
+
+    machine.writes = writes
+    parts = [part("a", csv="a.csv")]
+    assert [r.status for r in machine.run(parts, tmp_path, 540)] == ["stopped", "stopped", "ok"]
+    assert machine.calls == [("a", 100), ("a", 70), ("a", 40)]
+
+    write_csv(tmp_path / "b.csv", "ok")
+    machine.codes["b"], machine.takes["b"], machine.writes = -11, 30, lambda name: None
+    (only,) = machine.run([part("b", csv="b.csv")], tmp_path, 540)
+    assert only.status == "stopped" and only.note.endswith("(exit status -11): the last line")
+    assert len(machine.run([part("b", csv="b.csv")], tmp_path, 540)) == 1  # a later call tries it again
+
+
+def test_a_run_that_a_pair_ended_does_not_exceed_its_budget(tmp_path: Path) -> None:
+    machine = Machine({"a": 45}, {"a": 1})
+    counts = iter(range(1, 9))
+    machine.writes = lambda name: write_csv(tmp_path / "a.csv", *next(counts) * ["not run: another hung"])
+    assert len(machine.run([part("a", csv="a.csv")], tmp_path, 540)) == 2
+    assert machine.calls == [("a", 100), ("a", 55)]  # the 10 s that are left are too few
+
+
 def test_a_run_over_its_budget_goes_on(tmp_path: Path) -> None:
     machine = Machine({"a": 1000})
     (first,) = machine.run([part("a", csv="a.csv")], tmp_path, 540)
@@ -137,6 +181,12 @@ def test_the_time_before_the_first_part_counts(tmp_path: Path) -> None:
     assert machine.calls == [("a", 40)]
 
 
+def test_a_rehearsal_has_more_time(tmp_path: Path) -> None:
+    machine = Machine({"a": 10})
+    run([part("a")], Setting(tmp_path, dry=True), 1e6, execute=machine.execute, clock=machine.clock)
+    assert machine.calls == [("a", 100 * session.DRY_BUDGETS)]
+
+
 class TestExecution:
     """Of real processes."""
 
@@ -146,8 +196,28 @@ class TestExecution:
     def test_output_and_status(self, tmp_path: Path) -> None:
         log = tmp_path / "log"
         assert self.execute("print(1); print('two')", 600, log) == (0, "two")
-        assert self.execute("raise SystemExit(3)", 600, log)[0] == 3
+        assert self.execute("raise SystemExit(3)", 600, log) == (3, "")
         assert "two" in log.read_text() and log.read_text().count("$ ") == 2  # it is added to
+
+    def test_it_is_a_group_of_its_own(self, tmp_path: Path) -> None:
+        """In the session of this process, with which it ends if that is killed."""
+        program = "import os; print(os.getpgrp() == os.getpid(), os.getsid(0))"
+        assert self.execute(program, 600, tmp_path / "log") == (0, f"True {os.getsid(0)}")
+
+    def test_an_interrupt_stops_the_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And the session."""
+        waits, started = subprocess.Popen.wait, []
+
+        def wait(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+            started.append(self)
+            if len(started) == 1:
+                raise KeyboardInterrupt
+            return waits(self, timeout)
+
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            self.execute("import time; time.sleep(600)", 600, tmp_path / "log")
+        assert started[0].returncode is not None
 
     def test_a_missing_command(self, tmp_path: Path) -> None:
         code, note = session.execute(["/no/such/command"], {}, 600, tmp_path / "log")
@@ -185,10 +255,26 @@ class TestExecution:
 
 def test_the_environment_decides_whether_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with_variable = replace(part("a"), variables={"A": "b"})
     real = session.environment(with_variable, Setting(Path()))
     assert "TRITON_INTERPRET" not in real and real["A"] == "b"
+    assert real["PYTHONUNBUFFERED"] == "1"  # so that the output of a killed process is there
     assert session.environment(with_variable, Setting(Path(), dry=True))["TRITON_INTERPRET"] == "1"
+
+
+def test_the_environment_keeps_carried_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["site", "more"]))
+    path = session.environment(part("a"), Setting(Path()))["PYTHONPATH"]
+    assert path.split(os.pathsep) == [str(record.ROOT), "site", "more"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert session.environment(part("a"), Setting(Path()))["PYTHONPATH"] == str(record.ROOT)
+
+
+def test_a_stopped_worker_leaves_time_for_the_summary() -> None:
+    """pytest-xdist waits for a worker that hangs, and reports the failures after that."""
+    manager = pytest.importorskip("xdist.workermanage").NodeManager
+    assert session.STOP_SECONDS > manager.EXIT_TIMEOUT
 
 
 def test_the_steps() -> None:
@@ -223,9 +309,92 @@ def test_commands_name_files_that_exist(tmp_path: Path, dry: bool) -> None:
             for name in named
         ), command
         assert ("cuda" not in command) if dry else ("--tiny" not in command)
+        if named:
+            assert command[command.index("--device") + 1] == ("cpu" if dry else "cuda")
         if each.csv:
             assert command[command.index("--output") + 1] == str(tmp_path / each.csv)
-            assert float(command[command.index("--limit") + 1]) < each.budget
+            # It starts, and ends its last pair, within the budget.
+            assert float(command[command.index("--limit") + 1]) == each.budget - steps.END
+            assert steps.END > steps.START
+            assert PATIENCE["cuda"] < each.budget - steps.END  # what is left after a hang is used
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_runs_take_their_arguments(tmp_path: Path, dry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.experiments.__main__ import arguments as of_experiments
+    from benchmarks.training_step.__main__ import arguments as of_training_step
+
+    parsers = {
+        "benchmarks": of_benchmark,
+        "benchmarks.experiments": of_experiments,
+        "benchmarks.training_step": of_training_step,
+    }
+    taken = {}
+    for each in steps.parts():
+        _, _, module, *argv = each.command(Setting(tmp_path, dry=dry, seconds=100))
+        if module in parsers:
+            monkeypatch.setattr(sys, "argv", [module, *argv])
+            taken[each.name] = parsers[module]()
+    assert all(args.tiny == dry for args in taken.values())
+    headline, rest = taken["headline shapes"], taken["rest of the benchmark"]
+    assert headline.headline and not rest.headline and rest.quick == dry
+    assert headline.resume and rest.resume and taken["experiments"].resume and "training step" in taken
+
+
+def test_the_checks_run_kernels_only(tmp_path: Path) -> None:
+    checks, sanitized = steps.checks(Setting(tmp_path)), steps.sanitize(Setting(tmp_path))
+    for command in (checks, sanitized):
+        assert command[command.index("-k") + 1] == "not torch"
+    files = {word.split("::")[0] for word in checks}
+    assert {"tests/kernels/test_on_gpu.py", "tests/losses/test_parity.py"} <= files
+    assert any(word.endswith("::TestCase12Large") for word in checks)
+    assert "--pairwise" in checks and set(steps.NO_COMPILE) <= set(checks)
+
+
+def test_the_memory_checker_fails_on_an_error(tmp_path: Path) -> None:
+    """It watches one process, whose tensors are allocations of their own."""
+    (checker,) = (each for each in steps.parts() if each.step == 5)
+    command = checker.command(Setting(tmp_path))
+    assert command[command.index("--error-exitcode") + 1] == "1" and "-n" not in command
+    assert checker.variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_rehearsal_only_collects_the_suite(tmp_path: Path, dry: bool) -> None:
+    commands = [each.command(Setting(tmp_path, dry=dry)) for each in steps.parts() if each.step == 7]
+    assert {"--collect-only" in command for command in commands} == {dry}
+    assert ("151936" in steps.accuracy(Setting(tmp_path, dry=dry))) == (not dry)
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, total_memory=139 * 2**30, L2_cache_size=60 * 2**20
+    )
+    shapes = []
+
+    def floors(device: torch.device, products: list[tuple[int, ...]], dtype: torch.dtype) -> measure.Floors:
+        shapes.append((products, dtype))
+        return measure.Floors(4.3e12, 790e12)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(measure, "floors", floors)
+    found = machine.describe(torch.device("cuda"), tiny=False)
+    assert found["device"] == "NVIDIA H200" and found["capability"] == "9.0"
+    assert (found["multiprocessors"], found["memory_gib"], found["l2_mib"]) == (132, 139, 60)
+    assert (found["copy_GB_per_s"], found["product_TFLOP_per_s"]) == (4300, 790)
+    assert shapes == [([machine.PRODUCT], torch.bfloat16)] and machine.PRODUCT[2] == 151936
+    assert "torch" in found and "triton" in found and "commit" in found
+    json.dumps(found)
+
+
+def test_a_file_that_cannot_be_imported_stops_no_other(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("import no_such_module\n")
+    (tmp_path / "test_b.py").write_text("def test_b(): pass\n")
+    command = steps.pytest(str(tmp_path), jobs=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "1 passed, 1 error" in done.stdout
 
 
 def test_a_benchmark_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -250,6 +419,92 @@ def test_a_benchmark_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     record.Table(path, [row for row in done if row is not done[-1]])
     again = call("--resume")
     assert again[: len(done) - 4] == done[: len(done) - 4] and len(again) == len(done)
+
+
+class TestEndedProcess:
+    """A pair may crash its process, or hang until it is killed. An exception stands for that."""
+
+    @pytest.fixture
+    def call(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[tuple[str, str]]]:
+        """Run two providers, of which the first may raise, and return their rows."""
+        monkeypatch.setattr(measure, "floors", lambda *given: measure.Floors(1e10, 1e11))
+        eager = PROVIDERS["logits"]["eager"]
+        path = tmp_path / "a.csv"
+        argv = ["--shape", "T=64,V=50", "--device", "cpu", "--output", str(path), "--resume"]
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *argv])
+
+        def call(ends: type[BaseException] | None) -> list[tuple[str, str]]:
+            def loss(*given: object) -> torch.Tensor:
+                if ends is not None:
+                    raise ends
+                return eager.loss(*given)
+
+            providers = {"first": Provider("first", loss), "second": replace(eager, name="second")}
+            monkeypatch.setitem(PROVIDERS, "logits", providers)
+            with pytest.raises(ends) if ends is not None else nullcontext():
+                benchmark()
+            rows = (row for row in record.read(path) if row.kernel_name != "floor")
+            return list(dict.fromkeys((row.kernel_provider, row.status) for row in rows))
+
+        return call
+
+    def test_it_is_tried_once_more_after_the_others(self, call: Callable[..., list[tuple[str, str]]]) -> None:
+        assert call(SystemExit) == [("first", CUT)]
+        failed = [("second", "ok"), ("first", "failed: the process ended twice while it ran")]
+        assert call(SystemExit) == failed
+        assert call(None) == failed
+        assert CUT.startswith("not run")  # so that the run counts as unfinished
+
+    def test_it_keeps_its_place(
+        self, call: Callable[..., list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also if a call in between does not get so far."""
+        call(SystemExit)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [*sys.argv, "--limit", "0"])
+            assert dict(call(None))["first"] == CUT
+        assert [name for name, _ in call(None)] == ["second", "first"]
+
+    def test_it_may_succeed(self, call: Callable[..., list[tuple[str, str]]]) -> None:
+        call(SystemExit)
+        assert call(None) == [("second", "ok"), ("first", "ok")]
+
+    def test_an_interrupt_is_no_failure(self, call: Callable[..., list[tuple[str, str]]]) -> None:
+        for _ in range(2):
+            assert call(KeyboardInterrupt) == [("first", "not run: it was interrupted")]
+        assert call(None) == [("first", "ok"), ("second", "ok")]
+
+    def test_a_pair_that_has_ended_is_not_watched(
+        self, call: Callable[..., list[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A timer that is left would end the process in the middle of a later pair."""
+        events = []
+
+        class Timer:
+            def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+                assert seconds == PATIENCE["cpu"]
+
+            def start(self) -> None:
+                events.append("start")
+
+            def cancel(self) -> None:
+                events.append("cancel")
+
+        monkeypatch.setattr("benchmarks.speed.run.threading", SimpleNamespace(Timer=Timer))
+        assert call(None) == [("first", "ok"), ("second", "ok")]
+        assert events == ["start", "cancel"] * 2
+
+    def test_a_broken_context_needs_another_process(
+        self,
+        call: Callable[..., list[tuple[str, str]]],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        monkeypatch.setattr(Run, "clean", lambda self, provider: setattr(self, "broken", "it broke"))
+        with pytest.raises(SystemExit, match="it broke"):
+            call(None)
+        last = list(record.read(tmp_path / "a.csv"))[-1]
+        assert (last.kernel_provider, last.status) == ("second", "not run: it broke")
 
 
 @pytest.mark.long
