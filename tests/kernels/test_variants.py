@@ -159,7 +159,7 @@ def test_no_recompilation_of_a_distillation(divergence: str, vocab: int, dropped
 @pytest.mark.parametrize(
     ("local", "kernels"),
     [
-        (True, ["fused_loss_kernel", "row_stats_kernel", "token_metrics_kernel"]),
+        (True, ["fused_loss_kernel", "scale_rows_kernel", "row_stats_kernel", "token_metrics_kernel"]),
         (False, ["row_stats_kernel", "dlogits_kernel"]),
     ],
 )
