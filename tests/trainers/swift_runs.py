@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tiny_models import SIZES
 from torch import Tensor
 
 pytest.importorskip("swift.rlhf_trainers")
@@ -29,20 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8}),
     "cohere": ("Cohere", {"logit_scale": 0.3}),
 }
-TINY = {
-    "vocab_size": len(SYMBOLS),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # distributions that are far from uniform
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+TINY = {**SIZES, "vocab_size": len(SYMBOLS), "tie_word_embeddings": False}
 COMMON = {
     "template": "dummy",
     "use_chat_template": False,

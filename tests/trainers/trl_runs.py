@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tiny_models import SIZES
 from torch import Tensor
 
 from grpo_kernels import LossSpec
@@ -41,19 +42,7 @@ STEPS = 10
 # Relative to the largest value of a run. Both sides are fp32: 1e-6 per step, and errors grow over ten steps.
 TOLERANCE = 1e-4
 
-TINY = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,  # distributions that are far from uniform
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
+TINY = {**SIZES, "vocab_size": V}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
