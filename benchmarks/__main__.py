@@ -106,7 +106,7 @@ def pairs(args: argparse.Namespace) -> list[tuple[Workload, Provider]]:
         if args.provider is None or provider.name in args.provider
     ]
     if args.headline:
-        found.sort(key=lambda pair: turn(pair[1].name))  # stable: the workloads keep their order
+        found.sort(key=lambda pair: turn(pair[0], pair[1].name))  # stable: the workloads keep their order
     return found
 
 

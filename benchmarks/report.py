@@ -5,7 +5,8 @@
 The text between `<!-- cpu.csv -->` and `<!-- end -->` is replaced by the tables of that CSV in
 benchmarks/results/, and the same for any other CSV. `<!-- cpu.csv summary -->` begins a short table of one
 loss, `<!-- predictions -->` the table of what the experiments should show, `<!-- headline -->` that of the
-headline shapes, and `<!-- memory -->` the peaks of a step from hidden states, by formula.
+headline shapes, `<!-- targets -->` that of the targets, and `<!-- memory -->` the peaks of a step from hidden
+states, by formula.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import re
 from pathlib import Path
 
-from . import memory
+from . import memory, targets
 from .experiments import headline
 from .experiments import tables as experiments
 from .machine_code import comparison
@@ -23,7 +24,7 @@ from .tables.run_table import run_table, summary
 from .traffic import tables as traffic
 
 DOCS = record.ROOT / "docs"
-NAMES = r"\w[\w.-]*\.csv|predictions|headline|memory"
+NAMES = r"\w[\w.-]*\.csv|predictions|headline|memory|targets"
 SECTION = re.compile(rf"(<!-- ({NAMES})( summary)? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -34,6 +35,8 @@ def table(path: Path, *, short: bool = False) -> str:
         return experiments.predictions()
     if path.name == "headline":
         return headline.table()
+    if path.name == "targets":
+        return targets.table()
     if path.name == "memory":
         return memory.predicted()
     if path.stem.endswith("-experiments"):

@@ -4,7 +4,7 @@ In this order, each with a budget, and each result written at once: (1) the mach
 that only a compiled kernel can fail, (3) the headline shapes for this package and every peer, (4) the
 experiments, by predicted gain, (5) compute-sanitizer on a sample, (6) the rest of the benchmark, (7) the
 whole suite. A second call with the same folder goes on where the first one stopped. A failure is recorded and
-does not stop the others.
+does not stop the others. At the end, the results are compared with the targets.
 
     python -m benchmarks.gpu --out folder --limit 540
     python -m benchmarks.gpu --out folder --dry        # every step on a CPU, in tiny sizes, interpreted
@@ -20,6 +20,7 @@ import argparse  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+from .. import targets  # noqa: E402
 from ..tables.markdown import markdown  # noqa: E402
 from .session import STATE, Part, Result, Setting, State, run  # noqa: E402
 from .steps import parts  # noqa: E402
@@ -58,6 +59,7 @@ def main() -> None:
     setting = Setting(out / "dry" if args.dry else out, dry=args.dry)  # a rehearsal leaves results alone
     run(chosen, setting, DRY_LIMIT if args.dry else args.limit, started=STARTED)
     print(f"\n{table(chosen, State(setting.out / STATE).results)}")
+    print(targets.table([setting.out / "headline.csv", setting.out / "experiments.csv"]))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def headline_seconds(works: Sequence[Workload]) -> float:
     for work in works:
         names = [provider.name for provider in able(work)]
         compiled = sum(name.startswith("torch.compile") or name == "unsloth" for name in names)
-        total += BATCH * len(set(map(turn, names))) + PAIR * len(names) + COMPILE * compiled
+        total += BATCH * len({turn(work, name) for name in names}) + PAIR * len(names) + COMPILE * compiled
     return total
 
 

@@ -40,9 +40,10 @@ def test_the_order_of_the_headline(monkeypatch: pytest.MonkeyPatch) -> None:
     """All shapes take the first turn before any takes the second."""
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--headline", "--device", "cpu"])
     found = pairs(arguments())
-    turns = [turn(provider.name) for _, provider in found]
+    turns = [turn(work, provider.name) for work, provider in found]
     assert turns == sorted(turns) and set(turns) == {0, 1, 2}
-    assert [turn(name) for name in ("trl", "eager", "torch.compile")] == [0, 1, 2]
+    assert [turn(LINEAR, name) for name in ("trl", "eager", "torch.compile")] == [0, 1, 2]
+    assert [turn(replace(LOGITS, loss=loss), "torch.compile") for loss in ("grpo", "grpo_kl")] == [2, 0]
     assert [work for work, provider in found if provider.name == "grpo_kernels"] == headline()
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--headline", "--tiny", "--device", "cpu"])
     assert {(work.T, work.dtype) for work, _ in pairs(arguments())} == {(16, torch.float32)}
