@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -32,6 +34,8 @@ Function = Callable[..., None]
 
 # Every case takes less, even on a busy machine. If a rank waits longer, another one has failed.
 TIMEOUT = timedelta(minutes=10)
+# Seconds that a rank whose case has failed waits for the others. They may hang in a collective of the case.
+AFTER_FAILURE = 60
 
 
 class Cases(dict[str, Callable[[], None]]):
@@ -80,14 +84,19 @@ class Cases(dict[str, Callable[[], None]]):
             for name in outcomes:
                 outcomes[name] = f"rank {rank} hung or died in it"
                 path.write_text(json.dumps(outcomes), encoding="utf-8")
+                end = threading.Timer(AFTER_FAILURE, os._exit, (1,))  # the launcher then ends the other ranks
+                end.daemon = True
                 try:
                     self[name]()
                     outcomes[name] = "ok"
                 except Exception:
                     outcomes[name] = f"rank {rank}:\n{traceback.format_exc()}"
+                    path.write_text(json.dumps(outcomes), encoding="utf-8")
+                    end.start()
                 # If one rank fails early, the others wait for it in a collective of the case. Without this
                 # barrier, the next case would use up that collective.
                 dist.monitored_barrier(timeout=TIMEOUT)
+                end.cancel()
         finally:
             path.write_text(json.dumps(outcomes), encoding="utf-8")
         dist.destroy_process_group()
