@@ -1,6 +1,6 @@
 # `make` alone lists the targets. Everything is installed into .venv, at the versions that requirements/ pins; but verl and
-# ms-swift, whose pins contradict the others', into .venv-verl and .venv-swift; and the site's tools, which need no torch, into
-# .venv-docs.
+# the TRAINERS, whose pins contradict the others', into .venv-verl and .venv-<trainer>; and the site's tools, which need no
+# torch, into .venv-docs.
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
@@ -15,7 +15,8 @@ BENCHMARK := --benchmark-only --benchmark-columns=min,median,max,rounds -s -W ig
 VENV := .venv
 PY := $(VENV)/bin/python
 VERL := .venv-verl
-SWIFT := .venv-swift
+# Each has a file in requirements/ and an environment to itself.
+TRAINERS := ms_swift nemo_rl openrlhf prime_rl skyrl
 DOCS := .venv-docs
 NEWEST := .venv-newest
 # Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.
@@ -38,7 +39,7 @@ NEW := tests/losses/test_parity.py tests/kernels/test_launches.py tests/kernels/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu gpu test-compile test-ptx test-verl test-swift test-newest dist hub study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
+.PHONY: help demo test test-all test-processors test-gpu sanitize-gpu gpu test-compile test-ptx test-verl test-trainer test-newest dist hub study bench bench-gpu experiments-gpu bench-tables bench-docs docs lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -51,7 +52,7 @@ test: $(VENV)/.test  ## run the tests with a choice of their cases: six to ten m
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(QUICK) $(ARGS)
 	env -u TRITON_INTERPRET $(PY) -m pytest tests/kernels/test_compile.py tests/ptx $(COMPILED) $(ARGS) || test $$? -eq 5
 
-test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile and test-ptx (not test-verl and test-swift)
+test-all: $(VENV)/.test  ## run every test with all of its cases, then test-compile and test-ptx (not test-verl and test-trainer)
 	$(INTERPRET) $(PY) -m pytest -n $(JOBS) tests -m "not compile and not ptx" $(ARGS)
 	$(MAKE) test-compile
 	$(MAKE) test-ptx
@@ -75,11 +76,13 @@ test-ptx: $(VENV)/.test  ## compile the kernels and run them in an emulator of P
 	env -u TRITON_INTERPRET $(PY) -m pytest -n $(JOBS) tests/ptx -m ptx $(ARGS)
 	env -u TRITON_INTERPRET EMULATE=sm_80 $(PY) -m pytest -n $(JOBS) $(EMULATED) $(ARGS)
 
-test-verl: $(VERL)/.verl  ## compare every loss with verl's; needs Python 3.10 to 3.12, as verl does
+test-verl: $(VERL)/.trainer  ## compare every loss with verl's; needs Python 3.10 to 3.12, as verl does
 	$(VERL)/bin/python -m pytest tests/verl $(ARGS)
 
-test-swift: $(SWIFT)/.swift  ## train tiny models with ms-swift, with and without our plugins; needs no GPU
-	$(SWIFT)/bin/python -m pytest tests/trainers/test_ms_swift*.py $(ARGS)
+test-trainer:  ## train a tiny model with a trainer's own code, with and without our adapter: TRAINER=openrlhf; needs no GPU
+	$(if $(filter $(TRAINER),$(TRAINERS)),,$(error TRAINER must be one of: $(TRAINERS)))
+	$(MAKE) .venv-$(TRAINER)/.trainer
+	.venv-$(TRAINER)/bin/python -m pytest tests/trainers/test_$(TRAINER).py tests/trainers/test_$(TRAINER)_runs.py $(ARGS)
 
 # An environment on top of .venv: what is installed into it hides .venv's version. torch stays as pinned, because the
 # newest one may be a build of several gigabytes. Triton comes without dependencies: a torch for GPUs asks for one version.
@@ -130,8 +133,8 @@ lint: $(VENV)/.dev  ## ruff (lint and format) and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-clean:  ## remove .venv, .venv-verl, .venv-swift, .venv-docs and everything else that was made here
-	rm -rf $(VENV) $(VERL) $(SWIFT) $(DOCS) $(NEWEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output gpu_output
+clean:  ## remove .venv, .venv-*, and everything else that was made here
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo_output gpu_output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -146,12 +149,15 @@ $(VENV)/.%: $(REQUIREMENTS) | $(PY)
 	@$(PY) -m pip install -q --disable-pip-version-check -r requirements/$*.txt -e .
 	@touch $@
 
-# Their .gitignore keeps git and ruff out of them.
-$(VERL)/.verl $(SWIFT)/.swift: $(REQUIREMENTS)
-	@echo "Installing requirements/$(@F:.%=%).txt into $(@D) (the first time takes a few minutes)"
+# A trainer whose dependencies need a GPU is installed without them, from <trainer>-nodeps.txt. The .gitignore keeps git and
+# ruff out of the environment.
+.venv-%/.trainer: $(REQUIREMENTS)
+	@echo "Installing requirements/$*.txt into $(@D) (the first time takes a few minutes)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@echo '*' > $(@D)/.gitignore
-	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -r requirements/$(@F:.%=%).txt -e .
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -r requirements/$*.txt -e .
+	@test ! -f requirements/$*-nodeps.txt || \
+		$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/$*-nodeps.txt
 	@touch $@
 
 $(DOCS)/.docs: requirements/docs.txt

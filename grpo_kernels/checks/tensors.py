@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# For the signatures of custom operators. PyTorch evaluates their annotations, which Python 3.9 cannot do for
-# `Tensor | None`.
-OptionalTensor = Optional[Tensor]
-OptionalInt = Optional[int]
 
 
 def check_tensor(name: str, value: object) -> Tensor:

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix, ops
-from ..checks.tensors import OptionalInt, OptionalTensor, traced
+from .._ops import ops
+from ..checks.tensors import traced
 from ..spec.divergence import Divergence
 from ..tokens.differentiation import apply, first_order, outside_graphs
-from ..vocab.divergence import described, divergences, gradient, wanted
+from ..vocab.divergence import divergences, gradient, wanted
+from ..vocab.operators import register
 from ..vocab.rows import MASKED
 from ..vocab.shard import VocabShard
 from .autograd import scaled
 from .chunks import Chunks
-from .config import LinearConfig
 from .gradients import GradientSums, HeadGradients
-from .passes import flatten_rows, unflatten
+from .operators import LINEAR_ROWS, flatten_rows, unflatten_rows
 from .plan import RowPlan
 from .rows import LinearRows
 
@@ -162,35 +162,16 @@ def fill(
 
 
 def divergence_operator(
-    out: Sequence[Tensor],
-    names: str,
-    coefficient: Tensor,
-    kind: str,
-    weight: float,
-    heads: Sequence[OptionalTensor],
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
-    dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    ref_logits_dtype: torch.dtype,
-    chunk_tokens: OptionalInt,
-    compact: bool,
+    out: Sequence[Tensor], names: str, coefficient: Tensor, kind: Any, weight: float, *rows: Any
 ) -> None:
-    config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
-    tensors = heads, targets, temperatures, sampling_mask, ids
-    rows = unflatten(*tensors, vocab_size, numbers, backend, config)
     given = dict(zip(names.split(), out))
     head = HeadGradients(*(given.get(name) for name in HeadGradients._fields))
     found = LinearDivergences(given["value"], given.get("entropy"), head)
-    fill(rows, coefficient, described(kind, weight), None, found)
+    fill(unflatten_rows(*rows), coefficient, Divergence(kind, weight), None, found)
 
 
-torch.library.custom_op(
-    add_op_namespace_prefix("linear_divergence"), divergence_operator, mutates_args=("out",)
+register(
+    "linear_divergence",
+    divergence_operator,
+    f"Tensor(a!)[] out, str names, Tensor coefficient, str kind, float weight, {LINEAR_ROWS}",
 )

@@ -6,21 +6,20 @@ If a call is `traced`, a pass is one opaque operator, because the number of chun
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix, ops
-from ..checks.scalars import field_values
-from ..checks.tensors import OptionalInt, OptionalTensor, traced
-from ..spec import LogitTransform
+from .._ops import ops
+from ..checks.tensors import traced
 from ..tokens.statistics import Coefficients, RowStats
 from ..vocab import dispatch
+from ..vocab.operators import pack_fields, register, unpack_fields
 from ..vocab.rows import MASKED
 from .chunks import Chunks
-from .config import LinearConfig
 from .gradients import GradientSums, HeadGradients
-from .head import Head
+from .operators import LINEAR_ROWS, flatten_rows, unflatten_rows
 from .plan import RowPlan
 from .rows import LinearRows
 
@@ -30,7 +29,7 @@ def row_stats(rows: LinearRows, out: RowStats) -> None:
     if not traced(rows.targets):
         fill_row_stats(rows, out)
         return
-    names, tensors = dispatch.pack_fields(out)
+    names, tensors = pack_fields(out)
     ops.linear_row_stats(tensors, names, *flatten_rows(rows))
 
 
@@ -49,8 +48,8 @@ def gradients(
     if not traced(rows.targets):
         fill_gradients(rows, stats, coefficients, out, add_weight=add_weight)
         return
-    out_names, tensors = dispatch.pack_fields(out)
-    names, known = dispatch.pack_fields(stats, coefficients)
+    out_names, tensors = pack_fields(out)
+    names, known = pack_fields(stats, coefficients)
     flat = flatten_rows(rows)
     ops.linear_gradients(tensors, out_names, add_weight, known, names, *flat)
 
@@ -87,96 +86,23 @@ def fill_gradients(
     sums.finish()
 
 
-# --- Custom operators. They take flat lists, which these functions pack and unpack. ---
+# --- Operators, which `row_stats` and `gradients` call if a call is traced. ---
 
 
-def flatten_rows(rows: LinearRows) -> tuple[object, ...]:
-    """Return the rows as the last arguments of a custom operator."""
-    heads = [*rows.head, *(rows.ref or (None, None, None))]
-    transform = rows.transform
-    return (
-        *(heads, *rows.token_tensors, transform.vocab_size, transform.numbers, rows.backend),
-        *field_values(rows.config),
-    )
-
-
-def unflatten(
-    heads: Sequence[Tensor | None],
-    targets: Tensor,
-    temperatures: Tensor | None,
-    sampling_mask: Tensor | None,
-    ids: Tensor | None,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
-    config: LinearConfig,
-) -> LinearRows:
-    """Rebuild the rows from the result of `flatten_rows`."""
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = heads
-    assert hidden is not None and weight is not None
-    ref = None
-    if ref_hidden is not None and ref_weight is not None:
-        ref = Head(ref_hidden, ref_weight, ref_bias)
-    transform = LogitTransform.from_numbers(vocab_size, numbers)
-    head, tensors = Head(hidden, weight, bias), (targets, temperatures, sampling_mask, ids)
-    return LinearRows(head, ref, *tensors, transform, backend, config)
-
-
-def row_stats_operator(
-    out: Sequence[Tensor],
-    names: str,
-    heads: Sequence[OptionalTensor],
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
-    dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    ref_logits_dtype: torch.dtype,
-    chunk_tokens: OptionalInt,
-    compact: bool,
-) -> None:
-    config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
-    tensors = heads, targets, temperatures, sampling_mask, ids
-    rows = unflatten(*tensors, vocab_size, numbers, backend, config)
-    fill_row_stats(rows, dispatch.unpack_fields(names, out)[0])
+def row_stats_operator(out: Sequence[Tensor], names: str, *rows: Any) -> None:
+    fill_row_stats(unflatten_rows(*rows), unpack_fields(names, out)[0])
 
 
 def gradients_operator(
-    out: Sequence[Tensor],
-    out_names: str,
-    add_weight: bool,
-    known: Sequence[Tensor],
-    names: str,
-    heads: Sequence[OptionalTensor],
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
-    dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    ref_dtype: torch.dtype,
-    ref_logits_dtype: torch.dtype,
-    chunk_tokens: OptionalInt,
-    compact: bool,
+    out: Sequence[Tensor], out_names: str, add_weight: bool, known: Sequence[Tensor], names: str, *rows: Any
 ) -> None:
-    config = LinearConfig(dtype, logits_dtype, ref_dtype, ref_logits_dtype, chunk_tokens, compact)
-    tensors = heads, targets, temperatures, sampling_mask, ids
-    rows = unflatten(*tensors, vocab_size, numbers, backend, config)
-    head_gradients = HeadGradients(**dict(zip(out_names.split(), out)))
-    fill_gradients(rows, *dispatch.unpack_fields(names, known), head_gradients, add_weight=add_weight)
+    gradients = HeadGradients(**dict(zip(out_names.split(), out)))
+    fill_gradients(unflatten_rows(*rows), *unpack_fields(names, known), gradients, add_weight=add_weight)
 
 
-torch.library.custom_op(
-    add_op_namespace_prefix("linear_row_stats"), row_stats_operator, mutates_args=("out",)
-)
-torch.library.custom_op(
-    add_op_namespace_prefix("linear_gradients"), gradients_operator, mutates_args=("out",)
+register("linear_row_stats", row_stats_operator, f"Tensor(a!)[] out, str names, {LINEAR_ROWS}")
+register(
+    "linear_gradients",
+    gradients_operator,
+    f"Tensor(a!)[] out, str out_names, bool add_weight, Tensor[] known, str names, {LINEAR_ROWS}",
 )

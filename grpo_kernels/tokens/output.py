@@ -19,7 +19,8 @@ class LossOutput(NamedTuple):
     Attributes:
         loss: 0-dim fp32, fp64 for fp64 inputs; differentiable.
         metrics: detached 0-dim tensors by name. `grpo_loss` lists them.
-        logps: `[B, T]`, nats, detached: log-probabilities of the taken tokens under the policy.
+        logps: `[B, T]`, nats, detached: log-probabilities of the taken tokens under the policy. None in a
+            distillation, which has no taken tokens.
         ref_logps: the same under the reference, or None.
         entropy: `[B, T]`, nats, detached: entropies of the policy, or None.
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix, ops
+from .._ops import ops
 from ..checks.choices import BACKENDS, Backend
 from ..checks.scalars import check_choice
-from ..checks.tensors import OptionalTensor, traced
-from ..spec import LogitTransform
+from ..checks.tensors import traced
 from ..tokens.dispatch import kernel_loss
 from ..tokens.loss import BatchLoss
 from ..tokens.statistics import Coefficients, RowStats
 from . import token_ids, torch_backend
+from .operators import ROWS, flatten_rows, pack_fields, register, unflatten_rows, unpack_fields
 from .rows import FusedOutput, Rows
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -135,63 +135,16 @@ def fill_dlogits(rows: Rows, stats: RowStats, coefficients: Coefficients, out: T
     dlogits.dlogits(rows, stats, coefficients, out)
 
 
-# --- Custom operators. They take flat lists, which these functions pack and unpack. ---
+# --- Operators, which `row_stats` and `dlogits` call if a call is traced. ---
 
 
-def pack_fields(*tuples: Any) -> tuple[str, list[Tensor]]:
-    """Return the names and tensors of those fields of NamedTuples that are not None."""
-    found = [(name, x) for each in tuples for name, x in each._asdict().items() if x is not None]
-    return " ".join(name for name, _ in found), [x for _, x in found]
+def row_stats_operator(out: Sequence[Tensor], names: str, *rows: Any) -> None:
+    fill_row_stats(unflatten_rows(*rows), unpack_fields(names, out)[0])
 
 
-def unpack_fields(names: str, tensors: Sequence[Tensor]) -> tuple[RowStats, Coefficients]:
-    """Rebuild the tuples from the result of `pack_fields`."""
-    given = dict(zip(names.split(), tensors))
-    stats = RowStats(**{name: x for name, x in given.items() if name in RowStats._fields})
-    return stats, Coefficients(**{name: given.get(name) for name in Coefficients._fields})
+def dlogits_operator(out: Tensor, known: Sequence[Tensor], names: str, *rows: Any) -> None:
+    fill_dlogits(unflatten_rows(*rows), *unpack_fields(names, known), out)
 
 
-def flatten_rows(rows: Rows) -> tuple[object, ...]:
-    """Return the rows as the last arguments of a custom operator."""
-    return *rows.tensors, rows.transform.vocab_size, rows.transform.numbers, rows.backend
-
-
-def row_stats_operator(
-    out: Sequence[Tensor],
-    names: str,
-    logits: Tensor,
-    ref_logits: OptionalTensor,
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
-) -> None:
-    transform = LogitTransform.from_numbers(vocab_size, numbers)
-    rows = Rows(logits, ref_logits, targets, temperatures, sampling_mask, ids, transform, backend)
-    fill_row_stats(rows, unpack_fields(names, out)[0])
-
-
-def dlogits_operator(
-    out: Tensor,
-    known: Sequence[Tensor],
-    names: str,
-    logits: Tensor,
-    ref_logits: OptionalTensor,
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
-) -> None:
-    transform = LogitTransform.from_numbers(vocab_size, numbers)
-    rows = Rows(logits, ref_logits, targets, temperatures, sampling_mask, ids, transform, backend)
-    fill_dlogits(rows, *unpack_fields(names, known), out)
-
-
-torch.library.custom_op(add_op_namespace_prefix("row_stats"), row_stats_operator, mutates_args=("out",))
-torch.library.custom_op(add_op_namespace_prefix("dlogits"), dlogits_operator, mutates_args=("out",))
+register("row_stats", row_stats_operator, f"Tensor(a!)[] out, str names, {ROWS}")
+register("dlogits", dlogits_operator, f"Tensor(a!) out, Tensor[] known, str names, {ROWS}")

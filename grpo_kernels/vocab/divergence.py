@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix, ops
-from ..checks.choices import DivergenceKind
-from ..checks.tensors import OptionalTensor, traced
-from ..spec import LogitTransform
+from .._ops import ops
+from ..checks.tensors import traced
 from ..spec.divergence import Divergence
 from ..tokens.differentiation import apply, first_order, outside_graphs
 from . import dispatch, divergence_torch
 from .autograd import new_gradient
 from .divergence_torch import Sums
+from .operators import ROWS, flatten_rows, register, unflatten_rows
 from .rows import MASKED, Rows
 from .shard import VocabShard
 from .want import Want
@@ -131,7 +130,7 @@ def terms(rows: Rows, sums: Sums, needed: Tensor, spec: Divergence, value: Tenso
         fill_terms(rows, sums, needed, spec, value, slope)
         return
     settings = needed, spec.kind, spec.weight
-    ops.divergence(value, slope, list(sums), *settings, *dispatch.flatten_rows(rows))
+    ops.divergence(value, slope, list(sums), *settings, *flatten_rows(rows))
 
 
 def gradient(
@@ -145,7 +144,7 @@ def gradient(
         fill_gradient(rows, sums, slope, coefficient, spec, out)
         return
     settings = slope, coefficient, spec.kind, spec.weight
-    ops.divergence_gradient(out, list(sums), *settings, *dispatch.flatten_rows(rows))
+    ops.divergence_gradient(out, list(sums), *settings, *flatten_rows(rows))
 
 
 def fill_terms(
@@ -182,25 +181,9 @@ def fill_gradient(
 
 
 def divergence_operator(
-    value: Tensor,
-    slope: Tensor,
-    sums: Sequence[Tensor],
-    needed: Tensor,
-    kind: str,
-    weight: float,
-    logits: Tensor,
-    ref_logits: OptionalTensor,
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
+    value: Tensor, slope: Tensor, sums: Sequence[Tensor], needed: Tensor, kind: Any, weight: float, *rows: Any
 ) -> None:
-    transform = LogitTransform.from_numbers(vocab_size, numbers)
-    rows = Rows(logits, ref_logits, targets, temperatures, sampling_mask, ids, transform, backend)
-    fill_terms(rows, Sums(*sums), needed, described(kind, weight), value, slope)
+    fill_terms(unflatten_rows(*rows), Sums(*sums), needed, Divergence(kind, weight), value, slope)
 
 
 def divergence_gradient_operator(
@@ -208,32 +191,20 @@ def divergence_gradient_operator(
     sums: Sequence[Tensor],
     slope: Tensor,
     coefficient: Tensor,
-    kind: str,
+    kind: Any,
     weight: float,
-    logits: Tensor,
-    ref_logits: OptionalTensor,
-    targets: Tensor,
-    temperatures: OptionalTensor,
-    sampling_mask: OptionalTensor,
-    ids: OptionalTensor,
-    vocab_size: int,
-    numbers: Sequence[float],
-    backend: str,
+    *rows: Any,
 ) -> None:
-    transform = LogitTransform.from_numbers(vocab_size, numbers)
-    rows = Rows(logits, ref_logits, targets, temperatures, sampling_mask, ids, transform, backend)
-    fill_gradient(rows, Sums(*sums), slope, coefficient, described(kind, weight), out)
+    fill_gradient(unflatten_rows(*rows), Sums(*sums), slope, coefficient, Divergence(kind, weight), out)
 
 
-def described(kind: str, weight: float) -> Divergence:
-    """Rebuild the divergence from the arguments of a custom operator."""
-    known: DivergenceKind = kind  # type: ignore[assignment]
-    return Divergence(known, weight)
-
-
-torch.library.custom_op(
-    add_op_namespace_prefix("divergence"), divergence_operator, mutates_args=("value", "slope")
+register(
+    "divergence",
+    divergence_operator,
+    f"Tensor(a!) value, Tensor(b!) slope, Tensor[] sums, Tensor needed, str kind, float weight, {ROWS}",
 )
-torch.library.custom_op(
-    add_op_namespace_prefix("divergence_gradient"), divergence_gradient_operator, mutates_args=("out",)
+register(
+    "divergence_gradient",
+    divergence_gradient_operator,
+    f"Tensor(a!) out, Tensor[] sums, Tensor slope, Tensor coefficient, str kind, float weight, {ROWS}",
 )

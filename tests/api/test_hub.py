@@ -182,11 +182,11 @@ def test_python_3_9(name: str) -> None:
 
 
 def evaluated(module: ast.Module) -> list[ast.expr]:
-    """Return the expressions with types that are evaluated: at import, or by PyTorch for custom operators."""
+    """Return the expressions with types that are evaluated at import."""
     lazy = any(isinstance(x, ast.ImportFrom) and x.module == "__future__" for x in module.body)
     found: list[ast.expr | None] = [x.value for x in module.body if isinstance(x, ast.Assign)]
     for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef) and (not lazy or node.name.endswith("_operator")):
+        if isinstance(node, ast.FunctionDef) and not lazy:
             arguments = node.args
             found += [x.annotation for x in (*arguments.args, *arguments.posonlyargs, *arguments.kwonlyargs)]
             found.append(node.returns)

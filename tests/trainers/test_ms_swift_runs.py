@@ -1,7 +1,8 @@
 """Whole runs of ms-swift's GRPO, DPO, CPO, ORPO and KTO on the CPU: without a plugin, and with each of ours.
 
-Run by `make test-swift` in ms-swift's environment. The seeds are the same, so both runs sample the same
-completions. Errors are relative to the largest value of a run. Both sides are fp32: 1e-6 per step.
+Run by `make test-trainer TRAINER=ms_swift` in ms-swift's environment. The seeds are the same, so both runs
+sample the same completions. Errors are relative to the largest value of a run. Both sides are fp32: 1e-6 per
+step.
 """
 
 from __future__ import annotations
