@@ -50,7 +50,8 @@ class SkyRLLoss(NamedTuple):
         out = weighted_loss(spec, log_probs, advantages, weights, completion_mask=mask, old_logps=old)
         # The one sync: SkyRL takes floats.
         values = torch.stack(list(out.metrics.values())).tolist()
-        return out.loss, found | dict(zip(out.metrics, values, strict=True))
+        names = [name.replace("clip_fraction", "clip_ratio") for name in out.metrics]  # SkyRL's name
+        return out.loss, found | dict(zip(names, values, strict=True))
 
 
 def bounds_of(config: Any) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The losses of SkyRL's registry and ours: values, gradients and metrics.
 
 The real functions are used if skyrl is installed. The stand-ins have the formulas of skyrl 0.3.0,
-`skyrl/backends/skyrl_train/utils/ppo_utils.py`, lines 556 to 878, and of
-`off_policy_correction_utils.py`, lines 25 to 301.
+`skyrl/backends/skyrl_train/utils/ppo_utils.py`, lines 554 to 878, and of
+`off_policy_correction_utils.py`, lines 25 to 385.
 """
 
 from __future__ import annotations
@@ -195,6 +195,17 @@ def test_every_loss(skyrl: Trainer, name: str, sampler: bool, correction: str) -
     torch.testing.assert_close(own_grad, grad, rtol=1e-6, atol=1e-8)
     if name != "dppo":
         torch.testing.assert_close(own_value, value, rtol=1e-6, atol=1e-8)
+
+
+def test_metrics(skyrl: Trainer) -> None:
+    """The fraction of clipped tokens has SkyRL's name."""
+    given = batch()
+    loss = skyrl.ours.SkyRLLoss("dapo")
+    _, metrics = loss(
+        given.logps, given.old, given.advantages, config=config("regular"), loss_mask=given.mask
+    )
+    assert metrics["clip_ratio"] == pytest.approx(metrics["clip_ratio_low"] + metrics["clip_ratio_high"])
+    assert metrics["clip_ratio"] > 0
 
 
 def test_a_registered_loss_can_be_sent_to_a_worker(skyrl: Trainer) -> None:
