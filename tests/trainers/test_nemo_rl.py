@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import nemo_rl_stand_ins  # noqa: F401  (makes nemo_rl importable)
 import pytest
 import torch
 from other_trainers import Batch, Trainer, batch, gradient, trainer
@@ -29,6 +30,7 @@ class Config(pydantic.BaseModel):
     ratio_clip_max: float = 0.2
     ratio_clip_c: float | None = None
     reference_policy_kl_penalty: float = 0.01
+    use_kl_in_reward: bool = False
     use_importance_sampling_correction: bool = False
     truncated_importance_sampling_type: str | None = None
     truncated_importance_sampling_ratio: float | None = None
@@ -64,7 +66,7 @@ class StandIn:
             return mean(mean(x, token_mask, dim=-1), samples, global_valid_seqs)
 
         kl = torch.zeros((), dtype=logp.dtype)
-        if cfg.reference_policy_kl_penalty:
+        if cfg.reference_policy_kl_penalty and not cfg.use_kl_in_reward:
             x = data["reference_policy_logprobs"][:, 1:] - logp
             weight, bounded = torch.exp(logp - logp.detach()), x.clamp(-20, 20)
             weight = torch.where(bounded == x, weight, weight.detach())
@@ -77,7 +79,7 @@ class StandIn:
         bounded = ratio.clamp(1 - cfg.ratio_clip_min, 1 + cfg.ratio_clip_max)
         if cfg.use_cispo:
             loss = -advantages * bounded.detach() * logp
-        elif cfg.disable_ppo_ratio:
+        elif cfg.disable_ppo_ratio and not cfg.force_on_policy_ratio:
             loss = -advantages * logp
         else:
             loss = torch.max(-advantages * ratio, -advantages * bounded)
@@ -142,6 +144,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cispo": {"use_cispo": True},
     "reinforce": {"disable_ppo_ratio": True},
     "on-policy": {"force_on_policy_ratio": True},
+    "on-policy reinforce": {"force_on_policy_ratio": True, "disable_ppo_ratio": True},
+    "KL in the reward": {"use_kl_in_reward": True},
     "weights": SAMPLER,
     "tis": {**SAMPLER, **BOUNDS, "truncated_importance_sampling_type": "tis"},
     "icepop": {**SAMPLER, **BOUNDS, "truncated_importance_sampling_type": "icepop"},
@@ -168,7 +172,8 @@ def test_another_surrogate(nemo_rl: Trainer) -> None:
     """A preset replaces the surrogate. Its ratio may be to the reference."""
     given = batch(4)
     for preset in ("sapo", "log_ratio"):
-        cfg = nemo_rl.theirs.ClippedPGLossConfig(reference_policy_kl_penalty=0.0)
+        # The KL in the reward makes NeMo-RL compute the reference.
+        cfg = nemo_rl.theirs.ClippedPGLossConfig(use_kl_in_reward=True)
         data, leaf, same = data_of(given), given.leaf(), given.leaf()
         loss, _ = nemo_rl.ours.PolicyLossFn(cfg, spec=preset)(leaf, data, **COUNTS)
         expected = policy_loss(
@@ -185,9 +190,11 @@ def test_another_surrogate(nemo_rl: Trainer) -> None:
 
 
 def test_what_is_refused(nemo_rl: Trainer) -> None:
-    """NeMo-RL adds its KL itself, and a dual clip needs a ratio."""
+    """NeMo-RL adds its KL itself, loads the reference only for a KL, and a dual clip needs a ratio."""
     config = nemo_rl.theirs.ClippedPGLossConfig
     with pytest.raises(ValueError, match="no KL and no entropy bonus"):
         nemo_rl.ours.PolicyLossFn(config(), spec=LossSpec(kl=KL("k3", beta=0.1)))
+    with pytest.raises(ValueError, match="does not pass the reference's log-probabilities"):
+        nemo_rl.ours.PolicyLossFn(config(reference_policy_kl_penalty=0.0), spec="log_ratio")
     with pytest.raises(ValueError, match="disable_ppo_ratio leaves no ratio"):
         nemo_rl.ours.PolicyLossFn(config(disable_ppo_ratio=True, ratio_clip_c=3.0))
