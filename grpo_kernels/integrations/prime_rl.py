@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from ..checks.choices import PresetName
+from ..checks.scalars import check_number
 from ..spec import KL, LossSpec
+from ..spec.surrogates import Surrogate
 from ..tokens.output import LossOutput
 from .shared import surrogate_spec, weighted_loss
 
@@ -35,24 +39,47 @@ def prime_rl_loss(
         LossOutput. prime-rl reads its `loss` and `metrics`.
 
     Raises:
-        ValueError: a bad option; both `kl` and `kl_tau`; a KL with a weight per token, which would not
-            multiply it; a reference is needed, and the algorithm has none.
+        ValueError: a bad option; both `kl` and `kl_tau`; a KL with rl weights other than 0 and 1, which would
+            not multiply it; a reference is needed, and prime-rl has none for this sequence.
+        TypeError: an option that is not a number, such as a string from the command line.
     """
-    if kl and kl_tau:
+    kl_tau = check_number("kl_tau", kl_tau)
+    if kl is not None and kl_tau:
         raise ValueError(f"give kl or kl_tau, got kl={dict(kl)} and kl_tau={kl_tau}")
-    if (kl or kl_tau) and inputs.loss_weights is not None:
-        raise ValueError("kl and kl_tau do not apply to a step with rl weights per token: both must be unset")
     spec = LossSpec.preset(preset, **{"max_tokens": 1, **options})
     spec = surrogate_spec("prime-rl", spec, "token-mean", reference=not kl_tau)
-    # The squared log-ratio is twice the estimator k2 of a KL to the sampler.
-    penalty = KL("k2", beta=2 * kl_tau) if kl_tau else KL(**kl) if kl else None
-    ref_logps = inputs.inference_logprobs if kl_tau else inputs.ref_logprobs
+    weights, ref_logps = inputs.loss_weights, None
+    penalty = None if kl is None else KL(**kl)
+    if kl_tau:
+        # The squared log-ratio is twice the estimator k2 of a KL to the sampler.
+        penalty, ref_logps = KL("k2", beta=2 * kl_tau), inputs.inference_logprobs
+    elif penalty is not None or (isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref"):
+        ref_logps = reference(inputs)
+    if penalty is not None and weights is not None:
+        # prime-rl masks the tokens of weight 0, and has just synced to find out whether one is left.
+        if bool(((weights != 1) & inputs.loss_mask).any()):
+            raise ValueError("kl and kl_tau need rl weights of 0 and 1, because others do not multiply them")
+        weights = None
     return weighted_loss(
         replace(spec, kl=penalty),
         inputs.trainer_logprobs[None],  # one sequence, [1, N]
         inputs.advantages[None],
-        None if inputs.loss_weights is None else inputs.loss_weights[None],
+        None if weights is None else weights[None],
         completion_mask=inputs.loss_mask[None],
         old_logps=inputs.inference_logprobs[None],
         ref_logps=None if ref_logps is None else ref_logps[None],
     )
+
+
+def reference(inputs: Any) -> Tensor | None:
+    """Return the reference's log-probabilities, or None if prime-rl has none for the tokens of this sequence.
+
+    If one sequence of a packed micro-batch has a reference, prime-rl gives zeros to those that have none.
+    Without tokens, as in the micro-batches that pad a rank, the zeros are returned.
+    """
+    mask, given = inputs.loss_mask, inputs.ref_logprobs
+    if given is None:
+        given = inputs.inference_logprobs.new_zeros(mask.shape)
+    # Syncs: nothing but the numbers tells whether there is a reference.
+    missing = mask.any() & ~(mask & (given != 0)).any()
+    return None if bool(missing) else given

@@ -69,7 +69,12 @@ def prime_rl() -> Iterator[Trainer]:
 
 
 def run(
-    prime_rl: Trainer, loss: Callable[..., Any], given: Batch, *, weights: bool = False, ref: bool = False
+    prime_rl: Trainer,
+    loss: Callable[..., Any],
+    given: Batch,
+    *,
+    rl_weights: Callable[[Tensor], Tensor] | None = None,
+    ref: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, gradient and metrics of the sequences, as prime-rl's training step splits them."""
     leaf = given.leaf()
@@ -87,7 +92,7 @@ def run(
         ref_logprobs=split(given.ref) if ref else None,
         advantages=split(given.advantages),
         loss_mask=split(given.mask > 0),
-        rl_weights=split(0.5 + given.advantages.abs()) if weights else None,
+        rl_weights=None if rl_weights is None else split(rl_weights(given.advantages)),
         ce_weights=None,
         ref_kl_weights=None,
         rl_loss_fn=loss,
@@ -96,23 +101,28 @@ def run(
     return value, gradient(value, leaf), metrics
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_its_default_loss(prime_rl: Trainer, weights: bool) -> None:
+def fractions(advantages: Tensor) -> Tensor:
+    return 0.5 + advantages.abs()
+
+
+def ones(advantages: Tensor) -> Tensor:
+    """The weights of prime-rl's orchestrator, which takes out tokens without an advantage."""
+    return (advantages > -0.5).to(advantages.dtype)
+
+
+@pytest.mark.parametrize("rl_weights, kl_tau", [(None, 0.1), (fractions, 0.0), (ones, 0.1)])
+def test_its_default_loss(prime_rl: Trainer, rl_weights: Any, kl_tau: float) -> None:
     """The gradient is that of prime-rl's default loss, DPPO with a squared log-ratio to the sampler."""
-    config = SimpleNamespace(
-        dppo_mask_low=0.05, dppo_mask_high=0.04, adv_tau=1.0, kl_tau=0.0 if weights else 0.1
-    )
-    options = {"low": 0.05, "high": 0.04, "ratio_cap": 1e9}
-    if not weights:
-        options["kl_tau"] = 0.1
+    config = SimpleNamespace(dppo_mask_low=0.05, dppo_mask_high=0.04, adv_tau=1.0, kl_tau=kl_tau)
+    options = {"low": 0.05, "high": 0.04, "ratio_cap": 1e9, "kl_tau": kl_tau}
     given = batch(5)
-    theirs = run(prime_rl, lambda x: prime_rl.theirs.default_loss_fn(x, config), given, weights=weights)
+    theirs = run(prime_rl, lambda x: prime_rl.theirs.default_loss_fn(x, config), given, rl_weights=rl_weights)
     value, grad, metrics = run(
-        prime_rl, lambda x: prime_rl.ours.prime_rl_loss(x, **options), given, weights=weights
+        prime_rl, lambda x: prime_rl.ours.prime_rl_loss(x, **options), given, rl_weights=rl_weights
     )
     torch.testing.assert_close(grad, theirs[1], rtol=1e-10, atol=1e-14)
     assert value.isfinite()
-    assert len(metrics["clip_fraction"]) == (2 if weights else 3), "one sequence has no token"
+    assert len(metrics["clip_fraction"]) == (3 if rl_weights is None else 2), "one sequence has no token"
     assert 0 < metrics["clip_fraction"].mean() < 1, "all tokens are outside of the region, or none"
 
 
@@ -162,17 +172,38 @@ def test_a_kl_to_the_reference(prime_rl: Trainer) -> None:
         run(prime_rl, loss, given)
 
 
+@pytest.mark.parametrize("preset", ["reinforce", "opmd"])
+def test_where_the_reference_is_missing(prime_rl: Trainer, preset: Any) -> None:
+    """In a packed micro-batch, it is zeros. They are refused, unless the sequence has no tokens."""
+    tokens = torch.tensor([False, True, True])
+    given = {"trainer_logprobs": torch.tensor([0.0, -1.0, -2.0]), "advantages": torch.ones(3)}
+    given |= {"inference_logprobs": torch.tensor([0.0, -1.5, -1.5])}
+    options: dict[str, Any] = {"preset": preset} if preset == "opmd" else {"preset": preset, "kl": {}}
+
+    def loss(ref: Tensor | None, mask: Tensor) -> Tensor:
+        inputs = prime_rl.theirs.LossInputs(**given, ref_logprobs=ref, loss_mask=mask)
+        return prime_rl.ours.prime_rl_loss(inputs, **options).loss
+
+    assert loss(torch.tensor([0.0, -1.0, 0.0]), tokens).isfinite()
+    for ref in (None, torch.zeros(3), torch.tensor([-1.0, 0.0, 0.0])):
+        with pytest.raises(ValueError, match="needs a reference"):
+            loss(ref, tokens)
+        assert loss(ref, torch.zeros(3, dtype=torch.bool)) == 0
+
+
 @pytest.mark.parametrize(
-    "options, weights, message",
+    "options, rl_weights, message",
     [
-        ({"kl": {"kind": "k3"}, "kl_tau": 0.1}, False, "give kl or kl_tau"),
-        ({"kl_tau": 0.1}, True, "do not apply to a step with rl weights"),
-        ({"preset": "log_ratio", "kl_tau": 0.1}, False, "does not pass the reference"),
-        ({"preset": "dapo", "clip_eps": 0.2}, False, "has no option clip_eps"),
-        ({"entropy_coef": 0.1}, False, "no KL and no entropy bonus"),
+        ({"kl": {"kind": "k3"}, "kl_tau": 0.1}, None, "give kl or kl_tau"),
+        ({"kl": {}, "kl_tau": 0.1}, None, "give kl or kl_tau"),
+        ({"kl_tau": -0.1}, None, "kl_tau must be"),
+        ({"kl_tau": 0.1}, fractions, "need rl weights of 0 and 1"),
+        ({"preset": "log_ratio", "kl_tau": 0.1}, None, "does not pass the reference"),
+        ({"preset": "dapo", "clip_eps": 0.2}, None, "has no option clip_eps"),
+        ({"entropy_coef": 0.1}, None, "no KL and no entropy bonus"),
     ],
 )
-def test_what_is_refused(prime_rl: Trainer, options: Any, weights: bool, message: str) -> None:
+def test_what_is_refused(prime_rl: Trainer, options: Any, rl_weights: Any, message: str) -> None:
     """An option that would do nothing, or something else, raises."""
     with pytest.raises(ValueError, match=message):
-        run(prime_rl, lambda x: prime_rl.ours.prime_rl_loss(x, **options), batch(), weights=weights)
+        run(prime_rl, lambda x: prime_rl.ours.prime_rl_loss(x, **options), batch(), rl_weights=rl_weights)
