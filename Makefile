@@ -157,7 +157,7 @@ $(VENV)/.%: $(REQUIREMENTS) | $(PY)
 	@echo '*' > $(@D)/.gitignore
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -r requirements/$*.txt -e .
 	@test ! -f requirements/$*-nodeps.txt || \
-		$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/$*-nodeps.txt
+		$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --ignore-requires-python -r requirements/$*-nodeps.txt
 	@touch $@
 
 $(DOCS)/.docs: requirements/docs.txt
