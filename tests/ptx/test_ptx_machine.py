@@ -203,6 +203,62 @@ def test_shuffle_in_some_warps() -> None:
         launch(body.replace("%thread0, 32", "%thread0, 33"), out, threads=64)
 
 
+# --- Stores of matrices ---
+
+# Lane n gives row (5 n + 3) mod 32 of 16 bytes, and holds 4 n + m for matrix m.
+STORE_MATRICES = """
+    mov.u32 %r10, global_smem;
+    mad.lo.s32 %r11, %thread0, 16, %r10;
+    mov.b32 %r0, 0;
+    st.shared.v4.b32 [%r11], {{%r0, %r0, %r0, %r0}};
+    bar.sync 0;
+    mad.lo.s32 %r12, %thread0, 5, 3;
+    and.b32 %r12, %r12, 31;
+    mad.lo.s32 %r12, %r12, 16, %r10;
+    mad.lo.s32 %r1, %thread0, 4, 0;
+    add.s32 %r2, %r1, 1;
+    add.s32 %r3, %r1, 2;
+    add.s32 %r4, %r1, 3;
+    stmatrix.sync.aligned.m8n8.x{count}.shared.b16 [%r12], {{{registers}}};
+    bar.sync 0;
+    ld.shared.v4.b32 {{%r5, %r6, %r7, %r8}}, [%r11];
+    mad.wide.u32 %rd0, %thread0, 16, %base0;
+    st.global.v4.b32 [%rd0], {{%r5, %r6, %r7, %r8}};"""
+
+
+def store_matrices(count: int) -> str:
+    registers = ", ".join(f"%r{n}" for n in range(1, count + 1))
+    return STORE_MATRICES.format(count=count, registers=registers)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_store_of_matrices(count: int, order: str | int) -> None:
+    out = torch.zeros(32, 4, dtype=torch.int32)
+    launch(store_matrices(count), out, shared_bytes=512, mode=order)
+    expected = torch.zeros(32, 4, dtype=torch.int32)
+    for matrix in range(count):
+        for row in range(8):
+            place = (5 * (8 * matrix + row) + 3) % 32
+            expected[place] = torch.tensor([4 * (4 * row + part) + matrix for part in range(4)])
+    assert torch.equal(out, expected)
+
+
+def test_stores_of_matrices_are_checked() -> None:
+    """The lanes of a warp meet there. Rows are aligned and in bounds. Other lanes need a barrier."""
+    right = store_matrices(4).split("mad.wide")[0]
+    launch(right, shared_bytes=512)
+    late = right.replace("stmatrix", "setp.lt.s32 %p0, %thread0, 3;\n@%p0 ret;\nstmatrix")
+    for body, message in (
+        (late, "some lanes"),
+        (right.replace("[%r12]", "[%r12+8]"), "multiple of 16 bytes"),
+        (right.replace("[%r12]", "[%r12+16]"), "beyond the 512 bytes"),
+        (right.replace("};\n    bar.sync 0;\n    ld", "};\n    ld"), "race in shared memory"),
+    ):
+        with pytest.raises(Fault, match=message):
+            launch(body, shared_bytes=512)
+
+
 # --- Blocks and orders ---
 
 

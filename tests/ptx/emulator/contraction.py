@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from .parser import Immediate, Name, Operand, Program, Statement, Vector
 
-NO_RESULT = ("st.", "bra", "bar.", "ret")
+NO_RESULT = ("st.", "stmatrix.", "bra", "bar.", "ret")
 Factors = tuple[Operand, Operand]
 
 

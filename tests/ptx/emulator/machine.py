@@ -23,6 +23,7 @@ from .types import BITS, DTYPES
 WARP = 32
 EXITED = np.iinfo(np.int64).max  # the position of a thread that has returned
 POISON = 0xDEADBEEFDEADBEEF  # in registers that nothing has written
+MATRICES = {f"stmatrix.sync.aligned.m8n8.x{n}.shared.b16": n for n in (1, 2, 4)}
 
 Threads = slice | np.ndarray  # the threads that execute an instruction
 Step = Callable[[Threads], None]
@@ -93,7 +94,7 @@ class Machine:
         self.registers: dict[str, np.ndarray] = {}
         self.steps = [self.bind(statement) for statement in program.statements]
         # Whether the lanes of a warp wait for each other there.
-        self.meets = [statement.opcode.startswith("shfl.sync") for statement in program.statements]
+        self.meets = [s.opcode.startswith(("shfl.sync", "stmatrix.sync")) for s in program.statements]
         self.stops = self.ends_of_stretches()
 
     def run(self, first: int, count: int) -> None:
@@ -170,11 +171,11 @@ class Machine:
     def ends_of_stretches(self) -> list[int]:
         """Return, for each statement, the end (exclusive) of the stretch that starts with it.
 
-        It ends after a statement that moves or stops threads, before a label, and before a shuffle. In a
-        random order it also ends after each access to memory.
+        It ends after a statement that moves or stops threads, before a label, and before a statement of a
+        whole warp. In a random order it also ends after each access to memory.
         """
         ends = ["bra", "bra.uni", "ret", "bar.sync"]
-        memory = ("ld.global", "st.global", "ld.shared", "st.shared")
+        memory = ("ld.global", "st.global", "ld.shared", "st.shared", "stmatrix")
         stops_at_memory = isinstance(self.mode.order, int)
         statements, targets = self.program.statements, self.program.targets
         stops = [len(statements)] * len(statements)
@@ -293,6 +294,8 @@ class Machine:
             return self.bind_parameter(modifiers[1:], operands, where)
         if name in ("ld", "st") and modifiers[:1] in (["global"], ["shared"]):
             return self.bind_access(name == "st", modifiers, operands, where)
+        if opcode in MATRICES and statement.predicate is None:
+            return self.bind_matrices(MATRICES[opcode], operands, where)
         raise Unsupported("unknown instruction")
 
     def bind_computation(self, opcode: str, operands: tuple[Operand, ...]) -> Step:
@@ -363,6 +366,30 @@ class Machine:
 
         def step(threads: Threads) -> None:
             target[threads] = values[partner[threads]]
+
+        return step
+
+    def bind_matrices(self, count: int, operands: tuple[Operand, ...], where: str) -> Step:
+        """Bind a store of matrices of 8 rows of 16 bytes. All lanes are here. PTX ISA, "stmatrix".
+
+        Lane 4 r + p holds the four bytes p of row r, one register for each matrix. Lane 8 m + r has the
+        address of row r of matrix m.
+        """
+        address, registers = operands
+        if not (isinstance(address, Address) and isinstance(registers, Vector)):
+            raise Unsupported("unknown operands")
+        if len(registers.elements) != count:
+            raise Unsupported(f"{len(registers.elements)} registers")
+        values = [self.source(element, "b32") for element in registers.elements]
+        base, lane = self.source(address.base, "u32"), self.all % WARP
+
+        def step(threads: Threads) -> None:
+            for matrix, value in enumerate(values):
+                holder = (self.all - lane + 8 * matrix + lane // 4)[threads]
+                rows = base[holder].astype(np.int64) + address.offset
+                offsets = self.shared.locate(rows, 16, where, self.block[threads]) + 4 * (lane[threads] % 4)
+                who = self.number[threads], self.epoch[threads].copy()
+                self.shared.store(Access(offsets, 4, *who, True, where), value[threads][:, None])
 
         return step
 
