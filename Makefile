@@ -16,7 +16,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 VERL := .venv-verl
 # Each has a file in requirements/ and an environment to itself.
-TRAINERS := ms_swift nemo_rl openrlhf prime_rl skyrl
+TRAINERS := ms_swift nemo_rl openrlhf prime_rl skyrl slime
 DOCS := .venv-docs
 NEWEST := .venv-newest
 # Without a GPU the tests run the kernels in Triton's interpreter; with one, compiled.

@@ -20,7 +20,7 @@ from release.files import PROJECT_FILES, ROOT, package_files
 NAME = f"grpo_kernels-{grpo_kernels.__version__}"
 REQUIREMENTS = sorted((ROOT / "requirements").glob("*.txt"))
 SHARED = ("bench", "dev", "test", "trl")  # installed into one environment
-TRAINERS = ("ms_swift", "nemo_rl", "openrlhf", "prime_rl", "skyrl")  # an environment for each
+TRAINERS = ("ms_swift", "nemo_rl", "openrlhf", "prime_rl", "skyrl", "slime")  # an environment for each
 
 
 @pytest.fixture(scope="module")

@@ -1,110 +1,34 @@
 """slime's `policy_loss_function` and ours, from packed logits: values, gradients and metrics, in fp32.
 
-The real functions are used if slime is installed, with a stand-in for Megatron's `mpu` on one rank. The
-stand-ins have the formulas of slime 0.3.1 (commit 624b824), `slime/backends/megatron_utils/loss.py`, lines
-935 to 1192, and of `cp_utils.py`, lines 50 to 124.
+The real functions are used if slime is installed, with a stand-in for Megatron's `mpu` on one rank, elsewhere
+those of `slime_stand_ins.py`.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from other_trainers import Trainer, gradient, trainer
+from slime_stand_ins import LOSS, MPU, get_log_probs_and_entropy
 from torch import Tensor
 
 from grpo_kernels import LossSpec, policy_loss
+from grpo_kernels.log import warn_once
 
 V = 11
 PROMPTS, RESPONSES = [2, 3, 1], [5, 2, 4]
 TOTALS = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-MPU = SimpleNamespace(
-    get_context_parallel_world_size=lambda: 1,
-    get_context_parallel_rank=lambda: 0,
-    get_context_parallel_group=lambda: None,
-    get_tensor_model_parallel_group=lambda: None,
-    get_tensor_model_parallel_rank=lambda: 0,
-)
-
-
-def get_log_probs_and_entropy(
-    logits: Tensor, *, args: Any, unconcat_tokens: Any, total_lengths: Any, response_lengths: Any, **_: Any
-) -> Any:
-    """Slice each response's rows, one to the left of its tokens."""
-    found: dict[str, list[Tensor]] = {"log_probs": [], "entropy": []}
-    end = 0
-    for tokens, total, length in zip(unconcat_tokens, total_lengths, response_lengths, strict=True):
-        end += total
-        rows = torch.log_softmax(logits[0, end - length - 1 : end - 1] / args.rollout_temperature, -1)
-        found["log_probs"].append(rows.gather(-1, tokens[-length:, None])[:, 0])
-        found["entropy"].append(-(rows.exp() * rows).sum(-1))
-    return None, found
-
-
-def get_sum_of_sample_mean(
-    total_lengths: Any, response_lengths: Any, loss_masks: Any, counts: Any, per_token: bool = False
-) -> Callable[[Tensor], Tensor]:
-    def total(x: Tensor) -> Tensor:
-        parts = zip(x.split(response_lengths), loss_masks, counts, strict=True)
-        return torch.stack([(y * mask).sum() / (1 if per_token else count) for y, mask, count in parts]).sum()
-
-    return total
-
-
-def compute_approx_kl(logp: Tensor, ref: Tensor, kl_loss_type: str, importance_ratio: Any = None) -> Tensor:
-    x = ref - logp
-    kl = {"k1": -x, "k2": x * x / 2}.get(kl_loss_type, x.exp() - 1 - x)
-    kl = kl if importance_ratio is None else importance_ratio * kl
-    return kl.clamp(-10, 10) if kl_loss_type == "low_var_kl" else kl
-
-
-def policy_loss_function(args: Any, batch: Any, logits: Tensor, total: Callable[[Tensor], Tensor]) -> Any:
-    lengths = {name: batch[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")}
-    _, found = get_log_probs_and_entropy(logits, args=args, **lengths)
-    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch["log_probs"]
-    old = old or [x.detach() for x in found["log_probs"]]
-    change = [a - b for a, b in zip(found["log_probs"], old, strict=True)]
-    logp = torch.cat(found["log_probs"])
-    if args.advantage_estimator == "gspo":
-        pairs = zip(change, batch["loss_masks"], strict=True)
-        change = [((x * mask).sum() / mask.sum()).expand_as(x) for x, mask in pairs]
-    log_ratio, advantages = torch.cat(change), torch.cat(batch["advantages"])
-    ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - args.eps_clip, 1 + args.eps_clip_high)
-    if args.advantage_estimator == "cispo":
-        loss = -bounded.detach() * advantages * logp
-    else:
-        loss = torch.maximum(-ratio * advantages, -bounded * advantages)
-        if args.eps_clip_c is not None:
-            loss = torch.where(advantages < 0, torch.min(loss, -args.eps_clip_c * advantages), loss)
-    terms = {"pg_loss": total(loss), "entropy_loss": total(torch.cat(found["entropy"]))}
-    terms["ppo_kl"] = total(-log_ratio)
-    value = terms["pg_loss"] - args.entropy_coef * terms["entropy_loss"]
-    if args.use_kl_loss:
-        plain = torch.exp(logp - torch.cat(old)) if args.use_unbiased_kl else None
-        kl = compute_approx_kl(logp, torch.cat(batch["ref_log_probs"]), args.kl_loss_type, plain)
-        terms["kl_loss"] = total(kl)
-        value = value + args.kl_loss_coef * terms["kl_loss"]
-    return value, {name: x.detach() for name, x in terms.items()} | {"loss": value.detach()}
 
 
 @pytest.fixture(scope="module")
 def slime() -> Iterator[Trainer]:
-    functions = {
-        "mpu": MPU,
-        "get_rollout_top_p_logprob_kwargs": lambda args, batch: {},
-        "get_log_probs_and_entropy": get_log_probs_and_entropy,
-        "get_sum_of_sample_mean": get_sum_of_sample_mean,
-        "compute_approx_kl": compute_approx_kl,
-        "policy_loss_function": policy_loss_function,
-    }
     module = "slime.backends.megatron_utils.loss"
     needs = {"megatron": {}, "megatron.core": {"mpu": MPU}}
-    with trainer(module, "slime", {module: functions}, version="0.3.1", needs=needs) as found:
+    with trainer(module, "slime", {module: LOSS}, version="0.3.1", needs=needs) as found:
         yield found
 
 
@@ -154,21 +78,21 @@ def micro_batch() -> tuple[Tensor, dict[str, Any]]:
         "loss_masks": masks,
         "rollout_mask_sums": [torch.tensor(6.0), torch.tensor(6.0), torch.tensor(4.0)],
         "advantages": [torch.randn(length) for length in RESPONSES],
-        "log_probs": near(0.4),
-        "rollout_log_probs": near(0.4),
+        "log_probs": near(0.6),
+        "rollout_log_probs": near(0.6),
         "ref_log_probs": near(0.5),
     }
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "grpo": {},
-    "dual clip": {"eps_clip_c": 1.5},
+    "dual clip": {"eps_clip_c": 1.1},
     "cispo": {"advantage_estimator": "cispo"},
-    "gspo": {"advantage_estimator": "gspo", "eps_clip": 0.05, "eps_clip_high": 0.06},
+    "gspo": {"advantage_estimator": "gspo", "eps_clip": 0.15, "eps_clip_high": 0.2},
     "to the sampler": {"use_rollout_logprobs": True},
     "KL and entropy": {"use_kl_loss": True, "entropy_coef": 0.05},
     "unbiased KL": {"use_kl_loss": True, "use_unbiased_kl": True, "kl_loss_type": "k3"},
-    "per token": {"calculate_per_token_loss": True, "eps_clip_c": 1.5},
+    "per token": {"calculate_per_token_loss": True, "eps_clip_c": 1.1},
 }
 
 
@@ -196,9 +120,9 @@ def test_its_own_losses(slime: Trainer, name: str) -> None:
     (loss, grad, metrics), (own_loss, own_grad, own_metrics) = found
     torch.testing.assert_close(own_loss, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(own_grad, grad, rtol=1e-5, atol=1e-6)
-    for key in own_metrics:
-        if key != "ppo_kl" or name != "gspo":  # slime's is weighted by the sequence's mean there
-            torch.testing.assert_close(own_metrics[key], metrics[key], rtol=1e-5, atol=1e-6)
+    assert {"pg_clipfrac", "train_rollout_logprob_abs_diff"} <= own_metrics.keys()
+    assert metrics["pg_clipfrac"] > 0
+    torch.testing.assert_close(own_metrics, metrics, rtol=1e-5, atol=1e-6)
 
 
 def test_on_policy(slime: Trainer) -> None:
@@ -212,6 +136,58 @@ def test_on_policy(slime: Trainer) -> None:
         assert metrics["ppo_kl"] == 0
         batch.setdefault("found", loss)
     torch.testing.assert_close(loss, batch["found"])
+
+
+def test_what_the_sampler_did_not_return(slime: Trainer) -> None:
+    """Without the sampler's log-probabilities there is no metric of them, and no loss relative to them."""
+    logits, batch = micro_batch()
+    batch["rollout_log_probs"] = None
+    args = arguments()
+    for function in (slime.theirs.policy_loss_function, slime.ours.policy_loss_function):
+        _, metrics = function(args, batch, logits, reducer(slime, args, batch))
+        assert "train_rollout_logprob_abs_diff" not in metrics
+    with pytest.raises(ValueError, match="the batch has no rollout_log_probs"):
+        args = arguments(use_rollout_logprobs=True)
+        slime.ours.policy_loss_function(args, batch, logits, reducer(slime, args, batch))
+
+
+@pytest.mark.parametrize("preset", ["log_ratio", "opmd"])
+def test_no_reference(slime: Trainer, preset: str) -> None:
+    """slime does not compute the reference without a KL, and a loss relative to it raises."""
+    logits, batch = micro_batch()
+    batch["ref_log_probs"] = None
+    args = arguments(grpo_kernels={"preset": preset})
+    with pytest.raises(ValueError, match="needs a reference"):
+        slime.ours.policy_loss_function(args, batch, logits, reducer(slime, args, batch))
+
+
+def test_debug_dump(slime: Trainer) -> None:
+    """`--save-debug-train-data` gets the log-probabilities that the loss computes."""
+    logits, batch = micro_batch()
+    batch["partition"] = [4, 0, 7]
+    args = arguments(use_rollout_logprobs=True, save_debug_train_data="{rollout_id}.pt")
+    found = []
+    for function in (slime.theirs.policy_loss_function, slime.ours.policy_loss_function):
+        slime.theirs.enable_log_prob_capture()
+        function(args, batch, logits, reducer(slime, args, batch))
+        found.append(slime.theirs.drain_captured_log_probs())
+    assert found[0].keys() == {4, 0, 7}
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_another_aggregation(slime: Trainer, caplog: pytest.LogCaptureFixture) -> None:
+    """A warning says if slime's aggregation is not that of the file."""
+    for options, per_token, warns in [
+        (None, True, False),
+        ({"preset": "gspo"}, False, False),
+        ({"preset": "gspo"}, True, True),
+        ({"aggregation": "seq-mean-token-sum"}, False, True),
+    ]:
+        warn_once.cache_clear()
+        caplog.clear()
+        args = arguments(grpo_kernels=options, calculate_per_token_loss=per_token)
+        assert slime.ours.spec_of_args(args).aggregation == "token-sum"
+        assert ("slime's own aggregation decides" in caplog.text) == warns
 
 
 def test_another_surrogate(slime: Trainer) -> None:
@@ -273,6 +249,12 @@ def test_what_is_refused(slime: Trainer, options: dict[str, Any], message: str) 
     logits, batch = micro_batch()
     with pytest.raises(ValueError, match=message):
         slime.ours.policy_loss_function(arguments(**options), batch, logits, lambda x: x.sum())
+
+
+def test_a_preset_without_its_key(slime: Trainer) -> None:
+    logits, batch = micro_batch()
+    with pytest.raises(TypeError, match="grpo_kernels must be a mapping"):
+        slime.ours.policy_loss_function(arguments(grpo_kernels="sapo"), batch, logits, lambda x: x.sum())
 
 
 def test_context_parallelism(slime: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
