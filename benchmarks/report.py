@@ -15,8 +15,8 @@ import argparse
 import re
 from pathlib import Path
 
-from . import memory, targets
-from .experiments import headline
+from . import memory
+from .experiments import headline, targets
 from .experiments import tables as experiments
 from .machine_code import comparison
 from .tables import record

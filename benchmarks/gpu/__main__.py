@@ -20,7 +20,7 @@ import argparse  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from .. import targets  # noqa: E402
+from ..experiments import targets  # noqa: E402
 from ..tables.markdown import markdown  # noqa: E402
 from .session import STATE, Part, Result, Setting, State, run  # noqa: E402
 from .steps import parts  # noqa: E402

@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import targets
+from benchmarks.experiments import targets
 from benchmarks.experiments.costs import Cost
 from benchmarks.experiments.plan import EXPERIMENTS
+from benchmarks.experiments.targets import TARGETS, Step, Target
 from benchmarks.speed.plans import headline
 from benchmarks.tables import record
-from benchmarks.targets import TARGETS, Step, Target
 from benchmarks.work.providers import PROVIDERS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

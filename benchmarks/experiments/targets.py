@@ -1,6 +1,6 @@
 """The targets for a GPU: what is asked for, what is predicted, and what a run has measured.
 
-python -m benchmarks.targets headline.csv experiments.csv
+python -m benchmarks.experiments.targets headline.csv experiments.csv
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .experiments.costs import NOMINAL, Cost
-from .experiments.headline import COSTS
-from .experiments.plan import EXPERIMENTS
-from .speed.measure import Floors
-from .tables import record
-from .tables.markdown import markdown
-from .work.workload import Workload
+from ..speed.measure import Floors
+from ..tables import record
+from ..tables.markdown import markdown
+from ..work.workload import Workload
+from .costs import NOMINAL, Cost
+from .headline import COSTS
+from .plan import EXPERIMENTS
 
 LOGITS = Workload("logits", "grpo_kl", 8192, 151936)
 LINEAR = Workload("linear", "grpo", 8192, 151936, 4096)
@@ -136,7 +136,9 @@ def table(paths: Sequence[Path] = ()) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experiments.targets", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("csv", type=Path, nargs="*", help="of the headline shapes and of the experiments")
     print(table(parser.parse_args().csv))
 
