@@ -1,17 +1,19 @@
 """The targets for a GPU: what is asked for, what is predicted, and what a run has measured.
 
-python -m benchmarks.experiments.targets headline.csv experiments.csv
+    python -m benchmarks.experiments.targets headline.csv experiments.csv
+
+Without CSVs, the targets and predictions alone are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..speed.measure import Floors
+from ..speed.measure import Floors, measured_floors
 from ..tables import record
 from ..tables.markdown import markdown
 from ..work.workload import Workload
@@ -61,55 +63,47 @@ TARGETS = (
 )
 
 
-class Measured(NamedTuple):
+Times = tuple[float | None, float | None]
+
+
+def times(target: Target, ms: Callable[[Step], float | None], floors: Floors | None) -> Times:
+    """The times of the target's step and of what it is compared with."""
+    mine = ms(target.step)
+    if isinstance(target.than, Step):
+        return mine, ms(target.than)
+    return mine, None if floors is None else target.than.ms(target.step.work, floors)
+
+
+def predicted(target: Target) -> Times:
+    return times(target, Step.predicted_ms, NOMINAL)
+
+
+class Measured:
     """The medians of a run, in milliseconds, and its rates."""
 
-    ms: Mapping[tuple[str, ...], float]
-    floors: Floors | None
-
-    @classmethod
-    def of(cls, rows: Iterable[record.Row]) -> Measured:
-        """The first row of a step counts, and the first rates."""
-        ms: dict[tuple[str, ...], float] = {}
-        rates: dict[str, float] = {}
-        for row in rows:
-            if row.kernel_name == "floor" and row.y_value_50 is not None:
-                rates.setdefault(row.kernel_provider, row.y_value_50)
-            elif (row.status, row.metric_name, row.kernel_operation_mode) == ("ok", "speed", "full"):
-                ms.setdefault(record.pair(row)[1:], row.y_value_50 or 0.0)
-        if rates.keys() != {"copy", "matrix product"}:
-            return cls(ms, None)
-        return cls(ms, Floors(1e9 * rates["copy"], 1e12 * rates["matrix product"]))
+    def __init__(self, rows: Sequence[record.Row]) -> None:
+        rows = rows[::-1]  # of several rows for a step, and of several rates, the first counts
+        self.floors = measured_floors(rows)
+        self.ms = {
+            record.pair(row)[1:]: row.y_value_50
+            for row in rows
+            if (row.status, row.metric_name, row.kernel_operation_mode) == ("ok", "speed", "full")
+        }
 
     def of_step(self, step: Step) -> float | None:
-        config = asdict(step.work) | {"dtype": str(step.work.dtype)[6:]}
-        return self.ms.get(record.pair_of("", step.provider, config)[1:])
+        return self.ms.get(record.pair_of("", step.provider, step.work.config())[1:])
 
-    def of_target(self, target: Target) -> tuple[float | None, float | None]:
-        """The times of the target's step and of what it is compared with."""
-        if isinstance(target.than, Step):
-            other = self.of_step(target.than)
-        else:
-            other = None if self.floors is None else target.than.ms(target.step.work, self.floors)
-        return self.of_step(target.step), other
+    def of_target(self, target: Target) -> Times:
+        return times(target, self.of_step, self.floors)
 
 
-def predicted(target: Target) -> tuple[float | None, float | None]:
-    """As `Measured.of_target`, from the predictions."""
-    other = target.than
-    if isinstance(other, Step):
-        return target.step.predicted_ms(), other.predicted_ms()
-    return target.step.predicted_ms(), other.ms(target.step.work, NOMINAL)
-
-
-def ratio(times: tuple[float | None, float | None]) -> float | None:
-    mine, other = times
+def ratio(mine: float | None, other: float | None) -> float | None:
     return None if mine is None or other is None else other / mine
 
 
 def verdict(target: Target, measured: Measured) -> str:
     mine, other = measured.of_target(target)
-    found = ratio((mine, other))
+    found = ratio(mine, other)
     if found is None:
         return "not measured"
     short = 1 - found / target.speed
@@ -120,10 +114,10 @@ def verdict(target: Target, measured: Measured) -> str:
 def table(paths: Sequence[Path] = ()) -> str:
     """A line for each target, and with CSVs of a run what it has measured."""
     rows = [row for path in paths if path.exists() for row in record.read(path)]
-    measured = Measured.of(rows)
+    measured = Measured(rows)
     lines = []
     for target in TARGETS:
-        expected = ratio(predicted(target))
+        expected = ratio(*predicted(target))
         told = (
             f"{target.step.work}: {target.step.provider}",
             target.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_kernels.testing import peak_memory
 
+from ..tables import record
 from ..work.batch import Batch
 from ..work.providers import Provider
 from ..work.workload import Floor
@@ -148,6 +149,14 @@ class Floors(NamedTuple):
 def floors(device: torch.device, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Floors:
     """Measures the rates. `shapes` lists products `[M, K] @ [K, N]`; the fastest one counts."""
     return Floors(copy_rate(device), max(product_rate(*shape, dtype, device) for shape in shapes))
+
+
+def measured_floors(rows: Iterable[record.Row]) -> Floors | None:
+    """The rates that a run has written, or None if it has not."""
+    rates = {row.kernel_provider: row.y_value_50 or 0.0 for row in rows if row.kernel_name == "floor"}
+    if rates.keys() != {"copy", "matrix product"}:
+        return None
+    return Floors(1e9 * rates["copy"], 1e12 * rates["matrix product"])
 
 
 def copy_rate(device: torch.device) -> float:

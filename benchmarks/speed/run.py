@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -67,10 +66,10 @@ class Run:
         known = record.finished(earlier)
         self.cut = {record.pair(row) for row in earlier if row.status == CUT}
         self.table = record.Table(output, known)
-        rates = {row.kernel_provider: row.y_value_50 or 0.0 for row in known if row.kernel_name == "floor"}
-        self.rates_known = rates.keys() == {"copy", "matrix product"}
-        if self.rates_known:
-            self.floors = measure.Floors(1e9 * rates["copy"], 1e12 * rates["matrix product"])
+        measured = measure.measured_floors(known)
+        self.rates_known = measured is not None
+        if measured is not None:
+            self.floors = measured
         else:
             products = {(min(work.T, 8192), work.H, work.V) for work in self.works if work.form == "linear"}
             shapes = sorted(products) or [(4096, 1024, 4096)]
@@ -81,7 +80,7 @@ class Run:
 
     def describe(self, work: Workload, provider: Provider) -> tuple[str, dict[str, object]]:
         """The name of a pair's rows, and its configuration."""
-        return f"{work.form} {work.loss}", asdict(work) | {"dtype": str(work.dtype)[6:]}
+        return f"{work.form} {work.loss}", work.config()
 
     def pair(self, work: Workload, provider: Provider) -> tuple[str, ...]:
         name, config = self.describe(work, provider)

@@ -7,7 +7,6 @@ import json
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -101,7 +100,7 @@ class Run:
 
     def write(self, case: Case, way: Way, micro_batch: int, outcome: Outcome) -> None:
         """Writes rows of speed, memory and loss, or one row with the status."""
-        work = {**asdict(case.work), "dtype": str(case.work.dtype)[6:]}
+        work = case.work.config()
         sizes = {
             "model": case.model,
             "prompt": case.prompt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -78,6 +78,10 @@ class Workload:
             ("entropy", self.entropy),
         )
         return " ".join([self.form, self.loss, sizes, *rest, *(name for name, flag in flags if flag)])
+
+    def config(self) -> dict[str, object]:
+        """The fields for a CSV."""
+        return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def tiny(self) -> Workload:
         """The same work in sizes for a CPU and Triton's interpreter."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..checks.choices import PresetName
 from ..checks.scalars import check_number
 from ..spec import KL, LossSpec
-from ..spec.surrogates import Surrogate
 from ..tokens.output import LossOutput
 from .shared import surrogate_spec, weighted_loss
 
@@ -53,7 +52,7 @@ def prime_rl_loss(
     if kl_tau:
         # The squared log-ratio is twice the estimator k2 of a KL to the sampler.
         penalty, ref_logps = KL("k2", beta=2 * kl_tau), inputs.inference_logprobs
-    elif penalty is not None or (isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref"):
+    elif penalty is not None or spec.anchored_to_reference:
         ref_logps = reference(inputs)
     if penalty is not None and weights is not None:
         # prime-rl masks the tokens of weight 0, and has just synced to find out whether one is left.

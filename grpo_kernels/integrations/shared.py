@@ -53,10 +53,10 @@ def surrogate_spec(
             f"of {trainer}, got {spec}"
         )
     surrogate = spec.surrogate if isinstance(spec.surrogate, Surrogate) else None
-    if surrogate is not None and surrogate.anchor == "ref" and not reference:
+    if spec.anchored_to_reference and not reference:
         raise ValueError(
-            f"{trainer} does not pass the reference's log-probabilities to its loss, which {surrogate} needs"
-            " (LogRatio: the preset 'reinforce' has the same gradient)"
+            f"{trainer} does not pass the reference's log-probabilities to its loss, which {spec.surrogate} "
+            "needs (LogRatio: the preset 'reinforce' has the same gradient)"
         )
     if scaled_advantages and (surrogate is None or not surrogate.zero_without_advantage):
         raise ValueError(

@@ -10,11 +10,9 @@ from slime.backends.megatron_utils import loss as theirs
 from torch import Tensor
 
 from ..spec import LossSpec
-from ..spec.formula import clamped_ratio, log_ratio_to, unbounded
 from ..spec.surrogates import CISPO
-from ..spec.surrogates.base import sequence_log_ratio
 from ..tokens.batch import Batch
-from ..tokens.metrics import clipped_tokens
+from ..tokens.metrics import clipped_tokens, ratios
 from .shared import surrogate_spec, token_weights_of, weighted_loss, with_bounds
 
 UNSUPPORTED = ("use_tis", "get_mismatch_metrics", "use_opsm", "custom_pg_loss_reducer_function_path")
@@ -37,11 +35,13 @@ def policy_loss_function(args: Any, batch: Any, logits: Tensor, sum_of_sample_me
     if getattr(args, "save_debug_train_data", None) is not None:
         theirs._maybe_capture_log_probs(batch, own["log_probs"])
     logps, entropy = torch.cat(own["log_probs"]), sum_of_sample_mean(torch.cat(own["entropy"]))
-    sampler = torch.cat(batch["rollout_log_probs"]) if batch.get("rollout_log_probs") else None
+    sampler: Any = torch.cat(batch["rollout_log_probs"]) if batch.get("rollout_log_probs") else None
     if args.use_rollout_logprobs and sampler is None:
         raise ValueError("use_rollout_logprobs is set, but the batch has no rollout_log_probs")
-    old: Any = torch.cat(batch["log_probs"]) if batch.get("log_probs") else logps.detach()
-    old = sampler if args.use_rollout_logprobs else old
+    if args.use_rollout_logprobs:
+        old = sampler
+    else:
+        old = torch.cat(batch["log_probs"]) if batch.get("log_probs") else logps.detach()
     ref = torch.cat(batch["ref_log_probs"]) if batch.get("ref_log_probs") else None
     weights = token_weights_of(sum_of_sample_mean, logps)
     options: dict[str, Any] = {"completion_mask": weights != 0, "old_logps": old, "ref_logps": ref}
@@ -82,11 +82,8 @@ def clipped_of(
     surrogate: Any = spec.surrogate
     if surrogate.clip is None:
         return None
-    log_ratio = log_ratio_to(logps, old_logps)
-    if spec.level != "token":
-        sequences = Batch.of(logps[:, None], completion_mask, seq_lens, name="logps").sequences
-        log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, sequences)
-    ratio, _ = clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))
+    sequences = Batch.of(logps[:, None], completion_mask, seq_lens, name="logps").sequences
+    log_ratio, ratio = ratios(spec, logps, old_logps, sequences)
     if isinstance(surrogate, CISPO):
         return ratio != ratio.clamp(surrogate.ratio_min, surrogate.ratio_max)
     return clipped_tokens(surrogate, surrogate.clip, logps, log_ratio, ratio, advantages)["clip_fraction"]

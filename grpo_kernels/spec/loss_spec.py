@@ -152,6 +152,11 @@ class LossSpec:
         return self.surrogate is not None and not isinstance(self.surrogate, Surrogate)
 
     @property
+    def anchored_to_reference(self) -> bool:
+        """Whether the surrogate's log-ratio is to the reference, not to the old policy."""
+        return isinstance(self.surrogate, Surrogate) and self.surrogate.anchor == "ref"
+
+    @property
     def couples_tokens(self) -> bool:
         """Whether a token's loss depends on other tokens, and so on the statistics of all rows."""
         if self.uses_callable or self.level != "token":

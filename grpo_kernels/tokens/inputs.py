@@ -44,7 +44,7 @@ def check_reference(spec: LossSpec, whole: Tensor | None, ref_logps: Tensor | No
         raise ValueError(f"KL({spec.exact_kl.kind!r}) runs over the vocabulary: it needs {needed}")
     give = "ref_logps" if name is None else f"{name} or ref_logps"
     if whole is None and ref_logps is None:
-        if isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref":
+        if spec.anchored_to_reference:
             raise ValueError(f"{spec.surrogate} needs a reference: give {give}")
         if spec.sampled_kl is not None:
             raise ValueError(f"{spec.sampled_kl} needs a reference: give {give}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..spec import LossSpec
 from ..spec.formula import clamped_ratio, log_ratio_to, unbounded
 from ..spec.surrogates import Surrogate
 from ..spec.surrogates.base import Clip, sequence_log_ratio
 from . import dispatch
 from .loss import BatchLoss
+from .sequences import Sequences
 from .statistics import Coefficients, RowStats
 
 
@@ -29,9 +31,7 @@ def metrics(
     surrogate = spec.surrogate if isinstance(spec.surrogate, Surrogate) else None
     clip = None if surrogate is None else surrogate.clip
     known = inputs.mask if known is None else known
-    anchor = inputs.old_logps
-    if surrogate is not None and surrogate.anchor == "ref":
-        anchor = loss.ref_logps(stats)
+    anchor = loss.ref_logps(stats) if spec.anchored_to_reference else inputs.old_logps
     names = []
     if anchor is not None or (surrogate is not None and surrogate.uses_ratio):
         names += ["log_ratio", "ratio"]
@@ -52,10 +52,7 @@ def metrics(
     found: dict[str, Tensor | None] = {"kl_exact": stats.kl, "entropy": stats.entropy}
     found["active_fraction"] = derivatives.active()
     if "ratio" in names:
-        log_ratio = log_ratio_to(stats.logps, anchor)
-        if spec.level != "token":
-            log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, sequences)
-        ratio, _ = clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))
+        log_ratio, ratio = ratios(spec, stats.logps, anchor, sequences)
         found |= {"log_ratio": log_ratio, "ratio": ratio}
         if surrogate is not None and clip is not None:
             found |= clipped_tokens(surrogate, clip, stats.logps, log_ratio, ratio, inputs.advantages)
@@ -69,6 +66,16 @@ def metrics(
     total, count = sequences.over_ranks(torch.stack(totals))
     means = total / count.clamp(min=1)
     return dict(zip(names, means.unbind()))
+
+
+def ratios(
+    spec: LossSpec, logps: Tensor, anchor: Tensor | None, sequences: Sequences
+) -> tuple[Tensor, Tensor]:
+    """Return the log-ratio of each token, or of its sequence, and the bounded ratio, `[N]`."""
+    log_ratio = log_ratio_to(logps, anchor)
+    if spec.level != "token":
+        log_ratio, _ = sequence_log_ratio(spec.level, log_ratio, sequences)
+    return log_ratio, clamped_ratio(log_ratio, unbounded(spec.log_ratio_clamp))[0]
 
 
 def clipped_tokens(

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("swift.rlhf_trainers")
 
+from same_runs import assert_close, assert_same_parameters
 from swift.rlhf_trainers import grpo_trainer
 from swift_runs import Run, rows, train
 
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning"
 )
 
-TOLERANCE = 1e-5
 PLUGINS = {
     "logps": "from grpo_kernels.integrations.swift import fuse_swift_logps\n\nfuse_swift_logps()\n",
     "loss": "from grpo_kernels.integrations.swift_loss import fuse_swift_loss\n\nfuse_swift_loss()\n",
@@ -74,16 +73,7 @@ def assert_same_runs(got: Run, wanted: Run, metrics: Iterable[str] = ()) -> None
     """Assert that losses, gradient norms, some metrics and the final parameters agree."""
     for key in ("loss", "grad_norm", *metrics):
         assert_close(key, got.column(key), wanted.column(key))
-    assert got.after.keys() == wanted.after.keys()
-    for name, parameter in wanted.after.items():
-        assert_close(name, got.after[name], parameter)
-
-
-def assert_close(what: str, got: Tensor, wanted: Tensor) -> None:
-    assert got.shape == wanted.shape and got.numel()
-    error = float((got - wanted).abs().max())
-    bound = TOLERANCE * float(wanted.abs().max().clamp(min=0.1))  # the terms of a loss cancel
-    assert error <= bound, f"{what}: {error:.3g} apart, {bound:.3g} allowed"
+    assert_same_parameters(got.after, wanted.after)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from nemo_rl_stand_ins import RemoteWorker  # makes nemo_rl importable
-from torch import Tensor
 
 pytest.importorskip("nemo_rl")
 
@@ -20,12 +19,12 @@ import ray
 from nemo_rl.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn, prepare_packed_loss_input
 from nemo_rl.algorithms.loss.wrapper import SequencePackingFusionLossWrapper
 from nemo_rl_runs import ROOT, SYMBOLS, Run, documented_lines, patched, train
+from same_runs import TOLERANCE, assert_close, assert_same_parameters
 
 from grpo_kernels.integrations.nemo_rl import PolicyLossFn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TOLERANCE = 1e-5
 OURS = documented_lines().replace(', spec="sapo"', "")
 METRICS = (
     "reward",
@@ -46,16 +45,7 @@ def assert_same_runs(got: Run, wanted: Run, metrics: tuple[str, ...] = ("loss", 
     assert len(wanted.logs) == 3
     for key in ("grad_norm", *metrics):
         assert_close(key, got.column(key), wanted.column(key))
-    assert got.after.keys() == wanted.after.keys()
-    for name, parameter in wanted.after.items():
-        assert_close(name, got.after[name], parameter)
-
-
-def assert_close(what: str, got: Tensor, wanted: Tensor) -> None:
-    assert got.shape == wanted.shape and got.numel()
-    error = float((got - wanted).abs().max())
-    bound = TOLERANCE * float(wanted.abs().max().clamp(min=0.1))  # the terms of a loss cancel
-    assert error <= bound, f"{what}: {error:.3g} apart, {bound:.3g} allowed"
+    assert_same_parameters(got.after, wanted.after)
 
 
 def truncated(kind: str) -> str:

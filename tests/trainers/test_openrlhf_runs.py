@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("openrlhf")
 
 from openrlhf_runs import Edit, Run, documented, section, source_line, train
+from same_runs import assert_close, assert_same_parameters
 
 from grpo_kernels import logps
 from grpo_kernels.integrations import openrlhf as adapter
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::DeprecationWarning"
 )
 
-TOLERANCE = 1e-5
 LOSS, LOGPS = documented()
 (SPEC_LINE,) = map(int, re.findall(r"`PolicyLoss\(\.\.\.\)` in line (\d+)", section()))
 (LOGPS_LINE,) = map(int, re.findall(r"The call in line (\d+)", section()))
@@ -77,16 +76,7 @@ def assert_same_runs(got: Run, wanted: Run) -> None:
         for ours, theirs in zip(got.logs, wanted.logs, strict=True):
             assert (key in ours) == (key in theirs)
         assert_close(key, got.column(key), wanted.column(key))
-    assert got.after.keys() == wanted.after.keys()
-    for name, parameter in wanted.after.items():
-        assert_close(name, got.after[name], parameter)
-
-
-def assert_close(what: str, got: Tensor, wanted: Tensor) -> None:
-    assert got.shape == wanted.shape and got.numel()
-    error = float((got - wanted).abs().max())
-    bound = TOLERANCE * float(wanted.abs().max().clamp(min=0.1))  # the terms of a loss cancel
-    assert error <= bound, f"{what}: {error:.3g} apart, {bound:.3g} allowed"
+    assert_same_parameters(got.after, wanted.after)
 
 
 def distance(a: Run, b: Run) -> float:

@@ -24,6 +24,7 @@ import tomli_w
 from prime_rl.configs.trainer import TrainerConfig
 from prime_rl.utils.config import cli
 from prime_rl_runs import Run, as_rank, configure, rollouts, save_model, send, train, trainer
+from same_runs import TOLERANCE, assert_close, assert_same_parameters
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from grpo_kernels.integrations import prime_rl as ours
@@ -32,7 +33,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::DeprecationWarning"
 )
 
-TOLERANCE = 1e-5
 PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
 DOCS = PAGE.split("\n## prime-rl\n")[1].split("\n## ")[0]
 TOML = re.findall(r"```toml\n(.*?)```", DOCS, re.DOTALL)[0]
@@ -125,16 +125,7 @@ def assert_same_runs(got: Run, wanted: Run, *, loss: bool = True, tolerance: flo
     for key in [*keys, "loss/mean"] if loss else keys:
         assert_close(key, got.column(key), wanted.column(key), tolerance)
     assert float(wanted.column("optim/grad_norm").min()) > 1e-3
-    assert got.after.keys() == wanted.after.keys()
-    for name, parameter in wanted.after.items():
-        assert_close(name, got.after[name], parameter, tolerance)
-
-
-def assert_close(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
-    assert got.shape == wanted.shape and got.numel()
-    error = float((got - wanted).abs().max())
-    bound = tolerance * float(wanted.abs().max().clamp(min=0.1))  # the terms of a loss cancel
-    assert error <= bound, f"{what}: {error:.3g} apart, {bound:.3g} allowed"
+    assert_same_parameters(got.after, wanted.after, tolerance)
 
 
 @pytest.mark.parametrize("kind", ["fake", "grpo", "pruned", "mixed"])
@@ -155,11 +146,11 @@ def test_outside_of_the_region(runs: Runs, kind: str) -> None:
     got = runs(custom(**NARROW), kind)
     assert_same_runs(got, wanted, loss=False)
     clipped = wanted.column("is_masked_low/mean") + wanted.column("is_masked_high/mean")
-    assert_close("clip_fraction", got.column("clip_fraction/mean"), clipped, TOLERANCE)
+    assert_close("clip_fraction", got.column("clip_fraction/mean"), clipped)
     assert 0.05 < float(clipped.mean()) < 0.95
     if kind == "mixed":
-        assert_close("nll", got.column("nll/mean"), wanted.column("nll/mean"), TOLERANCE)
-        assert_close("ref_kl", got.column("ref_kl/mean"), wanted.column("ref_kl/mean"), TOLERANCE)
+        assert_close("nll", got.column("nll/mean"), wanted.column("nll/mean"))
+        assert_close("ref_kl", got.column("ref_kl/mean"), wanted.column("ref_kl/mean"))
 
 
 @pytest.mark.parametrize("kind", ["grpo", "pruned", "mixed"])
@@ -246,7 +237,7 @@ def test_two_ranks(tmp_path: Path, runs: Runs) -> None:
     assert_same_runs(got[0], wanted, loss=False)
     for both, case in zip(got, cases[1:], strict=True):
         for name, parameter in runs(*case).after.items():
-            assert_close(name, both.after[name], parameter, TOLERANCE)
+            assert_close(name, both.after[name], parameter)
 
 
 def test_in_bf16(runs: Runs) -> None:

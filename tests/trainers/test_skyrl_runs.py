@@ -28,6 +28,7 @@ pytest.importorskip("skyrl")
 
 import skyrl_cpu  # noqa: F401  (SkyRL can be imported after it)
 import transformers
+from same_runs import TOLERANCE, assert_close, assert_same_parameters
 from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 from skyrl.backends.skyrl_train.workers import model_wrapper
 from skyrl_runs import Run, command_line, train
@@ -39,7 +40,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "trainers.md"
-TOLERANCE = 1e-5
 CLIP_RATIO = "policy/loss_metrics/clip_ratio"
 Runs = Callable[..., Run]
 
@@ -72,16 +72,7 @@ def assert_same_runs(
     for key in wanted.logs[0]:
         if key.startswith("policy/") and key not in skipped:
             assert_close(key, got.column(key), wanted.column(key), tolerance)
-    assert got.after.keys() == wanted.after.keys()
-    for name, parameter in wanted.after.items():
-        assert_close(name, got.after[name], parameter, tolerance)
-
-
-def assert_close(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
-    assert got.shape == wanted.shape and got.numel()
-    error = float((got - wanted).abs().max())
-    bound = tolerance * float(wanted.abs().max().clamp(min=0.1))  # the terms of a loss cancel
-    assert error <= bound, f"{what}: {error:.3g} apart, {bound:.3g} allowed"
+    assert_same_parameters(got.after, wanted.after, tolerance)
 
 
 DUAL = LossSpec(PPOClip(eps_low=0.004, eps_high=0.006, dual_clip=1.01), log_ratio_clamp=20.0)

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ...spec import LossSpec
-from ...spec.surrogates import Surrogate
 from .head import GRPOTrainer
 
 LOSS_OPTIONS = ("chunk_tokens", "logits_dtype", "compact", "backend")
@@ -86,7 +85,6 @@ def check_spec(spec: Any, *, beta: float) -> LossSpec:
         raise ValueError(
             f"aggregation {spec.aggregation!r} needs the prompt of each completion, which TRL's batches lack"
         )
-    anchored = isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref"
-    if not beta and (anchored or spec.sampled_kl is not None):
+    if not beta and (spec.anchored_to_reference or spec.sampled_kl is not None):
         raise ValueError(f"{spec} needs a reference, which TRL runs only if beta is not 0, got beta={beta}")
     return spec

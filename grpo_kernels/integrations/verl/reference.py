@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...log import warn_once
 from ...spec import LossSpec
-from ...spec.surrogates import LogRatio, Reinforce, Surrogate
+from ...spec.surrogates import LogRatio, Reinforce
 
 # The batch of the call of verl's `ppo_loss` that is running.
 current_batch: ContextVar[Any] = ContextVar("current_batch", default=None)
@@ -30,8 +30,7 @@ def with_reference(name: str, spec: LossSpec) -> tuple[LossSpec, Tensor | None]:
     Raises:
         ValueError: the loss needs a reference, and the batch has none.
     """
-    anchored = isinstance(spec.surrogate, Surrogate) and spec.surrogate.anchor == "ref"
-    if not (anchored or spec.sampled_kl is not None or spec.uses_callable):
+    if not (spec.anchored_to_reference or spec.sampled_kl is not None or spec.uses_callable):
         return spec, None
     batch = current_batch.get()
     if batch is not None and "ref_log_prob" in batch:
@@ -46,7 +45,7 @@ def with_reference(name: str, spec: LossSpec) -> tuple[LossSpec, Tensor | None]:
             f"reported loss is -A * logp, not -A * (logp - ref_logp). {advice}"
         )
         return replace(spec, surrogate=Reinforce()), None
-    if anchored or spec.sampled_kl is not None:
+    if spec.anchored_to_reference or spec.sampled_kl is not None:
         raise ValueError(f"loss {name!r} needs a reference, and the batch has no ref_log_prob: {advice}")
     return spec, None
 
